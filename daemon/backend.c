@@ -1,0 +1,38 @@
+/*
+ * backend.c - choosing a backend.
+ */
+#include "daemon/backend.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "kernels/problem.h"
+
+static const struct backend *const backends[] = {&backend_cpu, &backend_fault};
+
+const struct backend *backend_find(const char *name, char *why)
+{
+    if (!strcmp(name, "auto")) {
+        /* The CPU never stands in for a GPU in silence: only where there is no driver at all. */
+        if (access("/proc/driver/nvidia/version", F_OK) == 0) {
+            snprintf(why, PROTO_TEXT_MAX, "backend: there is an NVIDIA driver, but this version has "
+                                          "no CUDA backend; say backend=cpu to compute on the CPU");
+            return NULL;
+        }
+        name = "cpu";
+    }
+    for (size_t i = 0; i < sizeof(backends) / sizeof(backends[0]); i++)
+        if (!strcmp(name, backends[i]->name))
+            return backends[i];
+    snprintf(why, PROTO_TEXT_MAX, "backend: '%.64s' is none of auto, cpu, fault", name);
+    return NULL;
+}
+
+void backend_kernel_name(const struct backend *backend, const struct sage_attn *attn,
+                         char name[PROTO_NAME_MAX])
+{
+    snprintf(name, PROTO_NAME_MAX, "%s %s %s d%d", backend->name,
+             sage_variant_name(sage_attn_variant(attn)), sage_dtype_name(attn->q.dtype),
+             (int)attn->q.shape[3]);
+}

@@ -1,0 +1,283 @@
+/*
+ * daemon.c - the parts put together: turns of the loop, ticks, warm-up, drain.
+ */
+#include "daemon/daemon.h"
+
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <time.h>
+
+#include "daemon/log.h"
+
+enum { TICK_MS = 500 };
+
+uint64_t daemon_now(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+/* --- turns and ticks --- */
+
+static void close_sessions(struct daemon *d, const char *reason)
+{
+    while (!TAILQ_EMPTY(&d->sessions))
+        session_close(TAILQ_FIRST(&d->sessions), reason);
+}
+
+/* Jobs whose inputs are not ready stay unreleased: their clients hand them to the next daemon. */
+static bool is_drained(const struct daemon *d)
+{
+    return d->draining && d->sched.n_active == 0 && sched_slots_used(d) == 0;
+}
+
+static void on_turn(uv_check_t *handle)
+{
+    struct daemon *d = handle->data;
+
+    sched_reap(d);
+    if (d->device_lost) {
+        log_error("device_lost", "backend=%s", d->backend->name);
+        d->exit_code = EXIT_DEVICE_LOST;
+        uv_stop(&d->loop);
+        return;
+    }
+    watch_turn(d);
+    sched_dispatch(d);
+    while (!TAILQ_EMPTY(&d->flushing))
+        session_flush(TAILQ_FIRST(&d->flushing));
+    if (is_drained(d)) {
+        close_sessions(d, "drained");
+        if (d->n_live == 0)
+            uv_stop(&d->loop);
+    }
+}
+
+static void on_completed(uv_async_t *handle)
+{
+    (void)handle; /* on_turn() looks */
+}
+
+static void notify(void *arg)
+{
+    struct daemon *d = arg;
+
+    uv_async_send(&d->completed);
+}
+
+static void on_tick(uv_timer_t *timer)
+{
+    struct daemon *d = timer->data;
+    struct session *s, *next;
+    uint64_t now = daemon_now();
+
+    for (s = TAILQ_FIRST(&d->sessions); s; s = next) {
+        next = TAILQ_NEXT(s, link);
+        if (!session_stuck(s, now))
+            continue;
+        d->stats.clients_dropped++;
+        session_close(s, "does not read its replies");
+    }
+    if (sched_is_hung(d, now)) {
+        log_error("device_hung", "backend=%s", d->backend->name);
+        d->exit_code = EXIT_DEVICE_LOST;
+        d->device_lost = true;
+        uv_stop(&d->loop);
+        return;
+    }
+    if (d->on_tick)
+        d->on_tick(d);
+}
+
+void daemon_drain(struct daemon *d)
+{
+    if (d->draining)
+        return;
+    d->draining = true;
+    log_notice("draining", "clients=%u slots_used=%u", d->n_sessions, sched_slots_used(d));
+    if (d->on_drain)
+        d->on_drain(d);
+    notify(d); /* one more turn, even if nothing else happens */
+}
+
+/* --- warm-up --- */
+
+static int run_and_wait(struct daemon *d, struct stream *stream, const struct sage_attn *attn)
+{
+    struct piece piece = {
+        .attn = attn,
+        .part = {.n_groups = sage_attn_groups(attn), .n_rows = -1},
+    };
+
+    d->backend->start(stream, &piece);
+    while (!__atomic_load_n(&piece.done, __ATOMIC_ACQUIRE))
+        sched_yield();
+    return piece.status;
+}
+
+/* One small job of a kind on every slot: what is loaded late or cannot run is known before READY. */
+static int warm_up_kind(struct daemon *d, enum sage_variant variant, enum sage_dtype dtype)
+{
+    enum { HEADS = 2, TOKENS = 128, DIM = 64, ELEMENTS = HEADS * TOKENS * DIM };
+    struct sage_attn attn = SAGE_ATTN_INIT;
+    struct sage_tensor t = {
+        .dtype = dtype,
+        .shape = {1, HEADS, TOKENS, DIM},
+        .stride = {ELEMENTS, TOKENS * DIM, DIM, 1},
+    };
+    /* Host memory: a backend for a device brings its own way to warm up. */
+    uint16_t *memory = calloc(4 * ELEMENTS, sizeof(*memory));
+    int rc = memory ? 0 : SAGE_ENOMEM;
+
+    attn.variant = variant;
+    attn.q = attn.k = attn.v = attn.o = t;
+    attn.q.data = memory;
+    if (memory) {
+        attn.k.data = memory + ELEMENTS;
+        attn.v.data = memory + 2 * ELEMENTS;
+        attn.o.data = memory + 3 * ELEMENTS;
+    }
+    for (unsigned i = 0; !rc && i < d->sched.n_slots; i++)
+        rc = run_and_wait(d, d->sched.slots[i].stream, &attn);
+    free(memory);
+    return rc;
+}
+
+static int warm_up(struct daemon *d, char *why)
+{
+    static const enum sage_dtype dtypes[] = {SAGE_F16, SAGE_BF16};
+
+    for (int i = 0; i < 2; i++) {
+        for (int v = SAGE_INT8_FP16; v <= SAGE_INT8_FP8; v++) {
+            int rc = warm_up_kind(d, (enum sage_variant)v, dtypes[i]);
+            if (!rc)
+                continue;
+            snprintf(why, PROTO_TEXT_MAX, "warm-up: %s", sage_strerror(rc));
+            return rc;
+        }
+    }
+    return 0;
+}
+
+/* --- life --- */
+
+static int open_device(struct daemon *d, char *why)
+{
+    int rc;
+
+    d->backend = backend_find(d->config.backend, why);
+    if (!d->backend)
+        return SAGE_EINVAL;
+    snprintf(why, PROTO_TEXT_MAX, "backend %s: cannot be opened", d->backend->name);
+    rc = d->backend->open(&d->device, &d->config, notify, d, why);
+    if (rc)
+        return rc;
+    d->backend->describe(d->device, d->device_name, d->device_uuid);
+    rc = sched_init(d, why);
+    if (rc)
+        goto err_device;
+    rc = warm_up(d, why);
+    if (rc)
+        goto err_sched;
+    return 0;
+
+err_sched:
+    sched_finish(d);
+err_device:
+    d->backend->close(d->device);
+    return rc;
+}
+
+static void start_handles(struct daemon *d)
+{
+    uv_check_init(&d->loop, &d->turn);
+    d->turn.data = d;
+    uv_check_start(&d->turn, on_turn);
+    uv_timer_init(&d->loop, &d->tick);
+    d->tick.data = d;
+    uv_timer_start(&d->tick, on_tick, TICK_MS, TICK_MS);
+}
+
+static void close_handle(uv_handle_t *handle, void *arg)
+{
+    (void)arg;
+    if (!uv_is_closing(handle))
+        uv_close(handle, NULL);
+}
+
+static void close_loop(struct daemon *d)
+{
+    uv_walk(&d->loop, close_handle, NULL);
+    uv_run(&d->loop, UV_RUN_DEFAULT);
+    uv_loop_close(&d->loop);
+}
+
+int daemon_init(struct daemon *d, const struct config *config, char *why)
+{
+    int rc;
+
+    memset(d, 0, sizeof(*d));
+    d->config = *config;
+    d->next_session = 1;
+    TAILQ_INIT(&d->sessions);
+    TAILQ_INIT(&d->flushing);
+    TAILQ_INIT(&d->users);
+    d->stats.started_ns = d->idle_since_ns = daemon_now();
+    snprintf(why, PROTO_TEXT_MAX, "out of memory or descriptors");
+    if (getrandom(&d->boot, sizeof(d->boot), 0) != sizeof(d->boot))
+        return SAGE_EINTERNAL;
+    if (uv_loop_init(&d->loop) < 0)
+        return SAGE_ENOMEM;
+    d->unpacker = unpacker_create();
+    rc = d->unpacker && uv_async_init(&d->loop, &d->completed, on_completed) == 0 ? 0 : SAGE_ENOMEM;
+    if (!rc)
+        rc = open_device(d, why);
+    if (!rc && watch_init(d) < 0) {
+        sched_finish(d);
+        d->backend->close(d->device);
+        rc = SAGE_ENOMEM;
+    }
+    if (rc) {
+        close_loop(d);
+        unpacker_destroy(d->unpacker);
+        return rc;
+    }
+    start_handles(d);
+    return 0;
+}
+
+void daemon_finish(struct daemon *d)
+{
+    close_sessions(d, "daemon ends");
+    while (d->n_live) /* buffers are being closed, pieces are running */
+        uv_run(&d->loop, UV_RUN_ONCE);
+    close_loop(d);
+    watch_finish(d);
+    sched_finish(d);
+    d->backend->close(d->device);
+    unpacker_destroy(d->unpacker);
+}
+
+void daemon_stats(const struct daemon *d, struct msg_stats *msg)
+{
+    const struct session *s;
+
+    stats_fill(&d->stats, daemon_now(), msg);
+    TAILQ_FOREACH(s, &d->sessions, link) {
+        msg->queued += s->n_jobs - s->n_running;
+        msg->buffers += s->n_buffers;
+        msg->mapped_bytes += s->mapped_bytes;
+    }
+    for (unsigned i = 0; i < d->sched.n_slots; i++)
+        msg->running += d->sched.slots[i].n;
+    msg->clients = d->n_sessions;
+    msg->slots = d->sched.n_slots;
+    msg->slots_used = sched_slots_used(d);
+    msg->slot_bytes = d->sched.workspace;
+    snprintf(msg->state, sizeof(msg->state), "%s", d->draining ? "draining" : "running");
+}

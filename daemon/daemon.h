@@ -1,0 +1,71 @@
+/*
+ * daemon.h - the whole state. The loop thread owns all of it; nothing here is locked.
+ */
+#ifndef SAGE_DAEMON_H
+#define SAGE_DAEMON_H
+
+#include <sys/queue.h>
+#include <uv.h>
+
+#include "daemon/backend.h"
+#include "daemon/options.h"
+#include "daemon/sched.h"
+#include "daemon/session.h"
+#include "daemon/stats.h"
+#include "daemon/watch.h"
+
+enum {
+    EXIT_DEVICE_LOST = 70, /* EX_SOFTWARE of sysexits.h: start again, nothing was wrong with the request */
+};
+
+struct daemon {
+    struct config config;
+    uv_loop_t loop;
+    const struct backend *backend;
+    struct device *device;
+    char device_name[PROTO_NAME_MAX], device_uuid[PROTO_NAME_MAX];
+    uint64_t boot; /* random: tells clients a new daemon from one that threw them out */
+
+    TAILQ_HEAD(, session) sessions; /* all that are connected */
+    TAILQ_HEAD(, session) flushing; /* with jobs to report at the end of this turn */
+    TAILQ_HEAD(, user) users;       /* who have a session, or one that is not yet freed */
+    unsigned n_sessions;            /* connected */
+    unsigned n_live;                /* connected or not yet freed */
+    uint64_t next_session;
+    struct sched sched;
+    struct watch watch;
+    struct stats stats;
+
+    uv_check_t turn;      /* after the callbacks of each turn: reap, start, report */
+    uv_async_t completed; /* a stream has finished a piece */
+    uv_timer_t tick;      /* every TICK_MS: what has taken too long? */
+    uint64_t idle_since_ns;
+    bool draining;
+    bool device_lost;
+    int exit_code;
+
+    void (*on_tick)(struct daemon *); /* the server's share of a tick; NULL without server */
+    void (*on_drain)(struct daemon *);
+    void *server;
+
+    char packet[PROTO_PACKET_MAX + 1]; /* being received */
+    char reply[PROTO_PACKET_MAX];      /* being encoded */
+    struct unpacker *unpacker;
+};
+
+/*
+ * Open the device and the slots, and run a warm-up job of each kind. 0 or SAGE_E* with
+ * why[PROTO_TEXT_MAX]. daemon_finish() wants all sessions closed and the loop run until it is idle.
+ */
+int daemon_init(struct daemon *d, const struct config *config, char *why);
+void daemon_finish(struct daemon *d);
+
+/* Take no new jobs, finish what can be finished, close every session, end the loop. */
+void daemon_drain(struct daemon *d);
+
+/* The gauges and counters of STATS. */
+void daemon_stats(const struct daemon *d, struct msg_stats *msg);
+
+uint64_t daemon_now(void); /* ns, CLOCK_MONOTONIC */
+
+#endif

@@ -1,0 +1,365 @@
+/*
+ * job.c - from a SUBMIT to its terminal status.
+ */
+#include "daemon/job.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "daemon/daemon.h"
+#include "kernels/problem.h"
+
+static const char *const tensor_names[JOB_TENSORS] = {"q", "k", "v", "o", "mask", "lse"};
+
+static struct sage_tensor *tensor_of(struct sage_attn *attn, int i)
+{
+    struct sage_tensor *const tensors[JOB_TENSORS] = {&attn->q, &attn->k,    &attn->v,
+                                                      &attn->o, &attn->mask, &attn->lse};
+    return tensors[i];
+}
+
+/* --- admission --- */
+
+enum taken { TAKEN, DUPLICATE, BROKEN };
+
+/* The next number of a lane; a number that came before is a resubmission that crossed its job. */
+static enum taken take_number(struct session *s, uint32_t lane_index, uint32_t number, char *why)
+{
+    if (!s->page || lane_index >= SAGE_LANES) {
+        snprintf(why, PROTO_TEXT_MAX, s->page ? "lane: %u, must be below %d" : "no session page",
+                 lane_index, SAGE_LANES);
+        return BROKEN;
+    }
+    struct lane *lane = &s->lanes[lane_index];
+    if (lane->used && page_reached(lane->last, number))
+        return DUPLICATE;
+    const struct job *oldest = TAILQ_FIRST(&lane->jobs);
+    if (oldest && number - oldest->number > SAGE_ENTRIES) {
+        snprintf(why, PROTO_TEXT_MAX, "number: %u is more than %d ahead of job %u", number, SAGE_ENTRIES,
+                 oldest->number);
+        return BROKEN;
+    }
+    lane->used = true;
+    lane->last = number;
+    return TAKEN;
+}
+
+static void refuse(struct session *s, uint32_t lane, uint32_t number, int status, const char *text)
+{
+    struct msg_done_job report = {.lane = lane, .number = number, .status = (uint32_t)-status};
+
+    snprintf(report.text, sizeof(report.text), "%s", text);
+    page_release(&s->page->lane[lane], number, status);
+    s->daemon->stats.refused++;
+    session_report(s, &report);
+}
+
+bool job_refuse(struct session *s, uint32_t lane, uint32_t number, int status, const char *text,
+                char *why)
+{
+    enum taken taken = take_number(s, lane, number, why);
+
+    if (taken == TAKEN)
+        refuse(s, lane, number, status, text);
+    return taken != BROKEN;
+}
+
+/* Every tensor lies in a buffer of this session, to its last byte. */
+static int bind_tensors(struct session *s, struct job *job, char *why)
+{
+    for (int i = 0; i < JOB_TENSORS; i++) {
+        struct sage_tensor *t = tensor_of(&job->attn, i);
+        int64_t bytes;
+        if (t->dtype == SAGE_NONE)
+            continue;
+        struct buffer *b = buffer_find(s, t->buffer);
+        if (!b) {
+            snprintf(why, PROTO_TEXT_MAX, "%s.buffer: %u is not registered", tensor_names[i], t->buffer);
+            return SAGE_EBUFFER;
+        }
+        if (!sage_tensor_bytes(t, &bytes) || t->offset > b->size ||
+            (uint64_t)bytes > b->size - t->offset) {
+            snprintf(why, PROTO_TEXT_MAX, "%s: reaches beyond the %llu bytes of buffer %u",
+                     tensor_names[i], (unsigned long long)b->size, b->id);
+            return SAGE_EBOUNDS;
+        }
+        t->data = (char *)b->base + t->offset;
+        job->buffers[i] = b;
+        job->bytes += (double)bytes;
+    }
+    return 0;
+}
+
+/* The largest group has to fit a slot, since nothing smaller can be computed alone. */
+static int check_workspace(const struct daemon *d, const struct sage_attn *attn, char *why)
+{
+    int64_t n = attn->n_seqs > 0 ? attn->n_seqs : 1, heads = attn->k.shape[1];
+
+    for (int64_t i = 0; i < n && sage_attn_groups(attn) > 0; i++) {
+        struct sage_part part = {.group = i * heads, .n_groups = 1, .n_rows = -1};
+        size_t bytes = d->backend->workspace(attn, &part);
+        if (bytes <= d->sched.workspace)
+            continue;
+        snprintf(why, PROTO_TEXT_MAX,
+                 "workspace: one kv head needs %zu bytes, a slot has %zu (option slot_bytes)", bytes,
+                 d->sched.workspace);
+        return SAGE_EQUOTA;
+    }
+    return 0;
+}
+
+static int check(struct session *s, const struct msg_submit *msg, char *why)
+{
+    struct sage_attn attn = msg->attn;
+    int rc;
+
+    if (s->daemon->draining) {
+        snprintf(why, PROTO_TEXT_MAX, "the daemon is shutting down");
+        return SAGE_EDRAIN;
+    }
+    /* A job in a slot may have been released without our knowing yet: its credit is used again. */
+    if (s->n_jobs - s->n_running >= s->daemon->config.client_jobs) {
+        snprintf(why, PROTO_TEXT_MAX, "%u jobs in flight, the limit is %llu", s->n_jobs,
+                 (unsigned long long)s->daemon->config.client_jobs);
+        return SAGE_EBUSY;
+    }
+    for (int i = 0; i < JOB_TENSORS; i++)
+        tensor_of(&attn, i)->data = NULL;
+    rc = sage_attn_check(&attn, why, PROTO_TEXT_MAX);
+    return rc ? rc : check_workspace(s->daemon, &attn, why);
+}
+
+static struct job *job_create(struct session *s, const struct msg_submit *msg)
+{
+    size_t n = msg->n_q_offsets;
+    struct job *job = calloc(1, sizeof(*job) + 2 * n * sizeof(int32_t));
+
+    if (!job)
+        return NULL;
+    job->session = s;
+    job->lane = msg->lane;
+    job->number = msg->number;
+    job->attn = msg->attn;
+    if (n) {
+        int32_t *offsets = (int32_t *)(job + 1);
+        memcpy(offsets, msg->q_offsets, n * sizeof(int32_t));
+        memcpy(offsets + n, msg->k_offsets, n * sizeof(int32_t));
+        job->attn.q_offsets = offsets;
+        job->attn.k_offsets = offsets + n;
+    }
+    return job;
+}
+
+static void accept_job(struct session *s, struct job *job)
+{
+    job->groups = sage_attn_groups(&job->attn);
+    job->ops = sage_attn_ops(&job->attn, NULL);
+    for (int i = 0; i < JOB_TENSORS; i++)
+        if (job->buffers[i])
+            buffer_ref(job->buffers[i]);
+    TAILQ_INSERT_TAIL(&s->lanes[job->lane].jobs, job, lane_link);
+    s->n_jobs++;
+    s->daemon->stats.accepted++;
+    sched_lane(s, job->lane);
+}
+
+bool job_submit(struct session *s, const struct msg_submit *msg, char *why)
+{
+    enum taken taken = take_number(s, msg->lane, msg->number, why);
+
+    if (taken != TAKEN)
+        return taken == DUPLICATE;
+    int rc = check(s, msg, why);
+    struct job *job = rc ? NULL : job_create(s, msg);
+    if (!rc && !job) {
+        snprintf(why, PROTO_TEXT_MAX, "out of memory");
+        rc = SAGE_ENOMEM;
+    }
+    if (!rc)
+        rc = bind_tensors(s, job, why);
+    if (!rc) {
+        accept_job(s, job);
+        return true;
+    }
+    free(job);
+    refuse(s, msg->lane, msg->number, rc, why);
+    return true;
+}
+
+/* --- pieces --- */
+
+static void estimate(struct job *job, const struct backend *backend, double ns_per_op)
+{
+    const struct sage_part *part = &job->piece.part;
+    double share = job->groups ? (double)part->n_groups / (double)job->groups : 1;
+
+    job->piece_ops = job->groups ? sage_attn_ops(&job->attn, part) : 0;
+    job->piece_est_ns = job->piece_ops * ns_per_op;
+    if (job->piece_est_ns < job->bytes * share * backend->ns_per_byte)
+        job->piece_est_ns = job->bytes * share * backend->ns_per_byte;
+}
+
+static int64_t group_rows(const struct job *job)
+{
+    return sage_attn_seq(&job->attn, job->group / job->attn.k.shape[1]).nq;
+}
+
+/* One group is too long: about a quantum of its query rows. */
+static void cut_rows(struct job *job, const struct backend *backend, double quantum_ns, double ns_per_op)
+{
+    struct sage_part *part = &job->piece.part;
+    int64_t left = group_rows(job) - job->row;
+    double share = quantum_ns / job->piece_est_ns;
+    /* Whole blocks of the kernels; with a share above 1/2 two halves would only cost a launch more. */
+    int64_t rows = share > 0.5 ? left : ((int64_t)((double)left * share) / 128 + 1) * 128;
+
+    if (rows >= left && job->row == 0)
+        return;
+    job->holds = true;
+    part->row = job->row;
+    part->n_rows = rows < left ? rows : left;
+    part->prepared = job->row > 0;
+    estimate(job, backend, ns_per_op);
+}
+
+void job_next_piece(struct job *job, const struct backend *backend, double quantum_ns, size_t workspace,
+                    double ns_per_op)
+{
+    struct sage_part *part = &job->piece.part;
+    int64_t left = job->row ? 1 : job->groups - job->group;
+
+    *part = (struct sage_part){.group = job->group, .n_groups = left, .n_rows = -1};
+    estimate(job, backend, ns_per_op);
+    while (part->n_groups > 1 && (job->piece_est_ns > 1.5 * quantum_ns ||
+                                  backend->workspace(&job->attn, part) > workspace)) {
+        double fit = (double)part->n_groups * quantum_ns / (job->piece_est_ns + 1);
+        int64_t half = part->n_groups / 2;
+        part->n_groups = fit < 1 ? 1 : fit < (double)half ? (int64_t)fit : half;
+        estimate(job, backend, ns_per_op);
+    }
+    if (part->n_groups == 1 && (job->row || job->piece_est_ns > 1.5 * quantum_ns))
+        cut_rows(job, backend, quantum_ns, ns_per_op);
+    job->piece.attn = &job->attn;
+    job->piece.number = job->number;
+    job->piece.lane = job_is_last_piece(job) && !job->dropped
+                          ? &job->session->page->lane[job->lane] : NULL;
+    job->piece.start_ns = job->piece.end_ns = 0;
+    job->piece.done = 0;
+}
+
+bool job_is_last_piece(const struct job *job)
+{
+    const struct sage_part *part = &job->piece.part;
+
+    return part->group + part->n_groups == job->groups &&
+           (part->n_rows < 0 || part->row + part->n_rows == group_rows(job));
+}
+
+void job_advance(struct job *job)
+{
+    const struct sage_part *part = &job->piece.part;
+
+    if (part->n_rows >= 0 && part->row + part->n_rows < group_rows(job)) {
+        job->row = part->row + part->n_rows;
+        return;
+    }
+    job->row = 0;
+    job->group += part->n_groups;
+}
+
+/* --- the end --- */
+
+static void job_free(struct job *job)
+{
+    struct session *s = job->session;
+    struct lane *lane = &s->lanes[job->lane];
+
+    for (int i = 0; i < JOB_TENSORS; i++)
+        if (job->buffers[i])
+            buffer_unref(job->buffers[i]);
+    TAILQ_REMOVE(&lane->jobs, job, lane_link);
+    s->n_jobs--;
+    uint32_t lane_index = job->lane;
+    free(job);
+    if (s->closing)
+        session_free_if_unused(s);
+    else
+        sched_lane(s, lane_index);
+}
+
+static void count(struct job *job, int status, uint64_t now)
+{
+    struct session *s = job->session;
+    struct stats *stats = &s->daemon->stats;
+    char name[PROTO_NAME_MAX];
+
+    s->run_ns += job->run_ns;
+    stats->run_ns += job->run_ns;
+    if (job->dropped) {
+        stats->dropped++;
+        return;
+    }
+    if (status) {
+        s->failed++;
+        stats->failed++;
+        return;
+    }
+    s->done++;
+    stats->done++;
+    s->ops += job->ops;
+    stats->ops += job->ops;
+    hist_add(&stats->queue, job->start_ns - job->ready_ns);
+    hist_add(&stats->run, job->run_ns);
+    hist_add(&stats->total, now - job->ready_ns);
+    backend_kernel_name(s->daemon->backend, &job->attn, name);
+    stats_kernel(stats, name, job->ops, job->run_ns);
+}
+
+void job_over(struct job *job, int status)
+{
+    struct msg_done_job report = {
+        .lane = job->lane,
+        .number = job->number,
+        .status = (uint32_t)-status,
+        .queue_ns = job->start_ns - job->ready_ns,
+        .run_ns = job->run_ns,
+    };
+
+    count(job, status, daemon_now());
+    if (status)
+        snprintf(report.text, sizeof(report.text), "%s", sage_strerror(status));
+    if (!job->dropped)
+        session_report(job->session, &report);
+    job_free(job);
+}
+
+void job_drop(struct job *job)
+{
+    job->session->daemon->stats.dropped++;
+    sched_forget(job);
+    job_free(job);
+}
+
+bool job_cancel(struct session *s, uint32_t lane, uint32_t number)
+{
+    struct job *job;
+
+    if (!s->page || lane >= SAGE_LANES)
+        return false;
+    TAILQ_FOREACH(job, &s->lanes[lane].jobs, lane_link)
+        if (job->number == number)
+            break;
+    if (!job || job->started)
+        return false;
+
+    struct msg_done_job report = {.lane = lane, .number = number,
+                                  .status = (uint32_t)-SAGE_ECANCELED};
+    snprintf(report.text, sizeof(report.text), "%s", sage_strerror(SAGE_ECANCELED));
+    page_release(&s->page->lane[lane], number, SAGE_ECANCELED);
+    s->daemon->stats.canceled++;
+    session_report(s, &report);
+    sched_forget(job);
+    job_free(job);
+    return true;
+}

@@ -1,0 +1,68 @@
+/*
+ * job.h - one accepted attention problem on its way through the daemon.
+ */
+#ifndef SAGE_JOB_H
+#define SAGE_JOB_H
+
+#include <sys/queue.h>
+
+#include "daemon/backend.h"
+
+struct session;
+struct buffer;
+
+enum job_state {
+    JOB_WAITING, /* behind another of its lane, or its inputs are not ready */
+    JOB_READY,   /* in session.ready */
+    JOB_RUNNING, /* a piece of it is in a slot */
+};
+
+enum { JOB_TENSORS = 6 };
+
+struct job {
+    struct session *session;
+    uint32_t lane, number;
+    enum job_state state;
+    bool started;  /* a piece of it has run */
+    bool dropped;  /* its session is closing: no further piece, no word to anybody */
+    bool watched;  /* in watch.jobs */
+    bool holds;    /* one of its groups is longer than a quantum: keeps its slot between pieces */
+    struct sage_attn attn; /* data pointers into the buffers; offsets behind this struct */
+    struct buffer *buffers[JOB_TENSORS]; /* referenced; NULL where the tensor is absent */
+    int64_t groups, group, row; /* how many; the next piece starts here */
+    double ops, bytes;          /* of all of it: operations, tensors */
+    uint64_t ready_ns, start_ns, run_ns;
+    struct piece piece;         /* the one in a slot */
+    double piece_ops, piece_est_ns;
+    TAILQ_ENTRY(job) lane_link;  /* lane.jobs */
+    TAILQ_ENTRY(job) ready_link; /* session.ready */
+    TAILQ_ENTRY(job) watch_link; /* watch.jobs */
+};
+
+/*
+ * SUBMIT: legal? After this nothing looks at the problem again. A job that is not is released with its
+ * status and reported; a number that its lane has had already is ignored (a resubmission). false: the
+ * rules of the page are broken and the session must go, see why[PROTO_TEXT_MAX].
+ */
+bool job_submit(struct session *s, const struct msg_submit *msg, char *why);
+/* Release and report, for `status`, a job that could be read only so far. Otherwise the same. */
+bool job_refuse(struct session *s, uint32_t lane, uint32_t number, int status, const char *text,
+                char *why);
+
+/* Cancel if it has not started. false: it has, or it is unknown. */
+bool job_cancel(struct session *s, uint32_t lane, uint32_t number);
+
+/* Make up the next piece: about quantum_ns long, within the workspace. */
+void job_next_piece(struct job *job, const struct backend *backend, double quantum_ns, size_t workspace,
+                    double ns_per_op);
+/* Is job->piece the last one? */
+bool job_is_last_piece(const struct job *job);
+/* job->piece is done: move on. */
+void job_advance(struct job *job);
+
+/* Over, with `status`: count and report it. It is released already. Frees the job. */
+void job_over(struct job *job, int status);
+/* Forget about a job that is in no slot. Frees it. */
+void job_drop(struct job *job);
+
+#endif

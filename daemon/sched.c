@@ -1,0 +1,315 @@
+/*
+ * sched.c - slots and turns.
+ */
+#include "daemon/sched.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "daemon/daemon.h"
+#include "daemon/log.h"
+
+/* Ratio of a priority's device time to that of the next lower one. */
+enum { PRIORITY_STEP = 4 };
+
+int sched_init(struct daemon *d, char *why)
+{
+    struct sched *sc = &d->sched;
+
+    TAILQ_INIT(&sc->active);
+    sc->quantum_ns = (double)d->config.quantum_us * 1e3;
+    sc->workspace = d->config.slot_bytes;
+    sc->ns_per_op = d->backend->ns_per_op;
+    sc->slots = calloc(d->config.slots, sizeof(sc->slots[0]));
+    if (!sc->slots)
+        return SAGE_ENOMEM;
+    while (sc->n_slots < d->config.slots) {
+        int rc = d->backend->stream_open(d->device, sc->workspace, &sc->slots[sc->n_slots].stream, why);
+        if (rc) {
+            sched_finish(d);
+            return rc;
+        }
+        sc->n_slots++;
+    }
+    return 0;
+}
+
+void sched_finish(struct daemon *d)
+{
+    struct sched *sc = &d->sched;
+
+    for (unsigned i = 0; i < sc->n_slots; i++)
+        d->backend->stream_close(sc->slots[i].stream);
+    free(sc->slots);
+    sc->slots = NULL;
+    sc->n_slots = 0;
+}
+
+/* --- who is runnable --- */
+
+void sched_ready(struct job *job)
+{
+    struct session *s = job->session;
+    struct sched *sc = &s->daemon->sched;
+
+    job->state = JOB_READY;
+    if (!job->ready_ns)
+        job->ready_ns = daemon_now();
+    if (job->started) /* its next piece goes before the session's other jobs */
+        TAILQ_INSERT_HEAD(&s->ready, job, ready_link);
+    else
+        TAILQ_INSERT_TAIL(&s->ready, job, ready_link);
+    if (s->active)
+        return;
+    s->active = true;
+    sc->n_active++;
+    TAILQ_INSERT_TAIL(&sc->active, s, active_link);
+}
+
+static void leave(struct session *s)
+{
+    struct sched *sc = &s->daemon->sched;
+
+    if (!s->active || !TAILQ_EMPTY(&s->ready))
+        return;
+    s->active = false;
+    sc->n_active--;
+    TAILQ_REMOVE(&sc->active, s, active_link);
+    if (s->deficit_ns > 0) /* what was not used is not saved up; a debt stays */
+        s->deficit_ns = 0;
+}
+
+void sched_forget(struct job *job)
+{
+    if (job->watched)
+        watch_remove(job->session->daemon, job);
+    if (job->state != JOB_READY)
+        return;
+    TAILQ_REMOVE(&job->session->ready, job, ready_link);
+    job->state = JOB_WAITING;
+    leave(job->session);
+}
+
+void sched_lane(struct session *s, uint32_t lane)
+{
+    struct job *job = TAILQ_FIRST(&s->lanes[lane].jobs);
+
+    if (!job || job->state != JOB_WAITING || job->watched)
+        return;
+    if (page_reached(page_load(&s->page->lane[lane].acquire[job->number % SAGE_ENTRIES]), job->number))
+        sched_ready(job);
+    else
+        watch_add(s->daemon, job);
+}
+
+/* --- slots --- */
+
+/* May the job keep a slot between its pieces? Others always find two, or what there is. */
+static bool may_hold(const struct sched *sc)
+{
+    return sc->n_held < (sc->n_slots > 3 ? sc->n_slots - 2 : 1);
+}
+
+/* Short pieces may queue behind each other in a slot. */
+static bool has_room(const struct sched *sc, const struct slot *slot, double est_ns)
+{
+    return !slot->holder && slot->n < STREAM_DEPTH &&
+           (slot->n == 0 || slot->queued_ns + est_ns < sc->quantum_ns / 2);
+}
+
+/* The least loaded slot that can take the piece that the job has ready, or NULL. */
+static struct slot *find_slot(struct sched *sc, const struct job *job)
+{
+    struct slot *best = NULL;
+
+    for (unsigned i = 0; i < sc->n_slots; i++) {
+        struct slot *slot = &sc->slots[i];
+        if (slot->holder && slot->holder == job)
+            return slot;
+        if (has_room(sc, slot, job->piece_est_ns) && (!best || slot->queued_ns < best->queued_ns))
+            best = slot;
+    }
+    return best;
+}
+
+static void start(struct daemon *d, struct slot *slot, struct job *job)
+{
+    struct session *s = job->session;
+    struct sched *sc = &d->sched;
+
+    TAILQ_REMOVE(&s->ready, job, ready_link);
+    job->state = JOB_RUNNING;
+    s->n_running++;
+    s->deficit_ns -= job->piece_est_ns;
+    leave(s);
+    if (job->holds && !slot->holder) {
+        slot->holder = job;
+        sc->n_held++;
+    }
+    if (!job->started) {
+        job->started = true;
+        job->start_ns = daemon_now();
+    }
+    slot->jobs[(slot->first + slot->n++) % STREAM_DEPTH] = job;
+    slot->queued_ns += job->piece_est_ns;
+    unsigned used = sched_slots_used(d);
+    if (used > d->stats.slots_peak)
+        d->stats.slots_peak = used;
+    size_t bytes = d->backend->workspace(&job->attn, &job->piece.part);
+    if (bytes > d->stats.workspace_peak)
+        d->stats.workspace_peak = bytes;
+    d->backend->start(slot->stream, &job->piece);
+}
+
+static void piece_done(struct daemon *d, struct slot *slot)
+{
+    struct sched *sc = &d->sched;
+    struct job *job = slot->jobs[slot->first];
+    struct session *s = job->session;
+    struct piece *piece = &job->piece;
+    double took = (double)(piece->end_ns - piece->start_ns);
+
+    slot->first = (slot->first + 1) % STREAM_DEPTH;
+    slot->n--;
+    slot->queued_ns = slot->n ? slot->queued_ns - job->piece_est_ns : 0;
+    s->n_running--;
+    s->deficit_ns += job->piece_est_ns - took; /* the estimate was charged, the measured time counts */
+    job->run_ns += (uint64_t)took;
+    if (piece->status == SAGE_EDEVICE) {
+        d->device_lost = true;
+        return;
+    }
+    if (job->piece_ops > 1e7) /* small ones say more about overheads than about speed */
+        sc->ns_per_op += (took / job->piece_ops - sc->ns_per_op) / 8;
+
+    bool last = piece->status || job_is_last_piece(job) || job->dropped;
+    if (last && slot->holder == job) {
+        slot->holder = NULL;
+        sc->n_held--;
+    }
+    if (!last) {
+        job_advance(job);
+        sched_ready(job);
+        return;
+    }
+    if (piece->status && !piece->lane && !job->dropped)
+        page_release(&s->page->lane[job->lane], job->number, piece->status);
+    job_over(job, piece->status);
+}
+
+void sched_reap(struct daemon *d)
+{
+    for (unsigned i = 0; i < d->sched.n_slots && !d->device_lost; i++) {
+        struct slot *slot = &d->sched.slots[i];
+        while (slot->n && !d->device_lost &&
+               __atomic_load_n(&slot->jobs[slot->first]->piece.done, __ATOMIC_ACQUIRE))
+            piece_done(d, slot);
+    }
+}
+
+/* --- turns --- */
+
+/* The session's next job whose piece may start, with that piece made up; NULL: all have to wait for
+ * another that holds a slot. */
+static struct job *next_job(struct daemon *d, struct session *s)
+{
+    struct sched *sc = &d->sched;
+    struct job *job;
+
+    TAILQ_FOREACH(job, &s->ready, ready_link) {
+        bool held = job->holds;
+        job_next_piece(job, d->backend, sc->quantum_ns, sc->workspace, sc->ns_per_op);
+        if (!job->holds || held || may_hold(sc))
+            return job;
+        job->holds = false;
+    }
+    return NULL;
+}
+
+static double share(const struct sched *sc, const struct session *s)
+{
+    double weight = 1;
+
+    for (uint32_t i = 0; i < s->priority; i++)
+        weight *= PRIORITY_STEP;
+    return weight * sc->quantum_ns;
+}
+
+static void rotate(struct sched *sc, struct session *s)
+{
+    TAILQ_REMOVE(&sc->active, s, active_link);
+    TAILQ_INSERT_TAIL(&sc->active, s, active_link);
+}
+
+static bool any_room(const struct sched *sc)
+{
+    for (unsigned i = 0; i < sc->n_slots; i++)
+        if (has_room(sc, &sc->slots[i], 0))
+            return true;
+    return false;
+}
+
+/* Jobs that hold a slot go on there while their session has time left. */
+static void continue_holders(struct daemon *d)
+{
+    struct sched *sc = &d->sched;
+
+    for (unsigned i = 0; i < sc->n_slots; i++) {
+        struct job *job = sc->slots[i].holder;
+        if (!job || job->state != JOB_READY || job->session->deficit_ns <= 0)
+            continue;
+        job_next_piece(job, d->backend, sc->quantum_ns, sc->workspace, sc->ns_per_op);
+        start(d, &sc->slots[i], job);
+    }
+}
+
+void sched_dispatch(struct daemon *d)
+{
+    struct sched *sc = &d->sched;
+    unsigned stuck = 0; /* sessions in a row that wait for somebody's slot */
+
+    continue_holders(d);
+    while (stuck < sc->n_active && any_room(sc)) {
+        struct session *s = TAILQ_FIRST(&sc->active);
+        if (s->deficit_ns <= 0) {
+            s->deficit_ns += share(sc, s);
+            rotate(sc, s);
+            continue;
+        }
+        struct job *job = next_job(d, s);
+        if (!job) {
+            rotate(sc, s);
+            stuck++;
+            continue;
+        }
+        struct slot *slot = find_slot(sc, job);
+        if (!slot) /* its turn: nobody else takes what becomes free before it */
+            return;
+        start(d, slot, job);
+        stuck = 0;
+    }
+}
+
+unsigned sched_slots_used(const struct daemon *d)
+{
+    unsigned used = 0;
+
+    for (unsigned i = 0; i < d->sched.n_slots; i++)
+        used += d->sched.slots[i].n > 0;
+    return used;
+}
+
+bool sched_is_hung(struct daemon *d, uint64_t now_ns)
+{
+    for (unsigned i = 0; i < d->sched.n_slots; i++) {
+        struct slot *slot = &d->sched.slots[i];
+        if (!slot->n)
+            continue;
+        struct job *job = slot->jobs[slot->first];
+        double limit = 1000 * job->piece_est_ns > 30e9 ? 1000 * job->piece_est_ns : 30e9;
+        uint64_t started = __atomic_load_n(&job->piece.start_ns, __ATOMIC_RELAXED);
+        if (started && now_ns > started && (double)(now_ns - started) > limit)
+            return true;
+    }
+    return false;
+}

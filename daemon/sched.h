@@ -1,0 +1,53 @@
+/*
+ * sched.h - slots, and who gets them: deficit round-robin over the sessions with runnable jobs,
+ * charged with measured time (Shreedhar and Varghese, SIGCOMM 1995, section 3).
+ */
+#ifndef SAGE_SCHED_H
+#define SAGE_SCHED_H
+
+#include <sys/queue.h>
+
+#include "daemon/backend.h"
+#include "daemon/job.h"
+
+struct daemon;
+struct session;
+
+struct slot {
+    struct stream *stream;
+    struct job *jobs[STREAM_DEPTH]; /* a ring: whose pieces are in the stream, oldest first */
+    unsigned first, n;
+    double queued_ns;   /* estimated, of these pieces */
+    struct job *holder; /* the slot keeps its K and V between pieces: nobody else may use it */
+};
+
+struct sched {
+    struct slot *slots;
+    unsigned n_slots, n_held;
+    size_t workspace; /* bytes of a slot */
+    double quantum_ns;
+    double ns_per_op; /* measured, a moving average over large pieces */
+    TAILQ_HEAD(, session) active; /* with runnable jobs, in the order of their turns */
+    unsigned n_active;
+};
+
+/* Open the slots. 0 or SAGE_E* with why[PROTO_TEXT_MAX]. */
+int sched_init(struct daemon *d, char *why);
+void sched_finish(struct daemon *d); /* all jobs are over */
+
+/* The lane's first job may have changed: is it runnable, or to be watched? */
+void sched_lane(struct session *s, uint32_t lane);
+/* The job's inputs are ready and it is the first of its lane. */
+void sched_ready(struct job *job);
+/* The job is in no slot and will never be again. */
+void sched_forget(struct job *job);
+
+/* Take note of the pieces that are done. */
+void sched_reap(struct daemon *d);
+/* Fill the free slots. */
+void sched_dispatch(struct daemon *d);
+/* A piece that has been running for far too long? */
+bool sched_is_hung(struct daemon *d, uint64_t now_ns);
+unsigned sched_slots_used(const struct daemon *d);
+
+#endif

@@ -1,0 +1,417 @@
+/*
+ * session.c - a connection: reading, answering, closing. What the requests do is in requests.c.
+ */
+#include "daemon/session.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "daemon/daemon.h"
+#include "daemon/log.h"
+#include "daemon/requests.h"
+
+enum {
+    PACKETS_PER_TURN = 64, /* of one session, before the others are heard */
+    FDS_ROOM = 8,          /* received at once, so that surplus ones can be closed */
+};
+
+static void update_poll(struct session *s);
+
+/* --- life --- */
+
+static struct user *user_get(struct daemon *d, uid_t uid)
+{
+    struct user *user;
+
+    TAILQ_FOREACH(user, &d->users, link)
+        if (user->uid == uid)
+            break;
+    if (!user) {
+        user = calloc(1, sizeof(*user));
+        if (!user)
+            return NULL;
+        user->uid = uid;
+        TAILQ_INSERT_TAIL(&d->users, user, link);
+    }
+    user->sessions++;
+    return user;
+}
+
+static void user_put(struct daemon *d, struct user *user)
+{
+    if (--user->sessions > 0)
+        return;
+    TAILQ_REMOVE(&d->users, user, link);
+    free(user);
+}
+
+static void on_pid(uv_poll_t *handle, int status, int events)
+{
+    (void)status, (void)events;
+    session_close(handle->data, "process is gone");
+}
+
+/* The process may be gone while a child of it keeps the socket open: its pidfd tells. */
+static void watch_pid(struct session *s)
+{
+    s->pidfd = (int)syscall(SYS_pidfd_open, s->pid, 0);
+    if (s->pidfd < 0)
+        return;
+    if (uv_poll_init(&s->daemon->loop, &s->pid_poll, s->pidfd) < 0) {
+        close(s->pidfd);
+        s->pidfd = -1;
+        return;
+    }
+    s->pid_poll.data = s;
+    s->handles++;
+    uv_poll_start(&s->pid_poll, UV_READABLE, on_pid);
+}
+
+/* A connection that cannot be served is told so before it is closed. */
+static struct session *reject(struct daemon *d, int fd, int status, const char *text)
+{
+    struct msg_error msg = {.status = (uint32_t)-status};
+
+    snprintf(msg.text, sizeof(msg.text), "%s", text);
+    size_t len = packet_encode(d->reply, sizeof(d->reply), OP_ERROR, 0, MSG_ERROR, &msg);
+    if (send(fd, d->reply, len, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
+        log_debug("reject_unsent", "reason=\"%s\"", text);
+    log_warning("rejected", "reason=\"%s\"", text);
+    close(fd);
+    return NULL;
+}
+
+struct session *session_create(struct daemon *d, int fd)
+{
+    struct ucred cred = {0};
+    socklen_t len = sizeof(cred);
+
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) < 0)
+        return reject(d, fd, SAGE_EPERM, "no peer credentials");
+    if (d->n_sessions >= d->config.max_clients)
+        return reject(d, fd, SAGE_EQUOTA, "too many connections (max_clients)");
+    struct session *s = calloc(1, sizeof(*s));
+    struct user *user = s ? user_get(d, cred.uid) : NULL;
+    if (!user) {
+        free(s);
+        return reject(d, fd, SAGE_ENOMEM, "out of memory");
+    }
+    if (user->sessions > d->config.user_clients || uv_poll_init(&d->loop, &s->poll, fd) < 0) {
+        user_put(d, user);
+        free(s);
+        return reject(d, fd, SAGE_EQUOTA, "too many connections of this user (user_clients)");
+    }
+    s->daemon = d;
+    s->id = d->next_session++;
+    s->fd = fd;
+    s->pid = cred.pid;
+    s->user = user;
+    s->connected_ns = daemon_now();
+    for (int i = 0; i < SAGE_LANES; i++)
+        TAILQ_INIT(&s->lanes[i].jobs);
+    for (int i = 0; i < SESSION_BUCKETS; i++)
+        TAILQ_INIT(&s->buffers[i]);
+    TAILQ_INIT(&s->ready);
+    STAILQ_INIT(&s->backlog);
+    s->poll.data = s;
+    s->handles = 1;
+    watch_pid(s);
+    TAILQ_INSERT_TAIL(&d->sessions, s, link);
+    d->n_sessions++;
+    d->n_live++;
+    update_poll(s);
+    return s;
+}
+
+void session_free_if_unused(struct session *s)
+{
+    struct daemon *d = s->daemon;
+
+    if (s->handles || s->n_jobs || s->n_mappings)
+        return;
+    user_put(d, s->user);
+    page_unmap(s->page);
+    free(s->report);
+    free(s);
+    d->n_live--;
+}
+
+static void on_closed(uv_handle_t *handle)
+{
+    struct session *s = handle->data;
+
+    close(handle == (uv_handle_t *)&s->poll ? s->fd : s->pidfd);
+    s->handles--;
+    session_free_if_unused(s);
+}
+
+static void drop_jobs(struct session *s)
+{
+    struct job *job, *next;
+
+    for (int i = 0; i < SAGE_LANES; i++) {
+        for (job = TAILQ_FIRST(&s->lanes[i].jobs); job; job = next) {
+            next = TAILQ_NEXT(job, lane_link);
+            if (job->state == JOB_RUNNING)
+                job->dropped = true;
+            else
+                job_drop(job);
+        }
+    }
+}
+
+void session_close(struct session *s, const char *reason)
+{
+    struct daemon *d = s->daemon;
+    struct outgoing *out;
+
+    if (s->closing)
+        return;
+    log_info("disconnected", "client=%llu pid=%d name=\"%s\" done=%llu reason=\"%s\"",
+             (unsigned long long)s->id, (int)s->pid, s->name, (unsigned long long)s->done, reason);
+    s->closing = true;
+    TAILQ_REMOVE(&d->sessions, s, link);
+    d->n_sessions--;
+    d->idle_since_ns = daemon_now();
+    if (s->flushing)
+        TAILQ_REMOVE(&d->flushing, s, flush_link);
+    while ((out = STAILQ_FIRST(&s->backlog))) {
+        STAILQ_REMOVE_HEAD(&s->backlog, link);
+        free(out);
+    }
+    drop_jobs(s);
+    buffer_leave_all(s);
+    uv_close((uv_handle_t *)&s->poll, on_closed);
+    if (s->pidfd >= 0)
+        uv_close((uv_handle_t *)&s->pid_poll, on_closed);
+}
+
+/* --- sending --- */
+
+/* 0: sent; 1: not now; negative: never. */
+static int send_now(struct session *s, const void *data, size_t len)
+{
+    if (send(s->fd, data, len, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0)
+        return 0;
+    return errno == EAGAIN || errno == ENOBUFS || errno == EINTR ? 1 : -1;
+}
+
+static bool keep(struct session *s, const void *data, size_t len)
+{
+    struct outgoing *out = malloc(sizeof(*out) + len);
+
+    if (!out)
+        return false;
+    out->len = len;
+    memcpy(out->data, data, len);
+    if (s->backlog_bytes == 0)
+        s->backlog_since_ns = daemon_now();
+    STAILQ_INSERT_TAIL(&s->backlog, out, link);
+    s->backlog_bytes += len;
+    update_poll(s);
+    return true;
+}
+
+void session_send(struct session *s, uint32_t op, uint32_t seq, enum msg_kind kind, const void *msg)
+{
+    struct daemon *d = s->daemon;
+
+    if (s->closing)
+        return;
+    size_t len = packet_encode(d->reply, sizeof(d->reply), op, seq, kind, msg);
+    if (len == 0) {
+        log_error("reply_too_long", "op=%s", proto_op_name(op));
+        session_close(s, "reply too long");
+        return;
+    }
+    int rc = s->backlog_bytes ? 1 : send_now(s, d->reply, len);
+    if (rc < 0)
+        session_close(s, "cannot be written to");
+    else if (rc > 0 && !keep(s, d->reply, len))
+        session_close(s, "out of memory");
+}
+
+static void send_backlog(struct session *s)
+{
+    struct outgoing *out;
+
+    while ((out = STAILQ_FIRST(&s->backlog))) {
+        int rc = send_now(s, out->data, out->len);
+        if (rc < 0) {
+            session_close(s, "cannot be written to");
+            return;
+        }
+        if (rc > 0)
+            return;
+        STAILQ_REMOVE_HEAD(&s->backlog, link);
+        s->backlog_bytes -= out->len;
+        s->backlog_since_ns = daemon_now();
+        free(out);
+    }
+    update_poll(s);
+}
+
+void session_error(struct session *s, uint32_t seq, int status, const char *text)
+{
+    struct msg_error msg = {.status = (uint32_t)-status};
+
+    snprintf(msg.text, sizeof(msg.text), "%s", text);
+    session_send(s, OP_ERROR, seq, MSG_ERROR, &msg);
+}
+
+void session_report(struct session *s, const struct msg_done_job *job)
+{
+    if (s->closing)
+        return;
+    if (!s->report) {
+        s->report = calloc(1, sizeof(*s->report));
+        if (!s->report) {
+            session_close(s, "out of memory");
+            return;
+        }
+    }
+    s->report->jobs[s->report->n_jobs++] = *job;
+    if (!s->flushing) {
+        s->flushing = true;
+        TAILQ_INSERT_TAIL(&s->daemon->flushing, s, flush_link);
+    }
+    if (s->report->n_jobs == DONE_MAX)
+        session_flush(s);
+}
+
+void session_flush(struct session *s)
+{
+    struct msg_done *report = s->report;
+
+    TAILQ_REMOVE(&s->daemon->flushing, s, flush_link);
+    s->flushing = false;
+    session_send(s, OP_DONE, 0, MSG_DONE, report);
+    report->n_jobs = 0;
+}
+
+bool session_stuck(const struct session *s, uint64_t now_ns)
+{
+    return s->backlog_bytes > BACKLOG_MAX &&
+           now_ns - s->backlog_since_ns > s->daemon->config.backlog_ms * 1000000;
+}
+
+/* --- receiving --- */
+
+static bool violate(struct session *s, const char *why)
+{
+    log_warning("violation", "client=%llu pid=%d name=\"%s\" reason=\"%s\"",
+                (unsigned long long)s->id, (int)s->pid, s->name, why);
+    s->daemon->stats.clients_dropped++;
+    session_error(s, 0, SAGE_EPROTO, why);
+    session_close(s, why);
+    return false;
+}
+
+static void close_all(const int *fds, int n)
+{
+    for (int i = 0; i < n; i++)
+        close(fds[i]);
+}
+
+bool session_packet(struct session *s, const void *data, size_t len, const int *fds, int n_fds)
+{
+    char why[PROTO_TEXT_MAX];
+    struct packet packet;
+
+    if (n_fds > PROTO_FDS_MAX) {
+        close_all(fds, n_fds);
+        return violate(s, "more than one descriptor on a packet");
+    }
+    if (packet_open(s->daemon->unpacker, data, len, &packet, why)) {
+        close_all(fds, n_fds);
+        return violate(s, why);
+    }
+    if (!request(s, &packet, n_fds ? fds[0] : -1, why))
+        return violate(s, why);
+    return !s->closing;
+}
+
+static int take_fds(struct msghdr *msg, int fds[FDS_ROOM])
+{
+    int n = 0;
+
+    for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c; c = CMSG_NXTHDR(msg, c)) {
+        if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+            continue;
+        size_t count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+        for (size_t i = 0; i < count && n < FDS_ROOM; i++)
+            memcpy(&fds[n++], CMSG_DATA(c) + i * sizeof(int), sizeof(int));
+    }
+    return n;
+}
+
+/* One packet; false: there is no more, now or ever. */
+static bool receive(struct session *s)
+{
+    struct daemon *d = s->daemon;
+    union {
+        char bytes[CMSG_SPACE(FDS_ROOM * sizeof(int))];
+        struct cmsghdr align;
+    } control;
+    struct iovec iov = {d->packet, sizeof(d->packet)};
+    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.bytes,
+                         .msg_controllen = sizeof(control.bytes)};
+    int fds[FDS_ROOM];
+
+    ssize_t len = recvmsg(s->fd, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    if (len < 0 && (errno == EAGAIN || errno == EINTR))
+        return false;
+    if (len < 0) {
+        session_close(s, strerror(errno));
+        return false;
+    }
+    int n_fds = take_fds(&msg, fds);
+    if (len == 0 && n_fds == 0) {
+        session_close(s, "end of file");
+        return false;
+    }
+    if (msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC) || len > PROTO_PACKET_MAX) {
+        close_all(fds, n_fds);
+        return violate(s, "packet or descriptors too many");
+    }
+    return session_packet(s, d->packet, (size_t)len, fds, n_fds);
+}
+
+static void on_poll(uv_poll_t *handle, int status, int events)
+{
+    struct session *s = handle->data;
+
+    /* A peer that was killed with replies unread: what it had asked for does not matter any more. */
+    if (status < 0) {
+        session_close(s, uv_strerror(status));
+        return;
+    }
+    if (events & UV_WRITABLE)
+        send_backlog(s);
+    if (s->closing || !(events & (UV_READABLE | UV_DISCONNECT)))
+        return;
+    watch_stir(s->daemon);
+    for (int i = 0; i < PACKETS_PER_TURN && !s->closing && s->backlog_bytes <= BACKLOG_MAX; i++)
+        if (!receive(s))
+            return;
+}
+
+/* Who does not read is not heard. */
+static void update_poll(struct session *s)
+{
+    int events = UV_DISCONNECT;
+
+    if (s->closing)
+        return;
+    if (s->backlog_bytes <= BACKLOG_MAX)
+        events |= UV_READABLE;
+    if (s->backlog_bytes)
+        events |= UV_WRITABLE;
+    uv_poll_start(&s->poll, events, on_poll);
+}

@@ -1,0 +1,101 @@
+/*
+ * session.h - one connection: its packets, its lanes, its buffers, its limits.
+ */
+#ifndef SAGE_SESSION_H
+#define SAGE_SESSION_H
+
+#include <sys/queue.h>
+#include <uv.h>
+
+#include "daemon/buffer.h"
+#include "daemon/job.h"
+#include "proto/page.h"
+#include "proto/proto.h"
+
+struct daemon;
+
+/* What all sessions of one user have together. */
+struct user {
+    uid_t uid;
+    unsigned sessions;
+    uint64_t mapped_bytes;
+    TAILQ_ENTRY(user) link; /* daemon.users */
+};
+
+struct lane {
+    TAILQ_HEAD(, job) jobs; /* in order; only the first can run. Owned */
+    uint32_t last;          /* number of the newest job that came */
+    bool used;
+};
+
+struct outgoing {
+    STAILQ_ENTRY(outgoing) link;
+    size_t len;
+    char data[];
+};
+
+enum { SESSION_BUCKETS = 64, BACKLOG_MAX = 65536 };
+
+struct session {
+    struct daemon *daemon;
+    uint64_t id;
+    int fd, pidfd; /* pidfd < 0: the kernel has none */
+    uv_poll_t poll, pid_poll;
+    unsigned handles; /* of these two, that libuv still knows */
+    pid_t pid;
+    struct user *user;
+    char name[PROTO_NAME_MAX];
+    uint32_t priority;
+    uint64_t connected_ns;
+    bool welcome; /* said HELLO */
+    bool closing; /* jobs in slots and buffers being opened or closed still need the struct */
+
+    struct sage_page *page;
+    struct lane lanes[SAGE_LANES];
+    TAILQ_HEAD(, buffer) buffers[SESSION_BUCKETS]; /* by id % SESSION_BUCKETS. Owned */
+    unsigned n_buffers; /* registered; with those being opened or closed: */
+    unsigned n_mappings;
+    uint64_t mapped_bytes;
+
+    TAILQ_HEAD(, job) ready; /* runnable jobs; owned by their lanes */
+    unsigned n_jobs;         /* in lanes */
+    unsigned n_running;      /* of these, in slots */
+    double deficit_ns;       /* device time that may still be used before it is another's turn */
+    bool active;             /* in sched.active */
+    TAILQ_ENTRY(session) active_link;
+    uint64_t done, failed, run_ns;
+    double ops;
+
+    STAILQ_HEAD(, outgoing) backlog; /* packets that the socket did not take yet. Owned */
+    size_t backlog_bytes;
+    uint64_t backlog_since_ns;
+    struct msg_done *report; /* jobs to be reported at the end of this turn */
+    bool flushing;
+    TAILQ_ENTRY(session) flush_link; /* daemon.flushing */
+    TAILQ_ENTRY(session) link;       /* daemon.sessions */
+};
+
+/* Take over a connected socket. NULL (and fd closed) where memory or a limit says no. */
+struct session *session_create(struct daemon *d, int fd);
+
+/*
+ * One packet came, with `n_fds` descriptors: takes them over. false: the session is closing, for
+ * it has broken the protocol. (Also the fuzzer's way in.)
+ */
+bool session_packet(struct session *s, const void *data, size_t len, const int *fds, int n_fds);
+
+/* Drop the queued jobs and let go of everything as soon as the last running job is over. */
+void session_close(struct session *s, const char *reason);
+/* The struct goes when nothing needs it any more. */
+void session_free_if_unused(struct session *s);
+
+/* Send, or keep until the socket takes it. */
+void session_send(struct session *s, uint32_t op, uint32_t seq, enum msg_kind kind, const void *msg);
+void session_error(struct session *s, uint32_t seq, int status, const char *text);
+/* A job is over: tell with the next DONE. text: NULL or why it failed. */
+void session_report(struct session *s, const struct msg_done_job *job);
+void session_flush(struct session *s);
+/* The backlog is full and was not read for a while. */
+bool session_stuck(const struct session *s, uint64_t now_ns);
+
+#endif
