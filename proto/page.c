@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <sched.h>
 #include <stddef.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -15,17 +16,11 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Loads before sleeping: about 1 us; a job that is nearly over costs no sleep and no wake-up. */
-enum { SPINS = 2000 };
-
-static void cpu_relax(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
+/*
+ * How long to look before sleeping: about what being woken up on another core costs. Every look lets
+ * others run, since on a busy machine it is this very core that the daemon is waiting for.
+ */
+enum { SPIN_NS = 100 * 1000 };
 
 void page_release(struct sage_page_lane *lane, uint32_t n, int status)
 {
@@ -44,14 +39,20 @@ static int64_t now_ns(void)
     return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
 }
 
-bool page_wait(const uint32_t *word, uint32_t n, int64_t timeout_ns)
+static bool spin(const uint32_t *word, uint32_t n)
 {
-    for (int i = 0; i < SPINS; i++) {
+    for (int64_t end = now_ns() + SPIN_NS; now_ns() < end; sched_yield())
         if (page_reached(page_load(word), n))
             return true;
-        cpu_relax();
-    }
+    return page_reached(page_load(word), n);
+}
+
+bool page_wait(const uint32_t *word, uint32_t n, int64_t timeout_ns)
+{
     int64_t end = timeout_ns < 0 ? -1 : now_ns() + timeout_ns;
+
+    if (spin(word, n))
+        return true;
     for (;;) {
         uint32_t seen = page_load(word);
         if (page_reached(seen, n))

@@ -16,6 +16,7 @@ enum kind { K_BOOL, K_U32, K_U64, K_I64, K_F32, K_F64, K_STR, K_I64X4, K_OFFSETS
 
 struct field {
     const char *key;
+    uint32_t key_len;
     enum kind kind;
     bool required;          /* otherwise absent stands for zero, and zero is not sent */
     size_t offset;
@@ -33,14 +34,14 @@ struct table {
 };
 
 #define FIELD(type, member, kind, required)                                                        \
-    { #member, kind, required, offsetof(struct type, member), sizeof(((struct type *)0)->member),  \
+    { #member, sizeof(#member) - 1, kind, required, offsetof(struct type, member), sizeof(((struct type *)0)->member),  \
       0, NULL }
 #define REQ(type, member, kind) FIELD(type, member, kind, true)
 #define OPT(type, member, kind) FIELD(type, member, kind, false)
 #define SUB(type, member, required, table)                                                         \
-    { #member, K_MAP, required, offsetof(struct type, member), 0, 0, &(table) }
+    { #member, sizeof(#member) - 1, K_MAP, required, offsetof(struct type, member), 0, 0, &(table) }
 #define ARRAY(type, member, kind, table)                                                           \
-    { #member, kind, false, offsetof(struct type, member),                                         \
+    { #member, sizeof(#member) - 1, kind, false, offsetof(struct type, member),                                         \
       sizeof(((struct type *)0)->member) / sizeof(((struct type *)0)->member[0]),                  \
       offsetof(struct type, n_##member), table }
 #define TABLE_OF(type, fields, zeroed, strict)                                                     \
@@ -100,6 +101,7 @@ WHOLE(unregister);
 static const struct field submit_fields[] = {
     REQ(msg_submit, lane, K_U32),
     REQ(msg_submit, number, K_U32),
+    OPT(msg_submit, prompt, K_BOOL),
     SUB(msg_submit, attn, true, attn_table),
     ARRAY(msg_submit, q_offsets, K_OFFSETS, NULL),
     ARRAY(msg_submit, k_offsets, K_OFFSETS, NULL),
@@ -362,6 +364,14 @@ int packet_open(struct unpacker *u, const void *data, size_t len, struct packet 
 
 static int decode_map(const msgpack_object *map, const struct table *table, void *msg, char *why);
 
+static int decode_sub(const struct field *f, const msgpack_object *o, void *to, char *why)
+{
+    if (o->type != MSGPACK_OBJECT_MAP)
+        return fail(SAGE_EPROTO, why, "%s: must be a map", f->key);
+    int rc = decode_map(o, f->sub, to, why);
+    return rc ? fail_inside(rc, why, f->key) : 0;
+}
+
 static int decode_unsigned(const struct field *f, const msgpack_object *o, uint64_t max, void *to,
                            char *why)
 {
@@ -392,16 +402,34 @@ static int decode_i64x4(const struct field *f, const msgpack_object *o, int64_t 
     return good ? 0 : fail(SAGE_EPROTO, why, "%s: must be 4 integers of 64 bits", f->key);
 }
 
+/* Bytes of the UTF-8 character at s; 0: it is none, or a control character (C0, DEL, C1). */
+static size_t utf8_char(const unsigned char *s, size_t left)
+{
+    static const uint32_t least[] = {0, 0x20, 0xa0, 0x800, 0x10000}; /* by length */
+    size_t n = s[0] < 0x80 ? 1 : s[0] >> 5 == 6 ? 2 : s[0] >> 4 == 14 ? 3 : s[0] >> 3 == 30 ? 4 : 0;
+
+    if (n == 0 || n > left)
+        return 0;
+    uint32_t c = n == 1 ? s[0] : s[0] & (0x7fu >> n);
+    for (size_t i = 1; i < n; i++) {
+        if (s[i] >> 6 != 2)
+            return 0;
+        c = c << 6 | (s[i] & 0x3f);
+    }
+    bool surrogate = c >= 0xd800 && c <= 0xdfff;
+    return c < least[n] || c == 0x7f || c > 0x10ffff || surrogate ? 0 : n;
+}
+
 static int decode_str(const struct field *f, const msgpack_object *o, char *to, char *why)
 {
     if (o->type != MSGPACK_OBJECT_STR)
         return fail(SAGE_EPROTO, why, "%s: must be a string", f->key);
     if (o->via.str.size >= f->capacity)
         return fail(SAGE_EPROTO, why, "%s: over %zu bytes", f->key, f->capacity - 1);
-    for (uint32_t i = 0; i < o->via.str.size; i++) {
-        unsigned char c = (unsigned char)o->via.str.ptr[i];
-        if (c < 0x20 || c == 0x7f)
-            return fail(SAGE_EPROTO, why, "%s: control character at %u", f->key, i);
+    for (size_t i = 0, n; i < o->via.str.size; i += n) {
+        n = utf8_char((const unsigned char *)o->via.str.ptr + i, o->via.str.size - i);
+        if (n == 0)
+            return fail(SAGE_EPROTO, why, "%s: control character, or no UTF-8, at %zu", f->key, i);
     }
     memcpy(to, o->via.str.ptr, o->via.str.size);
     to[o->via.str.size] = '\0';
@@ -425,9 +453,9 @@ static int decode_list(const struct field *f, const msgpack_object *o, char *to,
     if (o->type != MSGPACK_OBJECT_ARRAY || o->via.array.size > f->capacity)
         return fail(SAGE_EPROTO, why, "%s: must be a list of at most %zu", f->key, f->capacity);
     for (uint32_t i = 0; i < o->via.array.size; i++) {
-        int rc = decode_map(&o->via.array.ptr[i], f->sub, to + i * f->sub->size, why);
+        int rc = decode_sub(f, &o->via.array.ptr[i], to + i * f->sub->size, why);
         if (rc)
-            return fail_inside(rc, why, f->key);
+            return rc;
     }
     *count = o->via.array.size;
     return 0;
@@ -437,7 +465,6 @@ static int decode_value(const struct field *f, const msgpack_object *o, char *ms
 {
     char *to = msg + f->offset;
     uint32_t *count = (uint32_t *)(msg + f->count_offset);
-    int rc;
 
     switch (f->kind) {
     case K_BOOL:
@@ -470,8 +497,7 @@ static int decode_value(const struct field *f, const msgpack_object *o, char *ms
     case K_OFFSETS:
         return decode_offsets(f, o, (int32_t *)to, count, why);
     case K_MAP:
-        rc = decode_map(o, f->sub, to, why);
-        return rc ? fail_inside(rc, why, f->key) : 0;
+        return decode_sub(f, o, to, why);
     case K_LIST:
         return decode_list(f, o, to, count, why);
     }
@@ -481,32 +507,44 @@ static int decode_value(const struct field *f, const msgpack_object *o, char *ms
 static const struct field *find_field(const struct table *table, const msgpack_object *key)
 {
     for (size_t i = 0; i < table->n_fields; i++) {
-        const char *name = table->fields[i].key;
-        if (strlen(name) == key->via.str.size && !memcmp(name, key->via.str.ptr, key->via.str.size))
-            return &table->fields[i];
+        const struct field *f = &table->fields[i];
+        if (f->key_len == key->via.str.size && !memcmp(f->key, key->via.str.ptr, f->key_len))
+            return f;
     }
     return NULL;
 }
 
+/* Quoted in a text that goes to logs, terminals and a str: plain ASCII only. */
+static int fail_unknown(const msgpack_object *key, char *why)
+{
+    char name[64];
+    size_t n = key->via.str.size < sizeof(name) ? key->via.str.size : sizeof(name) - 1;
+
+    for (size_t i = 0; i < n; i++) {
+        char c = key->via.str.ptr[i];
+        name[i] = c >= 0x20 && c < 0x7f ? c : '?';
+    }
+    return fail(SAGE_EUNSUPPORTED, why, "%.*s: unknown key", (int)n, name);
+}
+
+/*
+ * `map` is a map. The first error is told, but one that breaks the protocol goes before a key that is
+ * unknown: who refuses a job for that relies on all else being sound.
+ */
 static int decode_map(const msgpack_object *map, const struct table *table, void *msg, char *why)
 {
     uint64_t seen = 0; /* a bit for each field */
     int bad = 0;
 
     memset(msg, 0, table->zeroed);
-    if (map->type != MSGPACK_OBJECT_MAP)
-        return fail(SAGE_EPROTO, why, "must be a map");
     for (uint32_t i = 0; i < map->via.map.size; i++) {
         const msgpack_object_kv *kv = &map->via.map.ptr[i];
         if (kv->key.type != MSGPACK_OBJECT_STR)
             return fail(SAGE_EPROTO, why, "key %u: must be a string", i);
         const struct field *f = find_field(table, &kv->key);
         if (!f) {
-            /* The rest is read all the same: who refuses a job needs its number. */
             if (table->strict && !bad)
-                bad = fail(SAGE_EUNSUPPORTED, why, "%.*s: unknown key",
-                           (int)(kv->key.via.str.size < 64 ? kv->key.via.str.size : 64),
-                           kv->key.via.str.ptr);
+                bad = fail_unknown(&kv->key, why);
             continue;
         }
         uint64_t bit = UINT64_C(1) << (f - table->fields);
@@ -515,12 +553,12 @@ static int decode_map(const msgpack_object *map, const struct table *table, void
         seen |= bit;
         char text[PROTO_TEXT_MAX];
         int rc = decode_value(f, &kv->val, msg, text);
-        if (rc && !bad) {
+        if (rc && (!bad || (bad == SAGE_EUNSUPPORTED && rc == SAGE_EPROTO))) {
             bad = rc;
             memcpy(why, text, sizeof(text));
         }
     }
-    for (size_t i = 0; !bad && i < table->n_fields; i++)
+    for (size_t i = 0; bad != SAGE_EPROTO && i < table->n_fields; i++)
         if (table->fields[i].required && !(seen & UINT64_C(1) << i))
             bad = fail(SAGE_EPROTO, why, "%s: missing", table->fields[i].key);
     return bad;
@@ -575,10 +613,8 @@ static int out_write(void *data, const char *bytes, size_t len)
 
 static void encode_map(msgpack_packer *pk, const struct table *table, const char *msg);
 
-static void encode_str(msgpack_packer *pk, const char *s)
+static void encode_str(msgpack_packer *pk, const char *s, size_t len)
 {
-    size_t len = strlen(s);
-
     msgpack_pack_str(pk, len);
     msgpack_pack_str_body(pk, s, len);
 }
@@ -608,7 +644,7 @@ static void encode_value(msgpack_packer *pk, const struct field *f, const char *
         msgpack_pack_double(pk, *(const double *)from);
         break;
     case K_STR:
-        encode_str(pk, from);
+        encode_str(pk, from, strlen(from));
         break;
     case K_I64X4:
         msgpack_pack_array(pk, 4);
@@ -660,7 +696,7 @@ static void encode_map(msgpack_packer *pk, const struct table *table, const char
     for (size_t i = 0; i < table->n_fields; i++) {
         if (!is_sent(&table->fields[i], msg))
             continue;
-        encode_str(pk, table->fields[i].key);
+        encode_str(pk, table->fields[i].key, table->fields[i].key_len);
         encode_value(pk, &table->fields[i], msg);
     }
 }

@@ -72,6 +72,7 @@ struct msg_unregister {
 
 struct msg_submit {
     uint32_t lane, number;
+    bool prompt; /* report at once, not with the next DONE_BATCH jobs or after DONE_DELAY_MS */
     struct sage_attn attn;               /* decoded: its offsets point to the arrays below */
     uint32_t n_q_offsets, n_k_offsets;   /* elements used: attn.n_seqs + 1, or 0 */
     int32_t q_offsets[SAGE_MAX_SEQS + 1], k_offsets[SAGE_MAX_SEQS + 1];
@@ -119,7 +120,7 @@ struct msg_done_job {
     char text[PROTO_TEXT_MAX]; /* empty unless status */
 };
 
-enum { DONE_MAX = 64, CLIENTS_MAX = 64, KERNELS_MAX = 32 };
+enum { DONE_MAX = 64, DONE_BATCH = 32, DONE_DELAY_MS = 1, CLIENTS_MAX = 64, KERNELS_MAX = 32 };
 
 struct msg_done {
     uint32_t n_jobs;
