@@ -20,6 +20,7 @@ struct piece {
     struct sage_part part;
     struct sage_page_lane *lane; /* release job `number` there when this is done; NULL: do not */
     uint32_t number;
+    bool brief; /* the stream is idle, and this takes less than waking somebody: may be done in start() */
     /* Written by the stream, to be read once `done` is seen. */
     int status; /* SAGE_EDEVICE: the device is lost, and nothing was released */
     uint64_t start_ns, end_ns; /* CLOCK_MONOTONIC */
@@ -46,7 +47,7 @@ struct backend {
 
     /* Bytes of workspace for a part; first guess of its duration. */
     size_t (*workspace)(const struct sage_attn *attn, const struct sage_part *part);
-    double ns_per_op, ns_per_byte;
+    double ns_per_op, ns_per_byte, ns_per_head;
 };
 
 enum { STREAM_DEPTH = 8 }; /* pieces started and not done on one stream, at most */

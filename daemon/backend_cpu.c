@@ -129,16 +129,15 @@ int cpu_run_piece(struct sage_cpu *cpu, const struct piece *piece, void *workspa
     return sage_attn_cpu(cpu, piece->attn, &piece->part, workspace, bytes);
 }
 
-static void run(struct stream *s, struct piece *piece)
+static void run(struct stream *s, struct sage_cpu *cpu, struct piece *piece)
 {
-    piece->start_ns = now_ns();
-    piece->status = s->device->run(s->cpu, piece, s->workspace, s->bytes);
+    __atomic_store_n(&piece->start_ns, now_ns(), __ATOMIC_RELAXED); /* sched_is_hung() looks */
+    piece->status = s->device->run(cpu, piece, s->workspace, s->bytes);
     piece->end_ns = now_ns();
     if (piece->lane && piece->status != SAGE_EDEVICE)
         page_release(piece->lane, piece->number, piece->status);
     /* From here on the loop may free the piece and unmap the page. */
     __atomic_store_n(&piece->done, 1, __ATOMIC_RELEASE);
-    s->device->notify(s->device->arg);
 }
 
 static void *stream_main(void *arg)
@@ -151,7 +150,8 @@ static void *stream_main(void *arg)
         struct piece *piece = s->ring[s->out++ % STREAM_DEPTH];
         if (!piece)
             return NULL;
-        run(s, piece);
+        run(s, s->cpu, piece);
+        s->device->notify(s->device->arg);
     }
 }
 
@@ -201,6 +201,10 @@ err_free:
 
 void cpu_start(struct stream *s, struct piece *piece)
 {
+    if (piece && piece->brief) {
+        run(s, NULL, piece);
+        return;
+    }
     s->ring[s->in++ % STREAM_DEPTH] = piece;
     sem_post(&s->queued);
 }

@@ -42,6 +42,8 @@ static int open_fault(struct device **device, const struct config *config, void 
     static char *const names[] = {"delay_ms", "fail", "lose", "hang", NULL};
     char text[CONFIG_STR_MAX], *rest = text, *value;
 
+    memset(faults, 0, sizeof(faults));
+    pieces = 0;
     strcpy(text, config->fault);
     while (*rest) {
         int fault = getsubopt(&rest, names, &value);

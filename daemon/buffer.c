@@ -117,8 +117,8 @@ static void after_map(uv_work_t *work, int canceled)
 
     if (b->status) {
         if (!b->leaving) {
+            leave(b); /* first: an answer that cannot be sent closes the session */
             session_error(s, b->seq, b->status, b->why);
-            leave(b);
         }
         buffer_free(b);
         return;
@@ -131,8 +131,8 @@ static void after_map(uv_work_t *work, int canceled)
     }
     b->status = check_size(b, b->why);
     if (b->status) {
-        session_error(s, b->seq, b->status, b->why);
         leave(b);
+        session_error(s, b->seq, b->status, b->why);
         unmap(b);
         return;
     }

@@ -36,21 +36,43 @@ static bool is_drained(const struct daemon *d)
     return d->draining && d->sched.n_active == 0 && sched_slots_used(d) == 0;
 }
 
+static void on_report(uv_timer_t *timer)
+{
+    struct daemon *d = timer->data;
+
+    while (!TAILQ_EMPTY(&d->flushing))
+        session_flush(TAILQ_FIRST(&d->flushing));
+}
+
+/* A report wakes a thread of the client: one for many jobs, unless somebody waits for it. */
+static void flush_reports(struct daemon *d)
+{
+    struct session *s, *next;
+
+    for (s = TAILQ_FIRST(&d->flushing); s; s = next) {
+        next = TAILQ_NEXT(s, flush_link);
+        if (s->prompt || d->draining)
+            session_flush(s);
+    }
+    if (!TAILQ_EMPTY(&d->flushing) && !uv_is_active((uv_handle_t *)&d->report))
+        uv_timer_start(&d->report, on_report, DONE_DELAY_MS, 0);
+}
+
 static void on_turn(uv_check_t *handle)
 {
     struct daemon *d = handle->data;
 
     sched_reap(d);
-    if (d->device_lost) {
+    watch_turn(d);
+    if (!d->device_lost)
+        sched_dispatch(d);
+    if (d->device_lost) { /* nothing is released or reported any more: the next daemon will do it all */
         log_error("device_lost", "backend=%s", d->backend->name);
         d->exit_code = EXIT_DEVICE_LOST;
         uv_stop(&d->loop);
         return;
     }
-    watch_turn(d);
-    sched_dispatch(d);
-    while (!TAILQ_EMPTY(&d->flushing))
-        session_flush(TAILQ_FIRST(&d->flushing));
+    flush_reports(d);
     if (is_drained(d)) {
         close_sessions(d, "drained");
         if (d->n_live == 0)
@@ -201,6 +223,8 @@ static void start_handles(struct daemon *d)
     uv_timer_init(&d->loop, &d->tick);
     d->tick.data = d;
     uv_timer_start(&d->tick, on_tick, TICK_MS, TICK_MS);
+    uv_timer_init(&d->loop, &d->report);
+    d->report.data = d;
 }
 
 static void close_handle(uv_handle_t *handle, void *arg)
@@ -225,6 +249,7 @@ int daemon_init(struct daemon *d, const struct config *config, char *why)
     d->config = *config;
     d->next_session = 1;
     TAILQ_INIT(&d->sessions);
+    TAILQ_INIT(&d->closing);
     TAILQ_INIT(&d->flushing);
     TAILQ_INIT(&d->users);
     d->stats.started_ns = d->idle_since_ns = daemon_now();

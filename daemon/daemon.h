@@ -26,8 +26,9 @@ struct daemon {
     char device_name[PROTO_NAME_MAX], device_uuid[PROTO_NAME_MAX];
     uint64_t boot; /* random: tells clients a new daemon from one that threw them out */
 
-    TAILQ_HEAD(, session) sessions; /* all that are connected */
-    TAILQ_HEAD(, session) flushing; /* with jobs to report at the end of this turn */
+    TAILQ_HEAD(, session) sessions; /* all that are connected, in the order of their ids */
+    TAILQ_HEAD(, session) closing;  /* all that are not, and not yet freed */
+    TAILQ_HEAD(, session) flushing; /* with jobs to report */
     TAILQ_HEAD(, user) users;       /* who have a session, or one that is not yet freed */
     unsigned n_sessions;            /* connected */
     unsigned n_live;                /* connected or not yet freed */
@@ -39,6 +40,7 @@ struct daemon {
     uv_check_t turn;      /* after the callbacks of each turn: reap, start, report */
     uv_async_t completed; /* a stream has finished a piece */
     uv_timer_t tick;      /* every TICK_MS: what has taken too long? */
+    uv_timer_t report;    /* DONE_DELAY_MS after a turn that left jobs to report */
     uint64_t idle_since_ns;
     bool draining;
     bool device_lost;

@@ -52,7 +52,7 @@ static void refuse(struct session *s, uint32_t lane, uint32_t number, int status
     snprintf(report.text, sizeof(report.text), "%s", text);
     page_release(&s->page->lane[lane], number, status);
     s->daemon->stats.refused++;
-    session_report(s, &report);
+    session_report(s, &report, true);
 }
 
 bool job_refuse(struct session *s, uint32_t lane, uint32_t number, int status, const char *text,
@@ -73,18 +73,25 @@ static int bind_tensors(struct session *s, struct job *job, char *why)
         int64_t bytes;
         if (t->dtype == SAGE_NONE)
             continue;
+        if (!sage_tensor_bytes(t, &bytes)) {
+            snprintf(why, PROTO_TEXT_MAX, "%s: its extent in bytes does not fit 63 bits", tensor_names[i]);
+            return SAGE_EINVAL;
+        }
+        if (bytes == 0) /* lies nowhere */
+            continue;
         struct buffer *b = buffer_find(s, t->buffer);
         if (!b) {
             snprintf(why, PROTO_TEXT_MAX, "%s.buffer: %u is not registered", tensor_names[i], t->buffer);
             return SAGE_EBUFFER;
         }
-        if (!sage_tensor_bytes(t, &bytes) || t->offset > b->size ||
-            (uint64_t)bytes > b->size - t->offset) {
+        if (t->offset > b->size || (uint64_t)bytes > b->size - t->offset) {
             snprintf(why, PROTO_TEXT_MAX, "%s: reaches beyond the %llu bytes of buffer %u",
                      tensor_names[i], (unsigned long long)b->size, b->id);
             return SAGE_EBOUNDS;
         }
-        t->data = (char *)b->base + t->offset;
+        t->data = (char *)b->base + t->offset; /* from here on it is a tensor of this process */
+        t->buffer = 0;
+        t->offset = 0;
         job->buffers[i] = b;
         job->bytes += (double)bytes;
     }
@@ -140,6 +147,7 @@ static struct job *job_create(struct session *s, const struct msg_submit *msg)
     job->session = s;
     job->lane = msg->lane;
     job->number = msg->number;
+    job->prompt = msg->prompt;
     job->attn = msg->attn;
     if (n) {
         int32_t *offsets = (int32_t *)(job + 1);
@@ -193,11 +201,14 @@ static void estimate(struct job *job, const struct backend *backend, double ns_p
 {
     const struct sage_part *part = &job->piece.part;
     double share = job->groups ? (double)part->n_groups / (double)job->groups : 1;
+    double memory_ns = job->bytes * share * backend->ns_per_byte;
+    double heads = (double)part->n_groups * (double)(job->attn.q.shape[1] / job->attn.k.shape[1]);
 
     job->piece_ops = job->groups ? sage_attn_ops(&job->attn, part) : 0;
     job->piece_est_ns = job->piece_ops * ns_per_op;
-    if (job->piece_est_ns < job->bytes * share * backend->ns_per_byte)
-        job->piece_est_ns = job->bytes * share * backend->ns_per_byte;
+    if (job->piece_est_ns < memory_ns)
+        job->piece_est_ns = memory_ns;
+    job->piece_est_ns += heads * backend->ns_per_head;
 }
 
 static int64_t group_rows(const struct job *job)
@@ -209,10 +220,10 @@ static int64_t group_rows(const struct job *job)
 static void cut_rows(struct job *job, const struct backend *backend, double quantum_ns, double ns_per_op)
 {
     struct sage_part *part = &job->piece.part;
-    int64_t left = group_rows(job) - job->row;
-    double share = quantum_ns / job->piece_est_ns;
+    int64_t all = group_rows(job), left = all - job->row;
+    double share = quantum_ns / job->piece_est_ns; /* the estimate is that of all rows */
     /* Whole blocks of the kernels; with a share above 1/2 two halves would only cost a launch more. */
-    int64_t rows = share > 0.5 ? left : ((int64_t)((double)left * share) / 128 + 1) * 128;
+    int64_t rows = share > 0.5 ? left : ((int64_t)((double)all * share) / 128 + 1) * 128;
 
     if (rows >= left && job->row == 0)
         return;
@@ -330,7 +341,7 @@ void job_over(struct job *job, int status)
     if (status)
         snprintf(report.text, sizeof(report.text), "%s", sage_strerror(status));
     if (!job->dropped)
-        session_report(job->session, &report);
+        session_report(job->session, &report, job->prompt);
     job_free(job);
 }
 
@@ -358,7 +369,7 @@ bool job_cancel(struct session *s, uint32_t lane, uint32_t number)
     snprintf(report.text, sizeof(report.text), "%s", sage_strerror(SAGE_ECANCELED));
     page_release(&s->page->lane[lane], number, SAGE_ECANCELED);
     s->daemon->stats.canceled++;
-    session_report(s, &report);
+    session_report(s, &report, true);
     sched_forget(job);
     job_free(job);
     return true;

@@ -24,6 +24,7 @@ struct job {
     uint32_t lane, number;
     enum job_state state;
     bool started;  /* a piece of it has run */
+    bool prompt;   /* its client waits for the report */
     bool dropped;  /* its session is closing: no further piece, no word to anybody */
     bool watched;  /* in watch.jobs */
     bool holds;    /* one of its groups is longer than a quantum: keeps its slot between pieces */

@@ -46,7 +46,7 @@ static bool parse_number(const char *text, uint64_t *value)
 
     errno = 0;
     unsigned long long n = strtoull(text, &end, 10);
-    if (errno || end == text || text[0] == '-' || text[0] == '+')
+    if (errno || text[0] < '0' || text[0] > '9') /* strtoull() takes blanks and signs */
         return false;
     const char *suffix = *end ? strchr(suffixes, *end) : NULL;
     int shift = suffix ? 10 * (int)(suffix - suffixes + 1) : 0;
@@ -147,8 +147,11 @@ bool config_finish(struct config *config, char *why)
         {"threads", offsetof(struct config, threads), 0, 1024},
         {"quantum_us", offsetof(struct config, quantum_us), 100, 10000000},
         {"max_clients", offsetof(struct config, max_clients), 1, 65536},
+        {"user_clients", offsetof(struct config, user_clients), 1, 65536},
         {"client_jobs", offsetof(struct config, client_jobs), 1, 4032},
         {"client_buffers", offsetof(struct config, client_buffers), 1, 1 << 20},
+        {"backlog_ms", offsetof(struct config, backlog_ms), 1, 3600000},
+        {"idle_exit_s", offsetof(struct config, idle_exit_s), 0, 366 * 86400},
     };
 
     for (size_t i = 0; i < sizeof(ranges) / sizeof(ranges[0]); i++) {

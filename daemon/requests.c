@@ -39,6 +39,14 @@ static void welcome(struct session *s, uint32_t seq)
     session_send(s, OP_HELLO, seq, MSG_WELCOME, &msg);
 }
 
+/* Say why there will be no session, and end the connection. */
+static bool turn_away(struct session *s, uint32_t seq, int status, const char *text)
+{
+    session_error(s, seq, status, text);
+    session_close(s, text);
+    return true;
+}
+
 static bool serve_hello(struct session *s, const struct packet *packet, int *fd, char *why)
 {
     struct msg_hello msg;
@@ -52,19 +60,17 @@ static bool serve_hello(struct session *s, const struct packet *packet, int *fd,
     if (msg.major != PROTO_MAJOR) {
         snprintf(text, sizeof(text), "the daemon speaks protocol %d, the client %u", PROTO_MAJOR,
                  msg.major);
-        session_error(s, packet->seq, SAGE_EVERSION, text);
-        session_close(s, text);
-        return true;
+        return turn_away(s, packet->seq, SAGE_EVERSION, text);
     }
     if (msg.priority > PRIORITY_HIGH)
         return broken(why, "priority: must be from 0 to 2");
     if (msg.page != (*fd >= 0))
         return broken(why, msg.page ? page_why : "descriptor: none was announced");
-    if (msg.page) {
-        s->page = page_map(*fd, &page_why);
-        if (!s->page)
-            return broken(why, page_why);
-    }
+    int rc = msg.page ? session_set_page(s, *fd, &page_why) : 0;
+    if (rc == SAGE_EBUSY)
+        return turn_away(s, packet->seq, rc, page_why);
+    if (rc)
+        return broken(why, page_why);
     s->welcome = true;
     s->priority = msg.priority;
     snprintf(s->name, sizeof(s->name), "%s", msg.name);

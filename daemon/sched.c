@@ -9,6 +9,9 @@
 #include "daemon/daemon.h"
 #include "daemon/log.h"
 
+/* About half of what handing a piece to another thread and hearing of it costs. */
+enum { BRIEF_NS = 20 * 1000 };
+
 /* Ratio of a priority's device time to that of the next lower one. */
 enum { PRIORITY_STEP = 4 };
 
@@ -79,10 +82,30 @@ static void leave(struct session *s)
         s->deficit_ns = 0;
 }
 
+/* The slot that the job keeps between its pieces, or NULL. */
+static struct slot *held_slot(struct sched *sc, const struct job *job)
+{
+    for (unsigned i = 0; i < sc->n_slots; i++)
+        if (sc->slots[i].holder == job)
+            return &sc->slots[i];
+    return NULL;
+}
+
+static void let_go(struct sched *sc, const struct job *job)
+{
+    struct slot *slot = held_slot(sc, job);
+
+    if (!slot)
+        return;
+    slot->holder = NULL;
+    sc->n_held--;
+}
+
 void sched_forget(struct job *job)
 {
     if (job->watched)
         watch_remove(job->session->daemon, job);
+    let_go(&job->session->daemon->sched, job); /* it may be between two pieces */
     if (job->state != JOB_READY)
         return;
     TAILQ_REMOVE(&job->session->ready, job, ready_link);
@@ -124,12 +147,45 @@ static struct slot *find_slot(struct sched *sc, const struct job *job)
 
     for (unsigned i = 0; i < sc->n_slots; i++) {
         struct slot *slot = &sc->slots[i];
-        if (slot->holder && slot->holder == job)
+        if (slot->holder == job)
             return slot;
         if (has_room(sc, slot, job->piece_est_ns) && (!best || slot->queued_ns < best->queued_ns))
             best = slot;
     }
     return best;
+}
+
+static void piece_done(struct daemon *d, struct slot *slot)
+{
+    struct sched *sc = &d->sched;
+    struct job *job = slot->jobs[slot->first];
+    struct session *s = job->session;
+    struct piece *piece = &job->piece;
+    double took = (double)(piece->end_ns - piece->start_ns);
+
+    slot->first = (slot->first + 1) % STREAM_DEPTH;
+    slot->n--;
+    slot->queued_ns = slot->n ? slot->queued_ns - job->piece_est_ns : 0;
+    s->n_running--;
+    s->deficit_ns += job->piece_est_ns - took; /* the estimate was charged, the measured time counts */
+    job->run_ns += (uint64_t)took;
+    if (piece->status == SAGE_EDEVICE) {
+        d->device_lost = true;
+        return;
+    }
+    if (job->piece_ops > 1e7) /* small ones say more about overheads than about speed */
+        sc->ns_per_op += (took / job->piece_ops - sc->ns_per_op) / 8;
+
+    bool last = piece->status || job_is_last_piece(job) || job->dropped;
+    if (!last) {
+        job_advance(job);
+        sched_ready(job);
+        return;
+    }
+    let_go(sc, job);
+    if (piece->status && !piece->lane && !job->dropped)
+        page_release(&s->page->lane[job->lane], job->number, piece->status);
+    job_over(job, piece->status);
 }
 
 static void start(struct daemon *d, struct slot *slot, struct job *job)
@@ -158,43 +214,10 @@ static void start(struct daemon *d, struct slot *slot, struct job *job)
     size_t bytes = d->backend->workspace(&job->attn, &job->piece.part);
     if (bytes > d->stats.workspace_peak)
         d->stats.workspace_peak = bytes;
+    job->piece.brief = slot->n == 1 && job->piece_est_ns < BRIEF_NS;
     d->backend->start(slot->stream, &job->piece);
-}
-
-static void piece_done(struct daemon *d, struct slot *slot)
-{
-    struct sched *sc = &d->sched;
-    struct job *job = slot->jobs[slot->first];
-    struct session *s = job->session;
-    struct piece *piece = &job->piece;
-    double took = (double)(piece->end_ns - piece->start_ns);
-
-    slot->first = (slot->first + 1) % STREAM_DEPTH;
-    slot->n--;
-    slot->queued_ns = slot->n ? slot->queued_ns - job->piece_est_ns : 0;
-    s->n_running--;
-    s->deficit_ns += job->piece_est_ns - took; /* the estimate was charged, the measured time counts */
-    job->run_ns += (uint64_t)took;
-    if (piece->status == SAGE_EDEVICE) {
-        d->device_lost = true;
-        return;
-    }
-    if (job->piece_ops > 1e7) /* small ones say more about overheads than about speed */
-        sc->ns_per_op += (took / job->piece_ops - sc->ns_per_op) / 8;
-
-    bool last = piece->status || job_is_last_piece(job) || job->dropped;
-    if (last && slot->holder == job) {
-        slot->holder = NULL;
-        sc->n_held--;
-    }
-    if (!last) {
-        job_advance(job);
-        sched_ready(job);
-        return;
-    }
-    if (piece->status && !piece->lane && !job->dropped)
-        page_release(&s->page->lane[job->lane], job->number, piece->status);
-    job_over(job, piece->status);
+    if (job->piece.brief && __atomic_load_n(&job->piece.done, __ATOMIC_ACQUIRE))
+        piece_done(d, slot);
 }
 
 void sched_reap(struct daemon *d)
@@ -217,11 +240,11 @@ static struct job *next_job(struct daemon *d, struct session *s)
     struct job *job;
 
     TAILQ_FOREACH(job, &s->ready, ready_link) {
+        job->holds = held_slot(sc, job) != NULL; /* it may have found no slot the last time */
         bool held = job->holds;
         job_next_piece(job, d->backend, sc->quantum_ns, sc->workspace, sc->ns_per_op);
         if (!job->holds || held || may_hold(sc))
             return job;
-        job->holds = false;
     }
     return NULL;
 }
@@ -249,14 +272,18 @@ static bool any_room(const struct sched *sc)
     return false;
 }
 
-/* Jobs that hold a slot go on there while their session has time left. */
+/*
+ * Jobs that hold a slot go on there while their session has time left; in the only slot in any case,
+ * for nobody else could use it.
+ */
 static void continue_holders(struct daemon *d)
 {
     struct sched *sc = &d->sched;
 
     for (unsigned i = 0; i < sc->n_slots; i++) {
         struct job *job = sc->slots[i].holder;
-        if (!job || job->state != JOB_READY || job->session->deficit_ns <= 0)
+        if (!job || job->state != JOB_READY ||
+            (job->session->deficit_ns <= 0 && sc->n_slots > 1))
             continue;
         job_next_piece(job, d->backend, sc->quantum_ns, sc->workspace, sc->ns_per_op);
         start(d, &sc->slots[i], job);

@@ -144,7 +144,7 @@ static void on_tick(struct daemon *d)
         sd_notify(0, "WATCHDOG=1");
         server->fed_ns = now;
     }
-    if (server->paused && !d->draining) {
+    if (server->paused && (!d->draining || server->lock_fd >= 0)) {
         server->paused = false;
         uv_poll_start(&server->poll, UV_READABLE, on_connection);
     }
@@ -158,9 +158,8 @@ static void on_drain(struct daemon *d)
     struct server *server = d->server;
 
     sd_notify(0, "STOPPING=1");
-    uv_poll_stop(&server->poll);
-    if (server->lock_fd >= 0)
-        unlink(d->config.socket);
+    if (server->lock_fd < 0) /* who connects from now on is for the next daemon */
+        uv_poll_stop(&server->poll);
 }
 
 static void on_signal(uv_signal_t *handle, int number)
@@ -217,6 +216,8 @@ void server_ready(struct server *server)
 
 void server_finish(struct server *server)
 {
+    if (server->lock_fd >= 0)
+        unlink(server->daemon->config.socket);
     close(server->fd);
     if (server->lock_fd >= 0)
         close(server->lock_fd);

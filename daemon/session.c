@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -135,11 +136,37 @@ void session_free_if_unused(struct session *s)
 
     if (s->handles || s->n_jobs || s->n_mappings)
         return;
+    TAILQ_REMOVE(&d->closing, s, link);
     user_put(d, s->user);
     page_unmap(s->page);
     free(s->report);
     free(s);
     d->n_live--;
+}
+
+static bool is_page_in_use(const struct session *s, const struct stat *st)
+{
+    for (; s; s = TAILQ_NEXT(s, link))
+        if (s->page && s->page_ino == st->st_ino && s->page_dev == st->st_dev)
+            return true;
+    return false;
+}
+
+int session_set_page(struct session *s, int fd, const char **why)
+{
+    struct stat st;
+
+    *why = "page: descriptor has no status";
+    if (fstat(fd, &st) < 0)
+        return SAGE_EPROTO;
+    *why = "page: another connection uses it, or has jobs that are still running";
+    if (is_page_in_use(TAILQ_FIRST(&s->daemon->sessions), &st) ||
+        is_page_in_use(TAILQ_FIRST(&s->daemon->closing), &st))
+        return SAGE_EBUSY;
+    s->page = page_map(fd, why);
+    s->page_ino = st.st_ino;
+    s->page_dev = st.st_dev;
+    return s->page ? 0 : SAGE_EPROTO;
 }
 
 static void on_closed(uv_handle_t *handle)
@@ -177,6 +204,7 @@ void session_close(struct session *s, const char *reason)
              (unsigned long long)s->id, (int)s->pid, s->name, (unsigned long long)s->done, reason);
     s->closing = true;
     TAILQ_REMOVE(&d->sessions, s, link);
+    TAILQ_INSERT_TAIL(&d->closing, s, link);
     d->n_sessions--;
     d->idle_since_ns = daemon_now();
     if (s->flushing)
@@ -265,7 +293,7 @@ void session_error(struct session *s, uint32_t seq, int status, const char *text
     session_send(s, OP_ERROR, seq, MSG_ERROR, &msg);
 }
 
-void session_report(struct session *s, const struct msg_done_job *job)
+void session_report(struct session *s, const struct msg_done_job *job, bool prompt)
 {
     if (s->closing)
         return;
@@ -281,6 +309,7 @@ void session_report(struct session *s, const struct msg_done_job *job)
         s->flushing = true;
         TAILQ_INSERT_TAIL(&s->daemon->flushing, s, flush_link);
     }
+    s->prompt |= prompt || job->status || s->report->n_jobs >= DONE_BATCH;
     if (s->report->n_jobs == DONE_MAX)
         session_flush(s);
 }
@@ -290,7 +319,7 @@ void session_flush(struct session *s)
     struct msg_done *report = s->report;
 
     TAILQ_REMOVE(&s->daemon->flushing, s, flush_link);
-    s->flushing = false;
+    s->flushing = s->prompt = false;
     session_send(s, OP_DONE, 0, MSG_DONE, report);
     report->n_jobs = 0;
 }
@@ -402,15 +431,15 @@ static void on_poll(uv_poll_t *handle, int status, int events)
             return;
 }
 
-/* Who does not read is not heard. */
+/* Who does not read is not heard, not even saying that it will send no more. */
 static void update_poll(struct session *s)
 {
-    int events = UV_DISCONNECT;
+    int events = 0;
 
     if (s->closing)
         return;
     if (s->backlog_bytes <= BACKLOG_MAX)
-        events |= UV_READABLE;
+        events |= UV_READABLE | UV_DISCONNECT;
     if (s->backlog_bytes)
         events |= UV_WRITABLE;
     uv_poll_start(&s->poll, events, on_poll);

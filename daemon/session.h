@@ -5,6 +5,7 @@
 #define SAGE_SESSION_H
 
 #include <sys/queue.h>
+#include <sys/types.h>
 #include <uv.h>
 
 #include "daemon/buffer.h"
@@ -51,6 +52,8 @@ struct session {
     bool closing; /* jobs in slots and buffers being opened or closed still need the struct */
 
     struct sage_page *page;
+    dev_t page_dev; /* which memfd it is */
+    ino_t page_ino;
     struct lane lanes[SAGE_LANES];
     TAILQ_HEAD(, buffer) buffers[SESSION_BUCKETS]; /* by id % SESSION_BUCKETS. Owned */
     unsigned n_buffers; /* registered; with those being opened or closed: */
@@ -69,10 +72,11 @@ struct session {
     STAILQ_HEAD(, outgoing) backlog; /* packets that the socket did not take yet. Owned */
     size_t backlog_bytes;
     uint64_t backlog_since_ns;
-    struct msg_done *report; /* jobs to be reported at the end of this turn */
-    bool flushing;
+    struct msg_done *report; /* jobs to be reported */
+    bool flushing;           /* there are some */
+    bool prompt;             /* at the end of this turn */
     TAILQ_ENTRY(session) flush_link; /* daemon.flushing */
-    TAILQ_ENTRY(session) link;       /* daemon.sessions */
+    TAILQ_ENTRY(session) link;       /* daemon.sessions, then daemon.closing */
 };
 
 /* Take over a connected socket. NULL (and fd closed) where memory or a limit says no. */
@@ -84,6 +88,13 @@ struct session *session_create(struct daemon *d, int fd);
  */
 bool session_packet(struct session *s, const void *data, size_t len, const int *fds, int n_fds);
 
+/*
+ * Map the page that came with HELLO. SAGE_EBUSY: another session has it, perhaps a closed one whose
+ * running jobs will still write to it: a late release must not meet the next jobs of the client.
+ * SAGE_EPROTO: it is no page. *why is set.
+ */
+int session_set_page(struct session *s, int fd, const char **why);
+
 /* Drop the queued jobs and let go of everything as soon as the last running job is over. */
 void session_close(struct session *s, const char *reason);
 /* The struct goes when nothing needs it any more. */
@@ -92,8 +103,8 @@ void session_free_if_unused(struct session *s);
 /* Send, or keep until the socket takes it. */
 void session_send(struct session *s, uint32_t op, uint32_t seq, enum msg_kind kind, const void *msg);
 void session_error(struct session *s, uint32_t seq, int status, const char *text);
-/* A job is over: tell with the next DONE. text: NULL or why it failed. */
-void session_report(struct session *s, const struct msg_done_job *job);
+/* A job is over: tell with the next DONE, which goes at the end of this turn if `prompt`. */
+void session_report(struct session *s, const struct msg_done_job *job, bool prompt);
 void session_flush(struct session *s);
 /* The backlog is full and was not read for a while. */
 bool session_stuck(const struct session *s, uint64_t now_ns);

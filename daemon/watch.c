@@ -61,6 +61,7 @@ void watch_add(struct daemon *d, struct job *job)
     job->watched = true;
     TAILQ_INSERT_TAIL(&d->watch.jobs, job, watch_link);
     watch_stir(d);
+    uv_idle_start(&d->watch.hot, on_hot); /* this turn's watch_turn() may be over */
 }
 
 void watch_remove(struct daemon *d, struct job *job)
