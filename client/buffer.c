@@ -1,0 +1,243 @@
+/*
+ * buffer.c - memory that the daemon can reach, and finding tensors in it.
+ */
+#include "client/client.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "kernels/problem.h"
+
+/* --- the list --- */
+
+/* Where a buffer at `data` is in the list, or belongs. */
+static uint32_t position(const struct sage_client *c, const void *data)
+{
+    uint32_t low = 0, high = c->n_buffers;
+
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if ((uintptr_t)c->buffers[middle]->data < (uintptr_t)data)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+int buffer_list(struct sage_buffer *buffer)
+{
+    struct sage_client *c = buffer->client;
+    uint32_t at = position(c, buffer->data);
+
+    if (c->n_buffers == c->buffers_capacity) {
+        uint32_t capacity = c->buffers_capacity ? 2 * c->buffers_capacity : 16;
+        void *grown = realloc(c->buffers, capacity * sizeof(*c->buffers));
+        if (!grown)
+            return error_set(SAGE_ENOMEM, "out of memory");
+        c->buffers = grown;
+        c->buffers_capacity = capacity;
+    }
+    memmove(c->buffers + at + 1, c->buffers + at, (c->n_buffers - at) * sizeof(*c->buffers));
+    c->buffers[at] = buffer;
+    c->n_buffers++;
+    return 0;
+}
+
+void buffer_unlist(struct sage_buffer *buffer)
+{
+    struct sage_client *c = buffer->client;
+    uint32_t at = position(c, buffer->data);
+
+    if (at == c->n_buffers || c->buffers[at] != buffer)
+        return;
+    c->n_buffers--;
+    memmove(c->buffers + at, c->buffers + at + 1, (c->n_buffers - at) * sizeof(*c->buffers));
+}
+
+struct sage_buffer *buffer_after(struct sage_client *c, uint32_t id)
+{
+    struct sage_buffer *best = NULL;
+
+    for (uint32_t i = 0; i < c->n_buffers; i++) {
+        struct sage_buffer *b = c->buffers[i];
+        if (b->id > id && (!best || b->id < best->id))
+            best = b;
+    }
+    return best;
+}
+
+int buffer_resolve(struct sage_client *c, const char *name, struct sage_tensor *t)
+{
+    const unsigned char *data = t->data;
+    int64_t bytes;
+    int rc = 0;
+
+    t->data = NULL;
+    t->buffer = 0;
+    t->offset = 0;
+    if (t->dtype == SAGE_NONE || !sage_tensor_bytes(t, &bytes) || bytes == 0)
+        return 0; /* nowhere; what is wrong with such a tensor sage_attn_check() says */
+
+    pthread_mutex_lock(&c->lock);
+    uint32_t at = position(c, data);
+    if (at == c->n_buffers || c->buffers[at]->data != data)
+        at--; /* the last one that begins below; of none, UINT32_MAX */
+    const struct sage_buffer *b = at < c->n_buffers ? c->buffers[at] : NULL;
+    if (!b || b->closing || (size_t)(data - b->data) >= b->size) {
+        rc = error_set(SAGE_EBUFFER, "%s: %p is in no registered buffer", name, (const void *)data);
+    } else {
+        t->buffer = b->id;
+        t->offset = (uint64_t)(data - b->data);
+        if ((uint64_t)bytes > b->size - t->offset)
+            rc = error_set(SAGE_EBOUNDS, "%s: %lld bytes at offset %llu of a buffer of %zu", name,
+                           (long long)bytes, (unsigned long long)t->offset, b->size);
+    }
+    pthread_mutex_unlock(&c->lock);
+    return rc;
+}
+
+/* --- the calls --- */
+
+void buffer_discard(struct sage_buffer *buffer)
+{
+    struct sage_client *c = buffer->client;
+
+    pthread_mutex_lock(&c->lock);
+    buffer_unlist(buffer);
+    pthread_mutex_unlock(&c->lock);
+    if (buffer->data)
+        munmap(buffer->data, buffer->size);
+    if (buffer->fd >= 0 && !c->forked)
+        close(buffer->fd);
+    free(buffer);
+}
+
+static int do_register(struct sage_buffer *b)
+{
+    struct sage_client *c = b->client;
+    struct msg_register msg = {.kind = b->kind, .size = b->size};
+    struct msg_registered reply;
+    struct request request = {
+        .op = OP_REGISTER, .reply_kind = MSG_REGISTERED, .reply = &reply, .buffer = b};
+
+    pthread_mutex_lock(&c->lock);
+    msg.buffer = b->id = ++c->last_buffer;
+    pthread_mutex_unlock(&c->lock);
+    int rc = client_call(c, MSG_REGISTER, &msg, b->fd, &request);
+    if (rc != SAGE_ELOST)
+        return rc;
+    pthread_mutex_lock(
+        &c->lock); /* the reader has offered it to the next daemon, if there is one */
+    bool registered = client_state(c) == LINK_LIVE && b->epoch == c->epoch;
+    pthread_mutex_unlock(&c->lock);
+    return registered ? 0 : rc;
+}
+
+/* Map and register. Takes the descriptor over, also when it fails. */
+static int create(struct sage_client *c, int fd, size_t size, struct sage_buffer **buffer)
+{
+    struct sage_buffer *b = calloc(1, sizeof(*b));
+
+    if (!b) {
+        close(fd);
+        return error_set(SAGE_ENOMEM, "out of memory");
+    }
+    *b = (struct sage_buffer){.client = c, .kind = BUFFER_MEMFD, .fd = fd, .size = size};
+    void *data = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    int rc = 0;
+    if (data == MAP_FAILED)
+        rc = error_set(errno == ENOMEM ? SAGE_ENOMEM : SAGE_EHANDLE, "mmap of %zu bytes: %s", size,
+                       strerror(errno));
+    else
+        b->data = data;
+    if (!rc)
+        rc = do_register(b);
+    if (rc)
+        buffer_discard(b);
+    else
+        *buffer = b;
+    return rc;
+}
+
+int sage_buffer_alloc(struct sage_client *client, size_t bytes, struct sage_buffer **buffer)
+{
+    *buffer = NULL;
+    if (client->forked)
+        return client_alien();
+    if (bytes == 0 || bytes > INT64_MAX)
+        return error_set(SAGE_EINVAL, "bytes: %zu, must be from 1 to 2^63 - 1", bytes);
+    int fd = memfd_create("sageattn-buffer", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0)
+        return error_set(SAGE_ENOMEM, "memfd_create: %s", strerror(errno));
+    if (ftruncate(fd, (off_t)bytes) < 0 ||
+        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0) {
+        int rc = error_set(SAGE_ENOMEM, "memfd of %zu bytes: %s", bytes, strerror(errno));
+        close(fd);
+        return rc;
+    }
+    return create(client, fd, bytes, buffer);
+}
+
+int sage_buffer_import(struct sage_client *client, int memfd, struct sage_buffer **buffer)
+{
+    struct stat st;
+    int seals = fcntl(memfd, F_GET_SEALS);
+
+    *buffer = NULL;
+    if (client->forked)
+        return client_alien();
+    if (seals < 0)
+        return error_set(SAGE_EHANDLE, "descriptor %d is no memfd: %s", memfd, strerror(errno));
+    if (!(seals & F_SEAL_SHRINK))
+        return error_set(SAGE_EHANDLE, "descriptor %d is not sealed with F_SEAL_SHRINK", memfd);
+    if (fstat(memfd, &st) < 0 || st.st_size == 0)
+        return error_set(SAGE_EHANDLE, "descriptor %d: the memfd is empty", memfd);
+    int fd = fcntl(memfd, F_DUPFD_CLOEXEC, 0);
+    if (fd < 0)
+        return error_set(SAGE_ENOMEM, "dup: %s", strerror(errno));
+    return create(client, fd, (size_t)st.st_size, buffer);
+}
+
+void *sage_buffer_data(const struct sage_buffer *buffer)
+{
+    return buffer->data;
+}
+
+size_t sage_buffer_size(const struct sage_buffer *buffer)
+{
+    return buffer->size;
+}
+
+int sage_buffer_free(struct sage_buffer *buffer)
+{
+    int rc = 0;
+
+    if (!buffer)
+        return 0;
+    struct sage_client *c = buffer->client;
+    struct msg_unregister msg = {.buffer = buffer->id};
+    struct msg_empty reply;
+    struct request request = {
+        .op = OP_UNREGISTER, .reply_kind = MSG_EMPTY, .reply = &reply, .buffer = buffer};
+    if (c->forked)
+        rc = client_alien();
+    pthread_mutex_lock(&c->lock);
+    buffer->closing = true;
+    pthread_mutex_unlock(&c->lock);
+    /* Until it is answered the reader registers the buffer anew: jobs under way still need it. */
+    while (!rc && client_state(c) != LINK_LOST) {
+        rc = client_call(c, MSG_UNREGISTER, &msg, -1, &request);
+        if (rc != SAGE_ELOST)
+            break;
+        rc = 0;
+    }
+    buffer_discard(buffer);
+    /* A daemon that does not know the buffer, or none at all, holds nothing of it. */
+    return rc == SAGE_EBUFFER || rc == SAGE_ENODAEMON ? 0 : rc;
+}

@@ -1,0 +1,348 @@
+/*
+ * client.c - connecting and disconnecting, requests with a reply, fork.
+ */
+#include "client/client.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum { RETRY_MS = 10000 };
+
+/* --- fork: a child must not keep the connection open, nor use it --- */
+
+static pthread_mutex_t clients_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct sage_client *clients; /* of this process, linked by next */
+
+static void before_fork(void)
+{
+    pthread_mutex_lock(&clients_lock);
+    for (struct sage_client *c = clients; c; c = c->next)
+        pthread_mutex_lock(&c->lock);
+}
+
+static void unlock_clients(void)
+{
+    for (struct sage_client *c = clients; c; c = c->next)
+        pthread_mutex_unlock(&c->lock);
+    pthread_mutex_unlock(&clients_lock);
+}
+
+static void after_fork_in_child(void)
+{
+    for (struct sage_client *c = clients; c; c = c->next) {
+        c->forked = true;
+        if (c->conn.fd != c->fd)
+            conn_close(&c->conn);
+        close(c->fd);
+        close(c->event);
+        close(c->page_fd);
+        for (uint32_t i = 0; i < c->n_buffers; i++)
+            close(c->buffers[i]->fd);
+    }
+    unlock_clients();
+}
+
+static void watch_forks(void)
+{
+    pthread_atfork(before_fork, unlock_clients, after_fork_in_child);
+}
+
+int client_alien(void)
+{
+    return error_set(SAGE_EFORK, "the client belongs to the parent process: connect anew");
+}
+
+static void enlist(struct sage_client *c)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+    pthread_once(&once, watch_forks);
+    pthread_mutex_lock(&clients_lock);
+    c->next = clients;
+    c->prev = &clients;
+    if (clients)
+        clients->prev = &c->next;
+    clients = c;
+    pthread_mutex_unlock(&clients_lock);
+}
+
+static void delist(struct sage_client *c)
+{
+    pthread_mutex_lock(&clients_lock);
+    *c->prev = c->next;
+    if (c->next)
+        c->next->prev = c->prev;
+    pthread_mutex_unlock(&clients_lock);
+}
+
+/* --- connecting --- */
+
+/* The daemon refuses control characters and what is no UTF-8, and the end may be cut off. */
+static void set_name(struct sage_client *c, const char *name)
+{
+    strncpy(c->name, name ? name : program_invocation_short_name, sizeof(c->name) - 1);
+    for (char *p = c->name; *p; p++)
+        if ((unsigned char)*p < 0x20 || (unsigned char)*p > 0x7e)
+            *p = '?';
+}
+
+static int set_options(struct sage_client *c, const struct sage_connect_options *options)
+{
+    static const struct sage_connect_options defaults;
+    char path[4096];
+
+    if (!options)
+        options = &defaults;
+    if (options->priority < SAGE_LOW || options->priority > SAGE_HIGH)
+        return error_set(SAGE_EINVAL, "priority: %d, must be from -1 to 1", options->priority);
+    c->priority = (uint32_t)(PRIORITY_NORMAL + (int)options->priority);
+    c->retry_ms = options->retry_ms ? options->retry_ms : RETRY_MS;
+    set_name(c, options->name);
+    c->path = strdup(conn_path(options->socket, path, sizeof(path)));
+    return c->path ? 0 : error_set(SAGE_ENOMEM, "out of memory");
+}
+
+static struct sage_client *create(void)
+{
+    struct sage_client *c = calloc(1, sizeof(*c));
+    pthread_condattr_t attr;
+
+    if (!c)
+        return NULL;
+    c->fd = c->event = c->page_fd = c->conn.fd = -1;
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&c->changed, &attr);
+    pthread_condattr_destroy(&attr);
+    pthread_mutex_init(&c->submit_lock, NULL);
+    pthread_mutex_init(&c->lock, NULL);
+    return c;
+}
+
+static int init(struct sage_client *c, const struct sage_connect_options *options)
+{
+    int rc = set_options(c, options);
+
+    if (rc)
+        return rc;
+    c->page = page_create(&c->page_fd);
+    if (!c->page)
+        return error_set(SAGE_ENOMEM, "session page: %s", strerror(errno));
+    c->event = eventfd(0, EFD_CLOEXEC);
+    if (c->event < 0)
+        return error_set(SAGE_ENOMEM, "eventfd: %s", strerror(errno));
+    return conn_init(&c->conn, c->event);
+}
+
+/* The reader takes no signals: they are the program's. */
+static int start_reader(struct sage_client *c)
+{
+    sigset_t all, old;
+
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    int error = pthread_create(&c->reader, NULL, reader_main, c);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    return error ? error_set(SAGE_ENOMEM, "thread: %s", strerror(error)) : 0;
+}
+
+/* Memory; and the locks, except in a fork child, where another thread may have held them. */
+static void destroy(struct sage_client *c)
+{
+    while (c->n_buffers > 0)
+        buffer_discard(c->buffers[c->n_buffers - 1]);
+    free(c->buffers);
+    for (int i = 0; i < SAGE_LANES; i++) {
+        struct sage_lane *lane = c->lanes[i];
+        for (int e = 0; lane && e < SAGE_ENTRIES; e++)
+            free(lane->entry[e].packet);
+        free(lane);
+    }
+    page_unmap(c->page);
+    if (!c->forked) {
+        pthread_cond_destroy(&c->changed);
+        pthread_mutex_destroy(&c->lock);
+        pthread_mutex_destroy(&c->submit_lock);
+    }
+    free(c->path);
+    free(c);
+}
+
+static void close_all(struct sage_client *c)
+{
+    if (c->conn.fd == c->fd)
+        c->conn.fd = -1;
+    conn_finish(&c->conn);
+    if (c->fd >= 0) {
+        shutdown(c->fd, SHUT_RDWR); /* an exec'ed or cloned child may hold it open */
+        close(c->fd);
+    }
+    if (c->event >= 0)
+        close(c->event);
+    if (c->page_fd >= 0)
+        close(c->page_fd);
+}
+
+int sage_connect(const struct sage_connect_options *options, struct sage_client **client)
+{
+    struct sage_client *c = create();
+
+    *client = NULL;
+    if (!c)
+        return error_set(SAGE_ENOMEM, "out of memory");
+    enlist(c); /* from here on a fork closes what there is */
+    int rc = init(c, options);
+    if (!rc)
+        rc = reader_attach(c);
+    if (!rc)
+        rc = reader_install(c);
+    if (!rc) {
+        atomic_store(&c->link, LINK_WORD(LINK_LIVE, 0));
+        rc = start_reader(c);
+    }
+    if (rc) {
+        delist(c);
+        close_all(c);
+        destroy(c);
+        return rc;
+    }
+    *client = c;
+    return 0;
+}
+
+void sage_disconnect(struct sage_client *client)
+{
+    if (!client)
+        return;
+    delist(client);
+    if (!client->forked) {
+        atomic_store(&client->stop, true);
+        eventfd_write(client->event, 1);
+        pthread_join(client->reader, NULL);
+        close_all(client);
+    } else if (!client->conn.unpacking) {
+        unpacker_destroy(client->conn.unpacker);
+    }
+    destroy(client);
+}
+
+const char *sage_last_error(void)
+{
+    return error_text();
+}
+
+int sage_server_info(struct sage_client *client, struct sage_server *server)
+{
+    if (client->forked)
+        return client_alien();
+    pthread_mutex_lock(&client->lock);
+    const struct msg_welcome *w = &client->welcome;
+    *server = (struct sage_server){
+        .pid = w->pid, .jobs = w->jobs, .buffers = w->buffers, .bytes = w->bytes};
+    memcpy(server->version, w->version, sizeof(server->version));
+    memcpy(server->backend, w->backend, sizeof(server->backend));
+    memcpy(server->device, w->device, sizeof(server->device));
+    memcpy(server->uuid, w->uuid, sizeof(server->uuid));
+    pthread_mutex_unlock(&client->lock);
+    return 0;
+}
+
+int client_revive(struct sage_client *c)
+{
+    if (client_state(c) != LINK_LOST)
+        return 0;
+    int rc = reader_attach(c);
+    if (!rc)
+        rc = reader_install(c);
+    if (rc)
+        return rc;
+    /* Every job was failed and nobody else can publish one, so the count stands still. */
+    pthread_mutex_lock(&c->lock);
+    c->boot = c->welcome.boot;
+    atomic_store(&c->link, LINK_WORD(LINK_LIVE, LINK_COUNT(atomic_load(&c->link))));
+    pthread_mutex_unlock(&c->lock);
+    eventfd_write(c->event, 1);
+    return 0;
+}
+
+/* --- requests --- */
+
+/* List the request, if there is a connection to send it on. With both locks held. */
+static int enter_request(struct sage_client *c, struct request *r)
+{
+    int rc = 0;
+
+    if (r->op == OP_REGISTER)
+        rc = buffer_list(r->buffer);
+    if (rc)
+        return rc;
+    r->seq = ++c->seq;
+    r->next = c->requests;
+    c->requests = r;
+    return 0;
+}
+
+static void remove_request(struct sage_client *c, struct request *r)
+{
+    for (struct request **p = &c->requests; *p; p = &(*p)->next)
+        if (*p == r) {
+            *p = r->next;
+            return;
+        }
+}
+
+/* Enter the request and send it. SAGE_EBUSY: the reader is just replacing the connection. */
+static int send_request(struct sage_client *c, enum msg_kind kind, const void *msg, int pass,
+                        struct request *r)
+{
+    int rc = client_revive(c);
+
+    if (rc)
+        return rc;
+    pthread_mutex_lock(&c->lock);
+    rc = client_state(c) == LINK_LIVE ? enter_request(c, r) : SAGE_EBUSY;
+    pthread_mutex_unlock(&c->lock);
+    if (rc)
+        return rc;
+
+    size_t len = packet_encode(c->out, sizeof(c->out), r->op, r->seq, kind, msg);
+    rc = conn_send(c->fd, c->out, len, pass);
+    if (!rc || rc == SAGE_ELOST) /* the reader will see the end and say so */
+        return 0;
+    pthread_mutex_lock(&c->lock);
+    remove_request(c, r);
+    if (r->op == OP_REGISTER)
+        buffer_unlist(r->buffer);
+    pthread_mutex_unlock(&c->lock);
+    return rc;
+}
+
+int client_call(struct sage_client *c, enum msg_kind kind, const void *msg, int pass,
+                struct request *r)
+{
+    int rc;
+
+    r->over = false;
+    do {
+        pthread_mutex_lock(&c->submit_lock);
+        rc = send_request(c, kind, msg, pass, r);
+        pthread_mutex_unlock(&c->submit_lock);
+        pthread_mutex_lock(&c->lock);
+        while (rc == SAGE_EBUSY && client_state(c) == LINK_DOWN)
+            pthread_cond_wait(&c->changed, &c->lock);
+        pthread_mutex_unlock(&c->lock);
+    } while (rc == SAGE_EBUSY);
+    if (rc)
+        return rc;
+
+    pthread_mutex_lock(&c->lock);
+    while (!r->over || (r->status == SAGE_ELOST && client_state(c) == LINK_DOWN))
+        pthread_cond_wait(&c->changed, &c->lock);
+    pthread_mutex_unlock(&c->lock);
+    return r->status ? error_set(r->status, "%s", r->text) : 0;
+}

@@ -1,0 +1,168 @@
+/*
+ * client.h - inside libsageclient: what a client is made of and who may touch it.
+ *
+ * Submitters encode and send; one reader thread per client receives, and replaces the connection
+ * when it breaks. They meet in `link`, a single atomic word {state, number of jobs published}:
+ *
+ *   LIVE  the connection works. A submitter publishes its job, adds 1 to the word, sees LIVE in
+ *         what it added to, and sends the packet itself.
+ *   DOWN  the connection broke; the reader owns `conn`. A submitter that sees DOWN does not send:
+ *         the reader does, and gets back to LIVE only by exchanging the very count up to which it
+ *         has looked for jobs. So none is forgotten; the daemon ignores one that comes twice.
+ *   LOST  the reader gave up and all jobs were failed; it sleeps. Whoever holds `submit_lock` owns
+ *         `conn` and tries once to connect at the next call.
+ */
+#ifndef SAGE_CLIENT_H
+#define SAGE_CLIENT_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "client/conn.h"
+#include "client/sageclient.h"
+#include "proto/page.h"
+
+enum link_state { LINK_DOWN, LINK_LIVE, LINK_LOST };
+
+#define LINK_SHIFT 62
+#define LINK_WORD(state, count) ((uint64_t)(state) << LINK_SHIFT | (count))
+#define LINK_STATE(word) ((enum link_state)((word) >> LINK_SHIFT))
+#define LINK_COUNT(word) ((word) & ((UINT64_C(1) << LINK_SHIFT) - 1))
+
+/* Who is at an entry's packet. The submitter waits for the reader's copy, never the reverse. */
+enum entry_state { ENTRY_IDLE, ENTRY_WRITING, ENTRY_COPYING };
+
+/* The job that owns an entry of a lane's ring, kept until the next one takes the entry. */
+struct entry {
+    _Atomic uint32_t state; /* enum entry_state; guards the next four */
+    uint32_t number;
+    uint32_t len, capacity;
+    unsigned char *packet;    /* its SUBMIT, ready to be sent again */
+    struct msg_done_job done; /* under `lock`; belongs to job done.number */
+};
+
+/* Made at first use and kept until the client goes: numbers are never used again. */
+struct sage_lane {
+    struct sage_client *client;
+    struct sage_page_lane *words;
+    uint32_t index;
+    bool used;             /* under `lock` */
+    _Atomic uint32_t tail; /* the last job published; written under submit_lock */
+    uint32_t head;         /* the first job not known to be over; under submit_lock */
+    uint32_t sent;         /* the last job sent again on a new connection; the reader's */
+    struct entry entry[SAGE_ENTRIES];
+};
+
+/* Memory that the daemon can reach. So far there is one kind: a memfd that both sides map. */
+struct sage_buffer {
+    struct sage_client *client;
+    uint32_t id; /* our choice, so that the packets we keep stay good for a new daemon */
+    enum buffer_kind kind;
+    int fd;
+    unsigned char *data;
+    size_t size;
+    bool closing;   /* under `lock`: new jobs are refused it */
+    uint64_t epoch; /* under `lock`: the connection on which it is registered */
+};
+
+/* Somebody who waits for a reply, on the waiter's stack; listed in `requests`, under `lock`. */
+struct request {
+    struct request *next;
+    uint32_t seq, op;
+    enum msg_kind reply_kind;
+    void *reply;
+    struct sage_buffer
+        *buffer; /* REGISTER, UNREGISTER: listed and unlisted along with the request */
+    bool over;
+    int status;
+    char text[PROTO_TEXT_MAX];
+};
+
+struct sage_client {
+    struct sage_client *next, **prev; /* all clients of this process, for fork; clients_lock */
+    char *path;                       /* of the socket; the one chosen at first, for good */
+    char name[PROTO_NAME_MAX];
+    uint32_t priority;
+    int retry_ms;
+    bool forked; /* set in a fork child only */
+
+    struct sage_page *page;
+    int page_fd;
+    int event; /* an eventfd: look at `stop` and `link` */
+    _Atomic bool stop;
+    pthread_t reader;
+
+    _Atomic uint64_t link;
+    int fd; /* the connection; the number stays, so a late send meets no foreign descriptor */
+    struct conn conn;         /* the receiving side; see above for its owner */
+    struct msg_done done;     /* scratch of the reader */
+    uint64_t boot;            /* of the daemon that has our jobs; conn's owner */
+    _Atomic uint32_t credits; /* jobs in flight that it allows */
+
+    /* Held for encoding and sending, never while waiting for the daemon's work. */
+    pthread_mutex_t submit_lock;
+    uint32_t seq, in_flight;
+    struct msg_submit submit;
+    unsigned char out[PROTO_PACKET_MAX];
+    _Atomic(struct sage_lane *) lanes[SAGE_LANES]; /* each written once */
+
+    /* Held for looking things up, never while sending or waiting; the inner one of the two. */
+    pthread_mutex_t lock;
+    pthread_cond_t changed; /* a request or a DONE came in, `link` changed, a lane became free */
+    struct request *requests;
+    struct sage_buffer **buffers; /* by address; the pointers are the callers' */
+    uint32_t n_buffers, buffers_capacity, last_buffer;
+    uint32_t runners; /* threads in sage_attn_run() that hold a lane */
+    uint64_t epoch;   /* counts connections */
+    struct msg_welcome welcome;
+};
+
+static inline enum link_state client_state(const struct sage_client *client)
+{
+    return LINK_STATE(atomic_load(&client->link));
+}
+
+static inline bool lane_released(const struct sage_lane *lane, uint32_t n)
+{
+    return page_reached(page_load(&lane->words->release[n % SAGE_ENTRIES]), n);
+}
+
+/* --- client.c --- */
+
+int client_alien(void); /* SAGE_EFORK, with its text */
+
+/*
+ * Send a request and wait for its reply. SAGE_ELOST: it was sent, and the connection broke before
+ * the reply came; by now there is a new one, or none (LINK_LOST).
+ */
+int client_call(struct sage_client *client, enum msg_kind kind, const void *msg, int pass,
+                struct request *request);
+
+/* With submit_lock held: after LOST, try once to connect. */
+int client_revive(struct sage_client *client);
+
+/* --- reader.c --- */
+
+void *reader_main(void *client);
+/* Connect, say hello, register the buffers. For the owner of conn. */
+int reader_attach(struct sage_client *client);
+/* Make the new connection the one that is sent to. For the owner of conn. */
+int reader_install(struct sage_client *client);
+/* Fail a job that no daemon has. */
+void reader_fail(struct sage_lane *lane, uint32_t n, const char *text);
+
+/* --- buffer.c --- */
+
+/* With `lock` held. */
+int buffer_list(struct sage_buffer *buffer);
+void buffer_unlist(struct sage_buffer *buffer);
+/* The listed buffer with the least id above `id`, or NULL. */
+struct sage_buffer *buffer_after(struct sage_client *client, uint32_t id);
+
+/* Replace the address of a tensor by buffer and offset. SAGE_EBUFFER, SAGE_EBOUNDS. */
+int buffer_resolve(struct sage_client *client, const char *name, struct sage_tensor *tensor);
+
+/* Unmap and free, without telling anybody. */
+void buffer_discard(struct sage_buffer *buffer);
+
+#endif

@@ -1,0 +1,378 @@
+/*
+ * reader.c - the thread that receives, and that replaces a broken connection.
+ *
+ * It takes no lock that is held while somebody waits: a program may be stuck in any other call, and
+ * its jobs still go on with the next daemon, or are released.
+ */
+#include "client/client.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum { BACKOFF_MIN_MS = 10, BACKOFF_MAX_MS = 200 };
+
+/* --- what comes in --- */
+
+static void take_done(struct sage_client *c)
+{
+    pthread_mutex_lock(&c->lock);
+    for (uint32_t i = 0; i < c->done.n_jobs; i++) {
+        const struct msg_done_job *job = &c->done.jobs[i];
+        struct sage_lane *lane = job->lane < SAGE_LANES ? c->lanes[job->lane] : NULL;
+        if (lane && atomic_load(&lane->tail) - job->number < SAGE_ENTRIES)
+            lane->entry[job->number % SAGE_ENTRIES].done = *job;
+    }
+    pthread_cond_broadcast(&c->changed);
+    pthread_mutex_unlock(&c->lock);
+}
+
+/* With `lock` held. The list follows at once, for a connection that breaks next. */
+static void finish_request(struct sage_client *c, struct request *r, int status)
+{
+    r->status = status;
+    snprintf(r->text, sizeof(r->text), "%s", status ? error_text() : "");
+    r->over = true;
+    if (r->op == OP_REGISTER && status == 0)
+        r->buffer->epoch = c->epoch;
+    else if (r->buffer && status != SAGE_ELOST)
+        buffer_unlist(r->buffer);
+}
+
+static void take_reply(struct sage_client *c, const struct packet *packet)
+{
+    pthread_mutex_lock(&c->lock);
+    for (struct request **p = &c->requests; *p; p = &(*p)->next) {
+        struct request *r = *p;
+        if (r->seq != packet->seq)
+            continue;
+        *p = r->next;
+        finish_request(c, r, conn_reply(packet, r->op, r->reply_kind, r->reply));
+        pthread_cond_broadcast(&c->changed);
+        break;
+    }
+    pthread_mutex_unlock(&c->lock);
+}
+
+static int dispatch(struct sage_client *c, const struct packet *packet)
+{
+    char why[PROTO_TEXT_MAX];
+
+    if (packet->op != OP_DONE) {
+        take_reply(c, packet);
+        return 0;
+    }
+    int rc = packet_decode(packet, MSG_DONE, &c->done, why);
+    if (rc)
+        return error_set(rc, "from the daemon: DONE: %s", why);
+    take_done(c);
+    return 0;
+}
+
+/* --- a new connection --- */
+
+static void announce(struct sage_client *c)
+{
+    pthread_mutex_lock(&c->lock);
+    pthread_cond_broadcast(&c->changed);
+    pthread_mutex_unlock(&c->lock);
+}
+
+/* The descriptor is our own: the buffer's owner may unregister it at any time. */
+static bool next_buffer(struct sage_client *c, struct msg_register *msg, int *fd)
+{
+    pthread_mutex_lock(&c->lock);
+    const struct sage_buffer *b = buffer_after(c, msg->buffer);
+    if (b) {
+        *msg = (struct msg_register){.buffer = b->id, .kind = b->kind, .size = b->size};
+        *fd = fcntl(b->fd, F_DUPFD_CLOEXEC, 0);
+    }
+    pthread_mutex_unlock(&c->lock);
+    return b;
+}
+
+static void set_registered(struct sage_client *c, uint32_t id)
+{
+    pthread_mutex_lock(&c->lock);
+    struct sage_buffer *b = buffer_after(c, id - 1);
+    if (b && b->id == id)
+        b->epoch = c->epoch;
+    pthread_mutex_unlock(&c->lock);
+}
+
+/* A buffer that this daemon refuses is left out: the jobs that name it will tell. */
+static int register_buffers(struct sage_client *c)
+{
+    struct msg_register msg = {0};
+    struct msg_registered reply;
+    int fd;
+
+    while (next_buffer(c, &msg, &fd)) {
+        if (fd < 0) {
+            conn_close(&c->conn);
+            return error_set(SAGE_ENOMEM, "no descriptor left");
+        }
+        int rc = conn_call(&c->conn, OP_REGISTER, MSG_REGISTER, &msg, fd, MSG_REGISTERED, &reply);
+        close(fd);
+        if (c->conn.fd < 0)
+            return rc;
+        if (rc == 0)
+            set_registered(c, msg.buffer);
+    }
+    return 0;
+}
+
+int reader_attach(struct sage_client *c)
+{
+    struct msg_welcome welcome;
+    int rc = conn_open(&c->conn, c->path);
+
+    if (!rc)
+        rc = conn_hello(&c->conn, c->name, c->priority, c->page_fd, &welcome);
+    if (rc)
+        return rc;
+    pthread_mutex_lock(&c->lock);
+    c->welcome = welcome;
+    c->epoch++;
+    pthread_mutex_unlock(&c->lock);
+    atomic_store(&c->credits, welcome.jobs);
+    return register_buffers(c);
+}
+
+/* Forget the connection: it may be a private one still, or the one that submitters know. */
+static void drop(struct sage_client *c)
+{
+    if (c->conn.fd == c->fd) {
+        shutdown(c->fd, SHUT_RDWR);
+        c->conn.fd = -1;
+    }
+    conn_close(&c->conn);
+}
+
+int reader_install(struct sage_client *c)
+{
+    if (c->fd >= 0) {
+        if (dup3(c->conn.fd, c->fd, O_CLOEXEC) < 0) {
+            int error = errno;
+            drop(c);
+            return error_set(SAGE_ENOMEM, "dup3: %s", strerror(error));
+        }
+        conn_close(&c->conn);
+        c->conn.fd = c->fd;
+    }
+    c->fd = c->conn.fd;
+    return 0;
+}
+
+/* --- jobs that were under way --- */
+
+/* The first number that can still be under way is that of the entry after the tail's. */
+static uint32_t oldest(const struct sage_lane *lane)
+{
+    return atomic_load(&lane->tail) - SAGE_ENTRIES + 1;
+}
+
+static bool all_released(struct sage_client *c)
+{
+    for (int i = 0; i < SAGE_LANES; i++) {
+        const struct sage_lane *lane = c->lanes[i];
+        uint32_t n = lane ? oldest(lane) : 0;
+        for (int e = 0; lane && e < SAGE_ENTRIES; e++)
+            if (!lane_released(lane, n + (uint32_t)e))
+                return false;
+    }
+    return true;
+}
+
+void reader_fail(struct sage_lane *lane, uint32_t n, const char *text)
+{
+    struct sage_client *c = lane->client;
+    struct msg_done_job *done = &lane->entry[n % SAGE_ENTRIES].done;
+
+    pthread_mutex_lock(&c->lock);
+    *done = (struct msg_done_job){.lane = lane->index, .number = n, .status = -SAGE_ELOST};
+    snprintf(done->text, sizeof(done->text), "%s", text);
+    pthread_mutex_unlock(&c->lock);
+    page_release(lane->words, n, SAGE_ELOST);
+}
+
+static void fail_all(struct sage_client *c, const char *text)
+{
+    for (int i = 0; i < SAGE_LANES; i++) {
+        struct sage_lane *lane = c->lanes[i];
+        uint32_t n = lane ? oldest(lane) : 0;
+        for (int e = 0; lane && e < SAGE_ENTRIES; e++, n++)
+            if (!lane_released(lane, n))
+                reader_fail(lane, n, text);
+    }
+}
+
+/* The packet of job n into conn.out: its length, or 0 where the entry is another job's by now. */
+static size_t copy_packet(struct sage_client *c, struct sage_lane *lane, uint32_t n)
+{
+    struct entry *e = &lane->entry[n % SAGE_ENTRIES];
+    uint32_t idle = ENTRY_IDLE;
+    size_t len = 0;
+
+    if (!atomic_compare_exchange_strong(&e->state, &idle, ENTRY_COPYING))
+        return 0;
+    if (e->number == n) {
+        len = e->len;
+        memcpy(c->conn.out, e->packet, len);
+    }
+    atomic_store(&e->state, ENTRY_IDLE);
+    return len;
+}
+
+/* While the daemon does not read, it may be waiting for us to read. */
+static int send_again(struct sage_client *c, size_t len)
+{
+    for (;;) {
+        int rc = conn_push(c->conn.fd, c->conn.out, len, -1);
+        if (rc != SAGE_EBUSY && rc != SAGE_ENOMEM)
+            return rc;
+        struct pollfd p[2] = {{.fd = c->conn.fd, .events = POLLIN | POLLOUT},
+                              {.fd = c->event, .events = POLLIN}};
+        poll(p, 2, rc == SAGE_ENOMEM ? 1 : -1);
+        if (p[1].revents)
+            return error_set(SAGE_ECANCELED, "the client is being closed");
+        if (!(p[0].revents & POLLIN))
+            continue;
+        struct packet packet;
+        rc = conn_recv(&c->conn, &packet, -1);
+        if (!rc)
+            rc = dispatch(c, &packet);
+        if (rc)
+            return rc;
+    }
+}
+
+/* Send what was published and is not released; `again`: even if this connection has seen it. */
+static int resubmit(struct sage_client *c, bool again)
+{
+    for (int i = 0; i < SAGE_LANES; i++) {
+        struct sage_lane *lane = c->lanes[i];
+        if (!lane)
+            continue;
+        uint32_t tail = atomic_load(&lane->tail);
+        if (again || tail - lane->sent > SAGE_ENTRIES)
+            lane->sent = tail - SAGE_ENTRIES;
+        while (lane->sent != tail) {
+            uint32_t n = ++lane->sent;
+            size_t len = lane_released(lane, n) ? 0 : copy_packet(c, lane, n);
+            int rc = len ? send_again(c, len) : 0;
+            if (rc)
+                return rc;
+        }
+    }
+    return 0;
+}
+
+/* Jobs first, then the descriptor: a submitter's late packet must not overtake earlier ones. */
+static int resume(struct sage_client *c)
+{
+    uint64_t seen = atomic_load(&c->link);
+
+    c->boot = c->welcome.boot;
+    int rc = resubmit(c, true);
+    if (!rc)
+        rc = reader_install(c);
+    while (!rc) {
+        uint64_t live = LINK_WORD(LINK_LIVE, LINK_COUNT(seen));
+        if (atomic_compare_exchange_strong(&c->link, &seen, live)) {
+            announce(c);
+            return 0;
+        }
+        rc = resubmit(c, false);
+    }
+    return rc;
+}
+
+/* --- when the connection breaks --- */
+
+static void sever(struct sage_client *c)
+{
+    uint64_t live = atomic_load(&c->link);
+
+    while (!atomic_compare_exchange_weak(&c->link, &live, LINK_WORD(LINK_DOWN, LINK_COUNT(live))))
+        ;
+    drop(c);
+    pthread_mutex_lock(&c->lock);
+    error_set(SAGE_ELOST, "the connection to the daemon broke");
+    while (c->requests) {
+        struct request *r = c->requests;
+        c->requests = r->next;
+        finish_request(c, r, SAGE_ELOST);
+    }
+    pthread_cond_broadcast(&c->changed);
+    pthread_mutex_unlock(&c->lock);
+}
+
+/* Leave no job behind, then let go of the connection. */
+static void give_up(struct sage_client *c)
+{
+    char text[PROTO_TEXT_MAX];
+    uint64_t seen = atomic_load(&c->link);
+
+    snprintf(text, sizeof(text), "%.*s", (int)sizeof(text) - 1, error_text());
+    do
+        fail_all(c, text);
+    while (
+        !atomic_compare_exchange_strong(&c->link, &seen, LINK_WORD(LINK_LOST, LINK_COUNT(seen))));
+    announce(c);
+}
+
+/*
+ * Find the next daemon and give it our jobs. One with the same boot id is the old one, alive: it
+ * threw us out and may still be at our jobs, so they are not run twice but failed. The dead socket
+ * then stays where it is until client_revive(): a late packet of a submitter meets that one.
+ */
+static void recover(struct sage_client *c)
+{
+    int64_t deadline = clock_ns() + c->retry_ms * INT64_C(1000000);
+    int backoff = BACKOFF_MIN_MS;
+
+    sever(c);
+    while (c->retry_ms > 0 && !c->stop) {
+        if (reader_attach(c) == 0) {
+            if (c->welcome.boot == c->boot && !all_released(c)) {
+                error_set(SAGE_ELOST, "the daemon closed the connection");
+                break;
+            }
+            if (resume(c) == 0)
+                return;
+        }
+        drop(c);
+        if (clock_ns() >= deadline)
+            break;
+        struct pollfd p = {.fd = c->event, .events = POLLIN};
+        poll(&p, 1, backoff);
+        backoff = backoff * 2 < BACKOFF_MAX_MS ? backoff * 2 : BACKOFF_MAX_MS;
+    }
+    drop(c);
+    give_up(c);
+}
+
+void *reader_main(void *client)
+{
+    struct sage_client *c = client;
+    struct packet packet;
+    eventfd_t value;
+
+    pthread_setname_np(pthread_self(), "sageclient");
+    c->boot = c->welcome.boot;
+    while (!c->stop) {
+        bool live = client_state(c) == LINK_LIVE;
+        int rc = live ? conn_recv(&c->conn, &packet, -1) : SAGE_ECANCELED;
+        if (rc == SAGE_ECANCELED)
+            eventfd_read(c->event, &value);
+        else if (rc || dispatch(c, &packet))
+            recover(c);
+    }
+    return NULL;
+}
