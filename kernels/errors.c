@@ -8,13 +8,10 @@ struct error {
     bool retry;
 };
 
-/* Indexed by number, which is -status. */
-static const struct error errors[] = {
-    {"SAGE_OK", "success", false},
 #define ERROR_ROW(name, number, retry, text) [number] = {#name, text, retry},
-    SAGE_ERRORS(ERROR_ROW)
-#undef ERROR_ROW
-};
+
+/* Indexed by number, which is -status. */
+static const struct error errors[] = {[0] = {"SAGE_OK", "success", false}, SAGE_ERRORS(ERROR_ROW)};
 
 static const struct error *find(int status)
 {

@@ -136,7 +136,8 @@ static double ramp(int64_t end, int64_t nk)
 }
 
 /* Visible (query, key) pairs of rows [row, row + n) of one query head. */
-static double pairs(const struct sage_attn *attn, const struct sage_seq *seq, int64_t row, int64_t n)
+static double pairs(const struct sage_attn *attn, const struct sage_seq *seq, int64_t row,
+                    int64_t n)
 {
     int64_t first, last;
 
@@ -172,7 +173,9 @@ struct why {
     size_t len;
 };
 
-__attribute__((format(printf, 3, 4)))
+static int refuse(const struct why *why, int status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
 static int refuse(const struct why *why, int status, const char *format, ...)
 {
     va_list args;
@@ -188,19 +191,23 @@ static int refuse(const struct why *why, int status, const char *format, ...)
 static int check_options(const struct sage_attn *a, const struct why *why)
 {
     if ((unsigned)a->variant > SAGE_INT8_FP8)
-        return refuse(why, SAGE_EINVAL, "variant: %d, must be 0 (auto), 1 (int8_fp16) or 2 (int8_fp8)",
+        return refuse(why, SAGE_EINVAL,
+                      "variant: %d, must be 0 (auto), 1 (int8_fp16) or 2 (int8_fp8)",
                       (int)a->variant);
     if ((unsigned)a->diagonal > SAGE_BOTTOM_RIGHT)
         return refuse(why, SAGE_EINVAL, "diagonal: %d, must be 0 (top left) or 1 (bottom right)",
                       (int)a->diagonal);
     if (!isfinite(a->scale) || a->scale < 0)
-        return refuse(why, SAGE_EINVAL, "scale: %g, must be positive and finite, or 0 for 1/sqrt(D)",
+        return refuse(why, SAGE_EINVAL,
+                      "scale: %g, must be positive and finite, or 0 for 1/sqrt(D)",
                       (double)a->scale);
     if (a->window_left < SAGE_UNLIMITED)
-        return refuse(why, SAGE_EINVAL, "window_left: %lld, must be at least 0, or -1 for unlimited",
+        return refuse(why, SAGE_EINVAL,
+                      "window_left: %lld, must be at least 0, or -1 for unlimited",
                       (long long)a->window_left);
     if (a->window_right < SAGE_UNLIMITED)
-        return refuse(why, SAGE_EINVAL, "window_right: %lld, must be at least 0, or -1 for unlimited",
+        return refuse(why, SAGE_EINVAL,
+                      "window_right: %lld, must be at least 0, or -1 for unlimited",
                       (long long)a->window_right);
     if (a->causal && a->window_right > 0)
         return refuse(why, SAGE_EINVAL, "window_right: %lld, must be 0 or -1 with causal",
@@ -328,8 +335,8 @@ static int check_limits(const struct sage_attn *a, const struct why *why)
                       (long long)q[0], (long long)q[1], INT32_MAX);
     if (q[2] > INT32_MAX || k[2] > INT32_MAX)
         return refuse(why, SAGE_EUNSUPPORTED, "%s.shape[2]: %lld tokens, must be at most %d",
-                      q[2] > INT32_MAX ? "q" : "k",
-                      (long long)(q[2] > INT32_MAX ? q[2] : k[2]), INT32_MAX);
+                      q[2] > INT32_MAX ? "q" : "k", (long long)(q[2] > INT32_MAX ? q[2] : k[2]),
+                      INT32_MAX);
     return SAGE_OK;
 }
 
@@ -343,8 +350,8 @@ static int check_shapes(const struct sage_attn *a, const struct why *why)
     if ((status = check_limits(a, why)))
         return status;
     if (k[0] != q[0] || k[3] != q[3])
-        return refuse(why, SAGE_EINVAL, "k.shape[%d]: %lld, must be %lld like q", k[0] != q[0] ? 0 : 3,
-                      (long long)(k[0] != q[0] ? k[0] : k[3]),
+        return refuse(why, SAGE_EINVAL, "k.shape[%d]: %lld, must be %lld like q",
+                      k[0] != q[0] ? 0 : 3, (long long)(k[0] != q[0] ? k[0] : k[3]),
                       (long long)(k[0] != q[0] ? q[0] : q[3]));
     if ((status = check_like(&(struct operand){"v", &a->v}, k, " like k", why)) ||
         (status = check_like(&(struct operand){"o", &a->o}, q, " like q", why)))
@@ -423,7 +430,7 @@ static int self_overlap(const struct sage_tensor *t)
     return -1;
 }
 
-/* Bytes that are left of the tensor without the dimensions whose stride is a multiple of `period`. */
+/* Bytes of what is left of a tensor without the dimensions that step by multiples of `period`. */
 static int64_t extent_within(const struct sage_tensor *t, int64_t period)
 {
     struct sage_tensor inner = *t;
@@ -470,7 +477,8 @@ static bool disjoint(const struct sage_tensor *a, const struct sage_tensor *b)
     sage_tensor_bytes(b, &nb);
     if (a->buffer != b->buffer || !na || !nb)
         return true;
-    if (address_of(a) + (uint64_t)na <= address_of(b) || address_of(b) + (uint64_t)nb <= address_of(a))
+    if (address_of(a) + (uint64_t)na <= address_of(b) ||
+        address_of(b) + (uint64_t)nb <= address_of(a))
         return true;
     return interleaved(a, b) || interleaved(b, a);
 }

@@ -185,7 +185,8 @@ SAGE_API void sage_cpu_destroy(struct sage_cpu *cpu);
  * Compute a part (NULL: all) of a problem that has passed sage_attn_check(), in host memory; returns
  * when it is done. cpu: NULL runs on the calling thread alone. workspace: at least
  * sage_attn_workspace() bytes, 64-byte aligned, contents of no interest. Reads only q, k, v, mask and
- * the offsets; writes only o, lse and the workspace. 0, SAGE_EINVAL or SAGE_EWORKSPACE.
+ * the offsets; writes only o, lse and the workspace. Needs 320 KiB of stack. 0, SAGE_EINVAL (part,
+ * alignment) or SAGE_EWORKSPACE.
  */
 SAGE_API int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn,
                            const struct sage_part *part, void *workspace, size_t bytes);
