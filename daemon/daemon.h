@@ -15,6 +15,7 @@
 #include "daemon/watch.h"
 
 enum {
+    PACKETS_AT_ONCE = 8, /* received by one system call */
     EXIT_DEVICE_LOST = 70, /* EX_SOFTWARE of sysexits.h: start again, nothing was wrong with the request */
 };
 
@@ -50,7 +51,7 @@ struct daemon {
     void (*on_drain)(struct daemon *);
     void *server;
 
-    char packet[PROTO_PACKET_MAX + 1]; /* being received */
+    char packets[PACKETS_AT_ONCE][PROTO_PACKET_MAX + 1]; /* being received */
     char reply[PROTO_PACKET_MAX];      /* being encoded */
     struct unpacker *unpacker;
 };

@@ -18,7 +18,7 @@
 #include "daemon/requests.h"
 
 enum {
-    PACKETS_PER_TURN = 64, /* of one session, before the others are heard */
+    CALLS_PER_TURN = 8, /* to receive from one session, before the others are heard */
     FDS_ROOM = 8,          /* received at once, so that surplus ones can be closed */
 };
 
@@ -380,36 +380,53 @@ static int take_fds(struct msghdr *msg, int fds[FDS_ROOM])
     return n;
 }
 
-/* One packet; false: there is no more, now or ever. */
+static bool take_packet(struct session *s, struct msghdr *msg, const void *data, size_t len)
+{
+    int fds[FDS_ROOM];
+    int n_fds = take_fds(msg, fds);
+
+    if (s->closing) { /* an earlier packet of the same call was too bad */
+        close_all(fds, n_fds);
+        return false;
+    }
+    if (len == 0 && n_fds == 0) {
+        session_close(s, "end of file");
+        return false;
+    }
+    if (msg->msg_flags & (MSG_TRUNC | MSG_CTRUNC) || len > PROTO_PACKET_MAX) {
+        close_all(fds, n_fds);
+        return violate(s, "packet or descriptors too many");
+    }
+    return session_packet(s, data, len, fds, n_fds);
+}
+
+/* What is there, up to PACKETS_AT_ONCE packets. false: there is no more, now or ever. */
 static bool receive(struct session *s)
 {
     struct daemon *d = s->daemon;
     union {
         char bytes[CMSG_SPACE(FDS_ROOM * sizeof(int))];
         struct cmsghdr align;
-    } control;
-    struct iovec iov = {d->packet, sizeof(d->packet)};
-    struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1, .msg_control = control.bytes,
-                         .msg_controllen = sizeof(control.bytes)};
-    int fds[FDS_ROOM];
+    } control[PACKETS_AT_ONCE];
+    struct iovec iov[PACKETS_AT_ONCE];
+    struct mmsghdr msgs[PACKETS_AT_ONCE];
 
-    ssize_t len = recvmsg(s->fd, &msg, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-    if (len < 0 && (errno == EAGAIN || errno == EINTR))
+    for (int i = 0; i < PACKETS_AT_ONCE; i++) {
+        iov[i] = (struct iovec){d->packets[i], sizeof(d->packets[i])};
+        msgs[i] = (struct mmsghdr){.msg_hdr = {.msg_iov = &iov[i], .msg_iovlen = 1,
+                                               .msg_control = control[i].bytes,
+                                               .msg_controllen = sizeof(control[i].bytes)}};
+    }
+    int n = recvmmsg(s->fd, msgs, PACKETS_AT_ONCE, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL);
+    if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return false;
-    if (len < 0) {
+    if (n < 0) {
         session_close(s, strerror(errno));
         return false;
     }
-    int n_fds = take_fds(&msg, fds);
-    if (len == 0 && n_fds == 0) {
-        session_close(s, "end of file");
-        return false;
-    }
-    if (msg.msg_flags & (MSG_TRUNC | MSG_CTRUNC) || len > PROTO_PACKET_MAX) {
-        close_all(fds, n_fds);
-        return violate(s, "packet or descriptors too many");
-    }
-    return session_packet(s, d->packet, (size_t)len, fds, n_fds);
+    for (int i = 0; i < n; i++)
+        take_packet(s, &msgs[i].msg_hdr, d->packets[i], msgs[i].msg_len);
+    return n == PACKETS_AT_ONCE && !s->closing;
 }
 
 static void on_poll(uv_poll_t *handle, int status, int events)
@@ -426,7 +443,7 @@ static void on_poll(uv_poll_t *handle, int status, int events)
     if (s->closing || !(events & (UV_READABLE | UV_DISCONNECT)))
         return;
     watch_stir(s->daemon);
-    for (int i = 0; i < PACKETS_PER_TURN && !s->closing && s->backlog_bytes <= BACKLOG_MAX; i++)
+    for (int i = 0; i < CALLS_PER_TURN && !s->closing && s->backlog_bytes <= BACKLOG_MAX; i++)
         if (!receive(s))
             return;
 }

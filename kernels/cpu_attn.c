@@ -11,6 +11,9 @@
 /* Unroll loops whose bounds are constants, at any optimisation level. */
 #define UNROLL _Pragma("GCC unroll 16")
 
+/* The largest ROWS below; BLOCK_Q is a multiple of it. */
+enum { ROWS_MAX = 8 };
+
 #if defined(__x86_64__)
 #define ISA avx512
 #define TARGET __attribute__((target("avx512f")))
@@ -97,16 +100,20 @@ static void quantise_q(struct work *w, struct cpu_tile *t, int r)
 
 static void begin(struct work *w, struct cpu_tile *t)
 {
-    for (int r = 0; r < BLOCK_Q; r++) {
-        memset(t->o[r], 0, sizeof t->o[r]);
+    const size_t q_bytes = sizeof(float) * (size_t)t->d, v_bytes = sizeof(float) * (size_t)t->v_columns;
+
+    /* The register tile computes up to ROWS_MAX rows at a time: those beyond the last are zero. */
+    for (int r = 0; r < t->rows || r % ROWS_MAX; r++) {
+        memset(t->o[r], 0, v_bytes);
         if (r < t->rows)
             quantise_q(w, t, r);
         else
-            memset(t->q[r], 0, sizeof t->q[r]);
+            memset(t->q[r], 0, q_bytes);
         t->max[r] = -INFINITY;
         t->sum[r] = t->p_sum[r] = t->decay[r] = 0;
     }
-    memset(t->v, 0, sizeof t->v); /* the columns beyond D */
+    for (int key = 0; key < BLOCK_K; key++) /* the columns beyond D */
+        memset(t->v[key] + t->d, 0, v_bytes - q_bytes);
 }
 
 /*

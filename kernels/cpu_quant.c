@@ -76,7 +76,7 @@ static void k_channels(const struct cpu_job *job, const struct cpu_group *g, str
 {
     const int64_t d = job->attn->k.shape[3];
 
-    memset(ch->k_mean, 0, sizeof ch->k_mean);
+    memset(ch->k_mean, 0, sizeof(float) * (size_t)d);
     if (!job->attn->smooth_k)
         return;
     for (int64_t c = 0; c * CHUNK_K < g->seq.nk; c++)
@@ -154,9 +154,17 @@ static void k_block(const struct cpu_job *job, const struct cpu_group *g, int64_
     float x[K_RUN * SAGE_MAX_HEAD_DIM];
 
     for (int at = 0; at < BLOCK_K; at += K_RUN) {
-        memset(x, 0, sizeof x);
-        for (int64_t j = 0; j < K_RUN && block * BLOCK_K + at + j < g->seq.nk; j++) {
-            load(x + j * d, &job->attn->k, g, block * BLOCK_K + at + j);
+        const int64_t key = block * BLOCK_K + at, keys = least(K_RUN, g->seq.nk - key);
+
+        if (keys <= 0) { /* beyond the last key */
+            memset((float *)data + at, 0, sizeof(float) * K_RUN);
+            for (int64_t i = 0; i < d; i++)
+                memset(k + i * BLOCK_K + at, 0, sizeof *k * K_RUN);
+            continue;
+        }
+        memset(x, 0, sizeof(float) * K_RUN * (size_t)d);
+        for (int64_t j = 0; j < keys; j++) {
+            load(x + j * d, &job->attn->k, g, key + j);
             for (int64_t i = 0; i < d; i++)
                 x[j * d + i] -= ch->k_mean[i];
         }
