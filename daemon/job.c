@@ -307,7 +307,7 @@ static void count(struct job *job, int status, uint64_t now)
 
     s->run_ns += job->run_ns;
     stats->run_ns += job->run_ns;
-    if (job->dropped) {
+    if (job->dropped && !job_is_last_piece(job)) { /* otherwise its client had it before it left */
         stats->dropped++;
         return;
     }

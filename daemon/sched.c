@@ -249,9 +249,10 @@ static struct job *next_job(struct daemon *d, struct session *s)
     return NULL;
 }
 
+/* Of normal priority: a quantum, so that nobody waits for much more than one of each other session. */
 static double share(const struct sched *sc, const struct session *s)
 {
-    double weight = 1;
+    double weight = 1.0 / PRIORITY_STEP;
 
     for (uint32_t i = 0; i < s->priority; i++)
         weight *= PRIORITY_STEP;
@@ -298,22 +299,22 @@ void sched_dispatch(struct daemon *d)
     continue_holders(d);
     while (stuck < sc->n_active && any_room(sc)) {
         struct session *s = TAILQ_FIRST(&sc->active);
+        struct job *job = next_job(d, s);
+        if (!job) { /* no share either: a debt is not forgiven for waiting */
+            rotate(sc, s);
+            stuck++;
+            continue;
+        }
+        stuck = 0;
         if (s->deficit_ns <= 0) {
             s->deficit_ns += share(sc, s);
             rotate(sc, s);
-            continue;
-        }
-        struct job *job = next_job(d, s);
-        if (!job) {
-            rotate(sc, s);
-            stuck++;
             continue;
         }
         struct slot *slot = find_slot(sc, job);
         if (!slot) /* its turn: nobody else takes what becomes free before it */
             return;
         start(d, slot, job);
-        stuck = 0;
     }
 }
 

@@ -1,0 +1,532 @@
+/*
+ * test_sched.c - who gets the slots: a real daemon and real sessions, but a backend whose pieces take
+ * as long as the test says. Time is the test's own, so the outcome does not depend on the machine.
+ */
+#include <fcntl.h>
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "daemon/daemon.h"
+#include "daemon/log.h"
+#include "kernels/problem.h"
+
+enum { MAX_SLOTS = 8, MEMORY = 16 << 20, O_AT = 4096 };
+
+static struct daemon d;
+
+/* --- a backend that only pretends --- */
+
+struct slot_model {
+    struct stream *stream;
+    struct {
+        struct piece *piece;
+        uint64_t start_ns, end_ns; /* told when it ends: sched_is_hung() goes by the real clock */
+    } queue[STREAM_DEPTH];
+    unsigned n;
+};
+
+static struct model {
+    struct slot_model slots[MAX_SLOTS];
+    unsigned n_slots;
+    uint64_t now_ns;
+    double ns_per_op;     /* what it takes in truth */
+    struct session *slow; /* its jobs take `factor` times as long as others of their size */
+    double factor;
+    void (*on_start)(struct job *job, struct stream *stream, uint64_t took_ns);
+} model;
+
+static struct job *job_of(struct piece *piece)
+{
+    return (struct job *)((char *)piece - offsetof(struct job, piece));
+}
+
+static struct slot_model *slot_of(struct stream *stream)
+{
+    struct slot_model *slot = model.slots;
+
+    while (slot < model.slots + model.n_slots && slot->stream != stream)
+        slot++;
+    if (slot == model.slots + model.n_slots) {
+        assert_true(model.n_slots < MAX_SLOTS);
+        slot->stream = stream;
+        model.n_slots++;
+    }
+    return slot;
+}
+
+static void model_start(struct stream *stream, struct piece *piece)
+{
+    struct slot_model *slot = slot_of(stream);
+    struct job *job = job_of(piece);
+    double took = 1000 + sage_attn_ops(piece->attn, &piece->part) * model.ns_per_op;
+
+    assert_true(slot->n < STREAM_DEPTH);
+    assert_true(d.backend->workspace(piece->attn, &piece->part) <= d.sched.workspace);
+    if (job->session == model.slow)
+        took *= model.factor;
+    uint64_t start_ns = slot->n ? slot->queue[slot->n - 1].end_ns : model.now_ns;
+    slot->queue[slot->n].piece = piece;
+    slot->queue[slot->n].start_ns = start_ns;
+    slot->queue[slot->n++].end_ns = start_ns + (uint64_t)took;
+    if (model.on_start)
+        model.on_start(job, stream, (uint64_t)took);
+}
+
+/* The piece that ends next is over. false: none is running. */
+static bool step(void)
+{
+    struct slot_model *next = NULL;
+
+    for (unsigned i = 0; i < model.n_slots; i++) {
+        struct slot_model *slot = &model.slots[i];
+        if (slot->n && (!next || slot->queue[0].end_ns < next->queue[0].end_ns))
+            next = slot;
+    }
+    if (!next)
+        return false;
+    struct piece *piece = next->queue[0].piece;
+    piece->start_ns = next->queue[0].start_ns;
+    piece->end_ns = model.now_ns = next->queue[0].end_ns;
+    memmove(next->queue, next->queue + 1, --next->n * sizeof(next->queue[0]));
+    if (piece->lane)
+        page_release(piece->lane, piece->number, 0);
+    piece->done = 1;
+    uv_run(&d.loop, UV_RUN_NOWAIT);
+    return true;
+}
+
+/* --- clients --- */
+
+struct peer {
+    struct session *s;
+    int fd;
+    struct sage_page *page;
+    char *memory;
+    uint32_t last[SAGE_LANES];
+    uint64_t used_ns, jobs;
+};
+
+static void packet(struct peer *p, uint32_t op, enum msg_kind kind, const void *msg, int fd)
+{
+    static char data[PROTO_PACKET_MAX];
+    size_t len = packet_encode(data, sizeof(data), op, 1, kind, msg);
+
+    assert_true(len > 0);
+    assert_true(session_packet(p->s, data, len, &fd, fd >= 0));
+    while (recv(p->fd, data, sizeof(data), MSG_DONTWAIT) > 0)
+        continue;
+}
+
+static void connect_peer(struct peer *p, uint32_t priority)
+{
+    struct msg_hello hello = {
+        .major = PROTO_MAJOR, .priority = priority, .name = "peer", .page = true};
+    struct msg_register reg = {.buffer = 1, .kind = BUFFER_MEMFD, .size = MEMORY};
+    int fds[2], page_fd, fd = memfd_create("memory", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+
+    memset(p, 0, sizeof(*p));
+    assert_int_equal(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, fds), 0);
+    p->fd = fds[0];
+    p->s = session_create(&d, fds[1]);
+    assert_non_null(p->s);
+    p->page = page_create(&page_fd);
+    assert_non_null(p->page);
+    packet(p, OP_HELLO, MSG_HELLO, &hello, page_fd);
+    assert_int_equal(ftruncate(fd, MEMORY), 0);
+    assert_int_equal(fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK), 0);
+    packet(p, OP_REGISTER, MSG_REGISTER, &reg, fd);
+    while (!buffer_find(p->s, 1))
+        uv_run(&d.loop, UV_RUN_ONCE);
+}
+
+/* Inputs are one vector, read again and again; only o takes room. */
+static struct sage_attn problem(int64_t heads, int64_t nq, int64_t nk)
+{
+    struct sage_attn attn = SAGE_ATTN_INIT;
+    struct sage_tensor t = {
+        .dtype = SAGE_F16, .buffer = 1, .shape = {1, heads, nq, 64}, .stride = {0, 0, 0, 1}};
+
+    attn.q = t;
+    t.shape[2] = nk;
+    attn.k = attn.v = t;
+    attn.o = (struct sage_tensor){
+        SAGE_F16, 1, O_AT, NULL, {1, heads, nq, 64}, {heads * nq * 64, nq * 64, 64, 1}};
+    return attn;
+}
+
+static uint32_t submit(struct peer *p, uint32_t lane, struct sage_attn attn)
+{
+    static struct msg_submit msg;
+
+    msg.lane = lane;
+    msg.number = ++p->last[lane];
+    msg.attn = attn;
+    page_store(&p->page->lane[lane].acquire[msg.number % SAGE_ENTRIES], msg.number);
+    packet(p, OP_SUBMIT, MSG_SUBMIT, &msg, -1);
+    uv_run(&d.loop, UV_RUN_NOWAIT);
+    return msg.number;
+}
+
+/* All but the last `left` jobs of the lane? */
+static bool released_but(const struct peer *p, uint32_t lane, uint32_t left)
+{
+    uint32_t n = p->last[lane] - left;
+
+    return p->last[lane] <= left ||
+           page_reached(page_load(&p->page->lane[lane].release[n % SAGE_ENTRIES]), n);
+}
+
+static bool released(const struct peer *p, uint32_t lane)
+{
+    return released_but(p, lane, 0);
+}
+
+static void disconnect(struct peer *p)
+{
+    close(p->fd);
+    page_unmap(p->page);
+}
+
+/* --- set up --- */
+
+static struct backend fake;
+
+static void start_daemon(unsigned slots, unsigned quantum_us)
+{
+    struct config config;
+    char why[256] = "";
+
+    config_init(&config);
+    config.slots = slots;
+    config.threads = 1;
+    config.slot_bytes = 8 << 20;
+    config.quantum_us = quantum_us;
+    strcpy(config.backend, "cpu");
+    assert_true(config_finish(&config, why));
+    if (daemon_init(&d, &config, why))
+        fail_msg("%s", why);
+    fake = *d.backend;
+    fake.start = model_start;
+    d.backend = &fake;
+    model = (struct model){.ns_per_op = fake.ns_per_op};
+}
+
+static void stop_daemon(void)
+{
+    while (step())
+        continue;
+    while (!TAILQ_EMPTY(&d.sessions))
+        session_close(TAILQ_FIRST(&d.sessions), "test ends");
+    for (int i = 0; d.n_live && i < 1000; i++) {
+        uv_run(&d.loop, UV_RUN_ONCE);
+        while (step())
+            continue;
+    }
+    assert_int_equal(d.n_live, 0);
+    assert_int_equal(d.sched.n_held, 0);
+    assert_int_equal(d.sched.n_active, 0);
+    assert_true(TAILQ_EMPTY(&d.users));
+    assert_true(TAILQ_EMPTY(&d.watch.jobs));
+    daemon_finish(&d);
+}
+
+/* --- shares --- */
+
+static struct peer peers[4];
+
+static void account(struct job *job, struct stream *stream, uint64_t took_ns)
+{
+    (void)stream;
+    for (int i = 0; i < 4; i++)
+        if (peers[i].s == job->session)
+            peers[i].used_ns += took_ns;
+}
+
+/* Each of n peers always has ten jobs of its kind in each of four lanes, for so long. */
+static void run_load(int n, const struct sage_attn *kinds, uint64_t duration_ns)
+{
+    model.on_start = account;
+    while (model.now_ns < duration_ns) {
+        for (int i = 0; i < n; i++) {
+            for (uint32_t lane = 0; lane < 4; lane++) {
+                if (!released_but(&peers[i], lane, 9))
+                    continue;
+                submit(&peers[i], lane, kinds[i]);
+                peers[i].jobs++;
+            }
+        }
+        step();
+    }
+    model.on_start = NULL;
+}
+
+static void assert_ratio(double got, double wanted, double tolerance)
+{
+    if (fabs(got / wanted - 1) > tolerance)
+        fail_msg("%u slots: ratio %g, wanted %g", d.sched.n_slots, got, wanted);
+}
+
+/* Small jobs and jobs 200 times as large: the same device time each. */
+static void test_fair(void **state)
+{
+    (void)state;
+    for (unsigned slots = 1; slots <= 4; slots++) {
+        start_daemon(slots, 1000);
+        connect_peer(&peers[0], PRIORITY_NORMAL);
+        connect_peer(&peers[1], PRIORITY_NORMAL);
+        struct sage_attn kinds[] = {problem(2, 128, 128), problem(200, 128, 256)};
+        run_load(2, kinds, 2000000000);
+        assert_ratio((double)peers[0].used_ns / (double)peers[1].used_ns, 1, 0.1);
+        stop_daemon();
+        disconnect(&peers[0]);
+        disconnect(&peers[1]);
+    }
+}
+
+/* What counts is the time that jobs take, not what was expected of them. */
+static void test_measured(void **state)
+{
+    (void)state;
+    start_daemon(3, 1000);
+    connect_peer(&peers[0], PRIORITY_NORMAL);
+    connect_peer(&peers[1], PRIORITY_NORMAL);
+    struct sage_attn kinds[] = {problem(2, 256, 256), problem(2, 256, 256)};
+    model.slow = peers[1].s;
+    model.factor = 10;
+    run_load(2, kinds, 2000000000);
+    assert_ratio((double)peers[0].used_ns / (double)peers[1].used_ns, 1, 0.1);
+    stop_daemon();
+    disconnect(&peers[0]);
+    disconnect(&peers[1]);
+}
+
+/* 1 : 4 : 16, and none starves. */
+static void test_priorities(void **state)
+{
+    (void)state;
+    start_daemon(2, 1000);
+    for (uint32_t i = 0; i < 3; i++)
+        connect_peer(&peers[i], i);
+    struct sage_attn kinds[] = {problem(4, 256, 256), problem(4, 256, 256), problem(9, 128, 256)};
+    run_load(3, kinds, 4000000000);
+    assert_ratio((double)peers[1].used_ns / (double)peers[0].used_ns, 4, 0.15);
+    assert_ratio((double)peers[2].used_ns / (double)peers[1].used_ns, 4, 0.15);
+    stop_daemon();
+    for (int i = 0; i < 3; i++)
+        disconnect(&peers[i]);
+}
+
+/* Time that nobody else wants is not withheld, and not saved up either. */
+static void test_work_conserving(void **state)
+{
+    (void)state;
+    start_daemon(2, 1000);
+    connect_peer(&peers[0], PRIORITY_LOW);
+    connect_peer(&peers[1], PRIORITY_LOW);
+    struct sage_attn kinds[] = {problem(4, 256, 256), problem(4, 256, 256)};
+    run_load(1, kinds, 500000000);
+    assert_ratio((double)peers[0].used_ns, 2 * 500e6, 0.05);
+    peers[0].used_ns = 0;
+    run_load(2, kinds, 1000000000);
+    assert_ratio((double)peers[0].used_ns / (double)peers[1].used_ns, 1, 0.1);
+    stop_daemon();
+    disconnect(&peers[0]);
+    disconnect(&peers[1]);
+}
+
+/* --- pieces --- */
+
+static struct coverage {
+    int64_t nq, groups;
+    int64_t group, row; /* all before has been started */
+    struct stream *stream;
+    double quantum_ns;
+    unsigned most_held;
+} cover;
+
+/* Pieces follow each other without gap or overlap, and rows of a group stay where its K and V are. */
+static void check_piece(struct job *job, struct stream *stream, uint64_t took_ns)
+{
+    const struct sage_part *part = &job->piece.part;
+
+    if (d.sched.n_held > cover.most_held)
+        cover.most_held = d.sched.n_held;
+    if (job->session != peers[0].s)
+        return;
+    assert_int_equal(part->group, cover.group);
+    /* 128 rows are the least that is worth a piece. */
+    assert_true((double)took_ns < 2.5 * cover.quantum_ns ||
+                (part->n_rows >= 0 && part->n_rows <= 128));
+    if (part->n_rows < 0) {
+        assert_int_equal(cover.row, 0);
+        cover.group += part->n_groups;
+    } else {
+        assert_int_equal(part->n_groups, 1);
+        assert_int_equal(part->row, cover.row);
+        assert_int_equal(part->prepared, part->row > 0);
+        assert_true(part->row == 0 || stream == cover.stream);
+        cover.stream = stream;
+        cover.row += part->n_rows;
+        assert_true(cover.row <= cover.nq);
+        if (cover.row == cover.nq) {
+            cover.row = 0;
+            cover.group++;
+        }
+    }
+    bool last = cover.group == cover.groups;
+    assert_int_equal(job->piece.lane != NULL, last);
+    assert_int_equal(job_is_last_piece(job), last);
+}
+
+static void cut(int64_t heads, int64_t nq, int64_t nk, bool causal, unsigned slots)
+{
+    const unsigned quantum_us = 500;
+    start_daemon(slots, quantum_us);
+    connect_peer(&peers[0], PRIORITY_NORMAL);
+    connect_peer(&peers[1], PRIORITY_NORMAL);
+    struct sage_attn attn = problem(heads, nq, nk), small = problem(1, 64, 64);
+    attn.causal = causal;
+    cover = (struct coverage){.nq = nq, .groups = heads, .quantum_ns = quantum_us * 1e3};
+    model.on_start = check_piece;
+    submit(&peers[0], 0, attn);
+    while (!released(&peers[0], 0)) {
+        if (released(&peers[1], 5))
+            submit(&peers[1], 5, small);
+        assert_true(step());
+    }
+    assert_int_equal(cover.group, heads);
+    model.on_start = NULL;
+    stop_daemon();
+    disconnect(&peers[0]);
+    disconnect(&peers[1]);
+}
+
+static void test_pieces(void **state)
+{
+    (void)state;
+    for (unsigned slots = 1; slots <= 3; slots++) {
+        cut(16, 256, 1024, false, slots); /* groups of 0.86 ms */
+        cut(32, 128, 256, false, slots);  /* several groups a piece */
+        cut(1, 4096, 4096, false, slots); /* rows of one group */
+        cut(3, 2000, 3000, false, slots); /* and of three, one after the other */
+        cut(2, 3000, 3000, true, slots);
+        cut(1, 129, 30000, false, slots);
+    }
+}
+
+/* Clients with long heads never hold the last slots: a small job does not wait for one of them to end. */
+static void test_held_slots(void **state)
+{
+    (void)state;
+    for (unsigned slots = 2; slots <= 5; slots++) {
+        start_daemon(slots, 500);
+        for (int i = 0; i < 4; i++)
+            connect_peer(&peers[i], PRIORITY_NORMAL);
+        cover = (struct coverage){0};
+        model.on_start = check_piece;
+        struct session *first = peers[0].s;
+        peers[0].s = NULL; /* check_piece() is to count only */
+        for (int i = 1; i < 4; i++)
+            for (uint32_t lane = 0; lane < 3; lane++)
+                submit(&peers[i], lane, problem(1, 8192, 8192));
+        for (int i = 0; i < 20; i++)
+            assert_true(step());
+        peers[0].s = first;
+        model.on_start = NULL;
+        for (int i = 0; i < 50; i++) {
+            uint64_t start = model.now_ns;
+            submit(&peers[0], 0, problem(1, 64, 64));
+            while (!released(&peers[0], 0))
+                assert_true(step());
+            /* Three others with a quantum each before it, each piece a little longer than estimated. */
+            assert_true(model.now_ns - start < 4 * 2 * 500000);
+        }
+        assert_true(cover.most_held >= 1);
+        assert_true(cover.most_held <= (slots > 3 ? slots - 2 : 1));
+        for (int i = 1; i < 4; i++) /* and they end, one after the other */
+            for (uint32_t lane = 0; lane < 3; lane++)
+                while (!released(&peers[i], lane))
+                    assert_true(step());
+        stop_daemon();
+        for (int i = 0; i < 4; i++)
+            disconnect(&peers[i]);
+    }
+}
+
+/* --- lanes, closing --- */
+
+static void check_lane_order(struct job *job, struct stream *stream, uint64_t took_ns)
+{
+    (void)stream, (void)took_ns;
+    assert_ptr_equal(TAILQ_FIRST(&job->session->lanes[job->lane].jobs), job);
+}
+
+static void test_lanes(void **state)
+{
+    (void)state;
+    start_daemon(3, 500);
+    connect_peer(&peers[0], PRIORITY_NORMAL);
+    model.on_start = check_lane_order;
+    for (int i = 0; i < 60; i++)
+        for (uint32_t lane = 0; lane < 4; lane++)
+            submit(&peers[0], lane, problem(1 + i % 3, 64 + 64 * (i % 5), 512));
+    while (step())
+        continue;
+    for (uint32_t lane = 0; lane < 4; lane++)
+        assert_true(released(&peers[0], lane));
+    assert_int_equal(d.stats.done, 240);
+    stop_daemon();
+    disconnect(&peers[0]);
+}
+
+/* A session closes after any number of steps: pieces that run end, nothing else of it starts. */
+static void test_close_anywhere(void **state)
+{
+    static struct session *closed;
+    (void)state;
+
+    for (int steps = 0; steps < 40; steps++) {
+        start_daemon(1 + (unsigned)steps % 4, 500);
+        connect_peer(&peers[0], PRIORITY_NORMAL);
+        connect_peer(&peers[1], PRIORITY_NORMAL);
+        for (uint32_t lane = 0; lane < 3; lane++) {
+            submit(&peers[0], lane, problem(1, 4096, 4096));
+            submit(&peers[0], lane, problem(3, 256, 256));
+            submit(&peers[1], lane, problem(lane + 1, 1024, 2048));
+        }
+        for (int i = 0; i < steps; i++)
+            step();
+        closed = peers[0].s;
+        session_close(closed, "test");
+        while (!released(&peers[1], 0) || !released(&peers[1], 1) || !released(&peers[1], 2))
+            assert_true(step());
+        assert_int_equal(d.stats.dropped + d.stats.done, 9);
+        submit(&peers[1], 0, problem(1, 4096, 4096)); /* a slot to hold is free again */
+        while (!released(&peers[1], 0))
+            assert_true(step());
+        stop_daemon();
+        disconnect(&peers[0]);
+        disconnect(&peers[1]);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_fair),       cmocka_unit_test(test_measured),
+        cmocka_unit_test(test_priorities), cmocka_unit_test(test_work_conserving),
+        cmocka_unit_test(test_pieces),     cmocka_unit_test(test_held_slots),
+        cmocka_unit_test(test_lanes),      cmocka_unit_test(test_close_anywhere),
+    };
+    log_set_level(3);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
