@@ -155,15 +155,19 @@ static void *stream_main(void *arg)
     }
 }
 
-/* Signals are the loop's. */
+/* Signals are the loop's; sage_attn_cpu() wants 320 KiB of stack. */
 static int start_thread(struct stream *s)
 {
     sigset_t all, old;
+    pthread_attr_t attr;
 
+    pthread_attr_init(&attr);
+    pthread_attr_setstacksize(&attr, 1 << 20);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
-    int rc = pthread_create(&s->thread, NULL, stream_main, s);
+    int rc = pthread_create(&s->thread, &attr, stream_main, s);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
+    pthread_attr_destroy(&attr);
     return rc;
 }
 

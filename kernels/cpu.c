@@ -13,6 +13,8 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+enum { THREAD_STACK = 1 << 20 }; /* bytes; a struct cpu_tile takes 290 KiB */
+
 typedef void task_fn(const struct cpu_job *job, int64_t n);
 
 /* --- the pool: the caller hands out one phase at a time and works on it too --- */
@@ -97,20 +99,27 @@ static int processors(void)
     return n > 0 ? (int)n : 1;
 }
 
-/* Threads with all signals blocked: they are for the process's own threads to handle. */
+/*
+ * Threads with all signals blocked, which are for the process's own threads to handle, and with a stack
+ * that holds a tile, whatever the process's limit is.
+ */
 static int start_threads(struct sage_cpu *cpu, int n)
 {
     sigset_t all, before;
+    pthread_attr_t attr;
     int error = 0;
 
+    pthread_attr_init(&attr);
+    pthread_attr_setstacksize(&attr, THREAD_STACK);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     while (cpu->n_threads < n && !error) {
-        error = pthread_create(&cpu->threads[cpu->n_threads], NULL, thread_main, cpu);
+        error = pthread_create(&cpu->threads[cpu->n_threads], &attr, thread_main, cpu);
         if (!error)
             cpu->n_threads++;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attr);
     return error;
 }
 
@@ -217,7 +226,7 @@ static bool lay_out(const struct sage_attn *attn, const struct sage_part *part,
     };
     return place(at, &at->blocks, n + 1, index) && place(at, &at->chunks, n + 1, index) &&
            place(at, &at->tiles, n + 1, index) && place(at, &at->means, n, 3 * d * sizeof(float)) &&
-           place(at, &at->sums, chunks, at->sum_bytes) &&
+           place(at, &at->sums, attn->smooth_k || fp8 ? chunks : 0, at->sum_bytes) &&
            place(at, &at->data, blocks, at->block_bytes);
 }
 
@@ -226,7 +235,7 @@ size_t sage_attn_workspace(const struct sage_attn *attn, const struct sage_part 
     const struct sage_part p = whole(attn, part);
     struct cpu_layout at;
 
-    return lay_out(attn, &p, &at) ? at.total : SIZE_MAX;
+    return sage_part_is_legal(attn, &p) && lay_out(attn, &p, &at) ? at.total : SIZE_MAX;
 }
 
 static int64_t *table(const struct cpu_job *job, size_t offset)
@@ -290,20 +299,6 @@ int64_t cpu_find(const struct cpu_job *job, size_t offset, int64_t n, int64_t *w
 
 /* --- a call --- */
 
-static bool part_is_legal(const struct sage_attn *attn, const struct sage_part *p)
-{
-    const int64_t groups = sage_attn_groups(attn);
-
-    if (p->group < 0 || p->n_groups < 0 || p->group > groups || p->n_groups > groups - p->group)
-        return false;
-    if (p->n_rows < 0)
-        return p->n_rows == -1 && p->row == 0;
-    if (p->n_groups != 1 || p->row < 0)
-        return false;
-    const struct sage_seq seq = sage_attn_seq(attn, p->group / attn->k.shape[1]);
-    return p->row <= seq.nq && p->n_rows <= seq.nq - p->row;
-}
-
 int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn, const struct sage_part *part,
                   void *workspace, size_t bytes)
 {
@@ -315,7 +310,7 @@ int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn, const stru
         .fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8,
     };
 
-    if (!part_is_legal(attn, &job.part))
+    if (!sage_part_is_legal(attn, &job.part))
         return SAGE_EINVAL;
     if (job.part.n_groups == 0)
         return SAGE_OK;

@@ -155,20 +155,24 @@ static void look(const struct work *w, struct cpu_tile *t, int64_t key)
     }
 }
 
-/* Row r of o and lse. No sum: nothing was seen. A sound o is between V's extremes, hence finite. */
+/*
+ * Row r of o and lse. No sum: nothing was seen. A sound o is between V's extremes but for rounding
+ * (of V to e4m3 around its mean, say), hence finite; beyond the format's range it is its largest number.
+ */
 static void finish_row(const struct work *w, const struct cpu_tile *t, int r)
 {
     const struct sage_attn *a = w->job->attn;
     const int64_t batch = w->group.seq.batch, row = w->group.seq.q0 + w->row + r;
     uint16_t *o = (uint16_t *)tensor_row(&a->o, batch, w->head, row);
     const bool none = t->sum[r] == 0;
+    const float most = a->o.dtype == SAGE_F16 ? 65504 : 0x1.fep127f;
 
     for (int i = 0; i < t->d; i++) {
         float x = t->o[r][i] / t->p_sum[r];
 
         if (w->job->fp8)
             x = x * w->group.v_scale[i] + w->group.v_mean[i];
-        x = none ? 0 : isfinite(x) ? x : NAN;
+        x = none ? 0 : !isfinite(x) ? NAN : x > most ? most : x < -most ? -most : x;
         o[i] = a->o.dtype == SAGE_F16 ? f16_from_f32(x) : bf16_from_f32(x);
     }
     if (a->lse.dtype != SAGE_NONE) {
@@ -202,7 +206,7 @@ static void attend(struct work *w, struct cpu_tile *t)
         else
             job->isa->step(t, k, k_scale,
                            tensor_row(v, seq->batch, w->group.kv_head, seq->k0 + key),
-                           2 * v->stride[2], left < BLOCK_K ? (int)left : BLOCK_K, v->dtype);
+                           left > 1 ? 2 * v->stride[2] : 0, left < BLOCK_K ? (int)left : BLOCK_K, v->dtype);
     }
 }
 

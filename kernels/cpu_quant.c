@@ -45,7 +45,7 @@ void cpu_sum_chunk(const struct cpu_job *job, int64_t n)
     float *s = sums_of(job, &g, c), x[SAGE_MAX_HEAD_DIM];
 
     memset(s, 0, job->at.sum_bytes);
-    for (int64_t key = c * CHUNK_K; key < end; key++) {
+    for (int64_t key = c * CHUNK_K; a->smooth_k && key < end; key++) {
         load(x, &a->k, &g, key);
         for (int64_t i = 0; i < d; i++)
             s[SUM_K * d + i] += x[i];

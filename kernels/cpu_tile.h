@@ -154,8 +154,10 @@ INLINE float FN(scores)(struct cpu_tile *t, int r, const float *k_scale)
 
         /* |s| <= 127 * 127 * 256 < 2^22: below 2^105 no product is Inf, beyond it none is known */
         s *= FN(select)(scale < 0x1p105f, scale, (VF){0} + NAN);
-        if (t->masked)
-            s += *(VF *)(t->bias[r] + j);
+        if (t->masked) { /* a key that is masked out is not seen, whatever it holds */
+            const VF b = *(VF *)(t->bias[r] + j);
+            s = FN(select)(b == (VF){0} - INFINITY, b, s + b);
+        }
         if (partial)
             s = FN(select)((key >= t->first[r]) & (key < t->last[r]), s, (VF){0} - INFINITY);
         *(VF *)(row + j) = s;

@@ -127,6 +127,20 @@ int64_t sage_attn_groups(const struct sage_attn *attn)
     return (attn->n_seqs ? attn->n_seqs : attn->q.shape[0]) * attn->k.shape[1];
 }
 
+bool sage_part_is_legal(const struct sage_attn *attn, const struct sage_part *p)
+{
+    const int64_t groups = sage_attn_groups(attn);
+
+    if (p->group < 0 || p->n_groups < 0 || p->group > groups || p->n_groups > groups - p->group)
+        return false;
+    if (p->n_rows < 0)
+        return p->n_rows == -1 && p->row == 0;
+    if (p->n_groups != 1 || p->row < 0)
+        return false;
+    const struct sage_seq seq = sage_attn_seq(attn, p->group / attn->k.shape[1]);
+    return p->row <= seq.nq && p->n_rows <= seq.nq - p->row;
+}
+
 /* Sum over x < end of x clamped to [0, nk]. */
 static double ramp(int64_t end, int64_t nk)
 {
@@ -153,6 +167,8 @@ double sage_attn_ops(const struct sage_attn *attn, const struct sage_part *part)
     const int64_t end = part ? g + part->n_groups : sage_attn_groups(attn);
     double sum = 0;
 
+    if (part && !sage_part_is_legal(attn, part))
+        return 0;
     while (g < end) {
         const struct sage_seq seq = sage_attn_seq(attn, g / heads);
         const bool all = !part || part->n_rows < 0;

@@ -114,7 +114,7 @@ struct sage_tensor {
  * sequence s has queries [q_offsets[s], q_offsets[s+1]) and keys [k_offsets[s], k_offsets[s+1]); the
  * offsets start at 0, do not decrease and end at Nq and Nk. Each sequence is a problem of its own.
  * A row that sees no key gives o = 0 and lse = -inf. A NaN or Inf in q, k or v gives NaN in every row
- * that sees it, never a finite number.
+ * that sees it, never a finite number; so may finite v whose sum over the keys is beyond fp32.
  */
 struct sage_attn {
     struct sage_tensor q, k, v, o, mask, lse;
@@ -166,11 +166,15 @@ struct sage_part {
 /* How many groups; 0 when there is nothing to compute. `attn` has passed sage_attn_check(). */
 SAGE_API int64_t sage_attn_groups(const struct sage_attn *attn);
 
-/* Operations of the visible part, 4 * D for each (query, key) pair; a mask tensor does not count. */
+/*
+ * Operations of the visible part, 4 * D for each (query, key) pair; a mask tensor does not count. part:
+ * NULL is the whole problem; 0 for one that is not in it.
+ */
 SAGE_API double sage_attn_ops(const struct sage_attn *attn, const struct sage_part *part);
 
 /*
- * Bytes of workspace that sage_attn_cpu() needs for this part (NULL: the whole problem).
+ * Bytes of workspace that sage_attn_cpu() needs for this part (NULL: the whole problem); SIZE_MAX for a
+ * part that is not in it, or where they do not fit size_t.
  * `attn` has passed sage_attn_check(); no address is looked at.
  */
 SAGE_API size_t sage_attn_workspace(const struct sage_attn *attn, const struct sage_part *part);

@@ -39,33 +39,26 @@ static int64_t now_ns(void)
     return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
 }
 
-static bool spin(const uint32_t *word, uint32_t n)
-{
-    for (int64_t end = now_ns() + SPIN_NS; now_ns() < end; sched_yield())
-        if (page_reached(page_load(word), n))
-            return true;
-    return page_reached(page_load(word), n);
-}
-
 bool page_wait(const uint32_t *word, uint32_t n, int64_t timeout_ns)
 {
-    int64_t end = timeout_ns < 0 ? -1 : now_ns() + timeout_ns;
-
-    if (spin(word, n))
+    if (page_reached(page_load(word), n))
         return true;
+    int64_t now = now_ns(), end = timeout_ns < 0 ? INT64_MAX : now + timeout_ns;
+    int64_t spin_end = end - now > SPIN_NS ? now + SPIN_NS : end;
+
     for (;;) {
         uint32_t seen = page_load(word);
         if (page_reached(seen, n))
             return true;
-        struct timespec left, *limit = NULL;
-        if (end >= 0) {
-            int64_t ns = end - now_ns();
-            if (ns <= 0)
+        if (now < spin_end) {
+            sched_yield();
+        } else {
+            struct timespec left = {(end - now) / 1000000000, (end - now) % 1000000000};
+            if (now >= end)
                 return false;
-            left = (struct timespec){ns / 1000000000, ns % 1000000000};
-            limit = &left;
+            syscall(SYS_futex, word, FUTEX_WAIT, seen, timeout_ns < 0 ? NULL : &left, NULL, 0);
         }
-        syscall(SYS_futex, word, FUTEX_WAIT, seen, limit, NULL, 0);
+        now = now_ns();
     }
 }
 

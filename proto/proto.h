@@ -238,7 +238,7 @@ struct packet {
     const void *body; /* msgpack_object of the map, owned by the unpacker */
 };
 
-/* Reuses its memory from packet to packet; one per connection or thread. */
+/* Holds the packet that was opened last; one per connection or thread. */
 struct unpacker;
 struct unpacker *unpacker_create(void); /* NULL: no memory */
 void unpacker_destroy(struct unpacker *u);

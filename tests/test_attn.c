@@ -660,6 +660,57 @@ static void test_bad_mask(void **state)
     each_variant(bad_mask);
 }
 
+/* A row from which the mask tensor hides every key sees nothing, even of a NaN in a key or in itself. */
+static void hidden_row(enum sage_variant variant)
+{
+    struct fixture f;
+    struct rng rng;
+
+    rng_init(&rng, test_seed());
+    plain(&f, &rng, variant, 4, 150);
+    f.attn.smooth_k = false;
+    f.attn.mask = take(&f, SAGE_BOOL, HND, 1, 1, 4, 150);
+    set(&f.attn.mask, 1);
+    for (int64_t j = 0; j < 150; j++)
+        put(&f.attn.mask, 0, 0, 2, j, 0);
+    put(&f.attn.k, 0, 0, 70, 3, NAN);
+    put(&f.attn.q, 0, 0, 2, 5, NAN);
+    run(&f, NULL);
+    for (int64_t c = 0; c < 64; c++)
+        assert_true(o_at(&f, 0, 2, c) == 0);
+    assert_true(lse_at(&f, 0, 2) == -INFINITY);
+    fixture_finish(&f);
+}
+
+static void test_hidden_row(void **state)
+{
+    (void)state;
+    each_variant(hidden_row);
+}
+
+/* V at the ends of binary16: rounding it to e4m3 around its mean must not push o over the edge. */
+static void test_largest(void **state)
+{
+    struct fixture f;
+    struct rng rng;
+
+    (void)state;
+    rng_init(&rng, 3);
+    plain(&f, &rng, SAGE_INT8_FP8, 8, 64);
+    f.attn.smooth_v = true;
+    set(&f.attn.q, 0);
+    for (int64_t j = 0; j < 64; j++)
+        for (int64_t c = 0; c < 64; c++)
+            put(&f.attn.v, 0, 0, j, c, j == 0 ? -65504 : 65504);
+    f.attn.window_left = 0;
+    f.attn.window_right = 0;
+    run(&f, NULL);
+    for (int64_t i = 0; i < 8; i++)
+        for (int64_t c = 0; c < 64; c++)
+            assert_true(fabs(o_at(&f, 0, i, c)) > 50000 && isfinite(o_at(&f, 0, i, c)));
+    fixture_finish(&f);
+}
+
 /* Scores that overflow must not come out as numbers. */
 static void test_overflow(void **state)
 {
@@ -704,8 +755,11 @@ static void test_refused(void **state)
 
     assert_int_equal(sage_attn_cpu(NULL, &f.attn, NULL, w, bytes - 1), SAGE_EWORKSPACE);
     assert_int_equal(sage_attn_cpu(NULL, &f.attn, NULL, w + 8, bytes), SAGE_EINVAL);
-    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++)
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
         assert_int_equal(sage_attn_cpu(NULL, &f.attn, &bad[i], w, bytes), SAGE_EINVAL);
+        assert_true(sage_attn_workspace(&f.attn, &bad[i]) == SIZE_MAX);
+        assert_true(sage_attn_ops(&f.attn, &bad[i]) == 0);
+    }
     free(w);
     f.attn.k.shape[2] = f.attn.v.shape[2] = INT32_MAX;
     f.attn.q.shape[1] = f.attn.k.shape[1] = f.attn.v.shape[1] = INT32_MAX;
@@ -726,6 +780,8 @@ int main(void)
         cmocka_unit_test(test_lse_exact),
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_bad_mask),
+        cmocka_unit_test(test_hidden_row),
+        cmocka_unit_test(test_largest),
         cmocka_unit_test(test_overflow),
         cmocka_unit_test(test_refused),
     };
