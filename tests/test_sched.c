@@ -528,5 +528,6 @@ int main(void)
         cmocka_unit_test(test_lanes),      cmocka_unit_test(test_close_anywhere),
     };
     log_set_level(3);
+    alarm(120); /* a scheduler that stalls or spins does not do so for ever */
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
