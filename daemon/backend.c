@@ -32,7 +32,11 @@ const struct backend *backend_find(const char *name, char *why)
 void backend_kernel_name(const struct backend *backend, const struct sage_attn *attn,
                          char name[PROTO_NAME_MAX])
 {
-    snprintf(name, PROTO_NAME_MAX, "%s %s %s d%d", backend->name,
-             sage_variant_name(sage_attn_variant(attn)), sage_dtype_name(attn->q.dtype),
-             (int)attn->q.shape[3]);
+    int d = (int)attn->q.shape[3]; /* at most 256; for each job, so without printf() */
+    char digits[] = {(char)('0' + d / 100), (char)('0' + d / 10 % 10), (char)('0' + d % 10), '\0'};
+
+    name = stpcpy(stpcpy(name, backend->name), " ");
+    name = stpcpy(stpcpy(name, sage_variant_name(sage_attn_variant(attn))), " ");
+    name = stpcpy(stpcpy(name, sage_dtype_name(attn->q.dtype)), " d");
+    strcpy(name, digits + (d < 10 ? 2 : d < 100 ? 1 : 0));
 }

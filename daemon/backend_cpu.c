@@ -205,7 +205,7 @@ err_free:
 
 void cpu_start(struct stream *s, struct piece *piece)
 {
-    if (piece && piece->brief) {
+    if (piece && piece->brief && s->device->run == cpu_run_piece) { /* a fault may take longer */
         run(s, NULL, piece);
         return;
     }

@@ -299,7 +299,7 @@ static void job_free(struct job *job)
         sched_lane(s, lane_index);
 }
 
-static void count(struct job *job, int status, uint64_t now)
+static void count(struct job *job, int status)
 {
     struct session *s = job->session;
     struct stats *stats = &s->daemon->stats;
@@ -322,7 +322,7 @@ static void count(struct job *job, int status, uint64_t now)
     stats->ops += job->ops;
     hist_add(&stats->queue, job->start_ns - job->ready_ns);
     hist_add(&stats->run, job->run_ns);
-    hist_add(&stats->total, now - job->ready_ns);
+    hist_add(&stats->total, job->piece.end_ns - job->ready_ns);
     backend_kernel_name(s->daemon->backend, &job->attn, name);
     stats_kernel(stats, name, job->ops, job->run_ns);
 }
@@ -337,7 +337,7 @@ void job_over(struct job *job, int status)
         .run_ns = job->run_ns,
     };
 
-    count(job, status, daemon_now());
+    count(job, status);
     if (status)
         snprintf(report.text, sizeof(report.text), "%s", sage_strerror(status));
     if (!job->dropped)

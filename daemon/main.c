@@ -78,6 +78,16 @@ static void raise_limits(void)
     }
 }
 
+static void block_signals(void)
+{
+    sigset_t set;
+
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    sigprocmask(SIG_BLOCK, &set, NULL);
+}
+
 static int serve(const struct config *config)
 {
     static struct daemon daemon;
@@ -99,6 +109,7 @@ static int serve(const struct config *config)
         sd_notify(0, "STATUS=device lost");
         _exit(EXIT_DEVICE_LOST); /* its streams may never end */
     }
+    block_signals(); /* told once is enough */
     daemon_finish(&daemon);
     server_finish(&server);
     log_notice("stopped", "jobs_done=%llu", (unsigned long long)daemon.stats.done);

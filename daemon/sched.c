@@ -169,6 +169,8 @@ static void piece_done(struct daemon *d, struct slot *slot)
     s->n_running--;
     s->deficit_ns += job->piece_est_ns - took; /* the estimate was charged, the measured time counts */
     job->run_ns += (uint64_t)took;
+    if (!job->start_ns)
+        job->start_ns = piece->start_ns;
     if (piece->status == SAGE_EDEVICE) {
         d->device_lost = true;
         return;
@@ -202,10 +204,7 @@ static void start(struct daemon *d, struct slot *slot, struct job *job)
         slot->holder = job;
         sc->n_held++;
     }
-    if (!job->started) {
-        job->started = true;
-        job->start_ns = daemon_now();
-    }
+    job->started = true;
     slot->jobs[(slot->first + slot->n++) % STREAM_DEPTH] = job;
     slot->queued_ns += job->piece_est_ns;
     unsigned used = sched_slots_used(d);

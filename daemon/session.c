@@ -442,7 +442,8 @@ static void on_poll(uv_poll_t *handle, int status, int events)
         send_backlog(s);
     if (s->closing || !(events & (UV_READABLE | UV_DISCONNECT)))
         return;
-    watch_stir(s->daemon);
+    if (!TAILQ_EMPTY(&s->daemon->watch.jobs))
+        watch_stir(s->daemon);
     for (int i = 0; i < CALLS_PER_TURN && !s->closing && s->backlog_bytes <= BACKLOG_MAX; i++)
         if (!receive(s))
             return;

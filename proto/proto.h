@@ -120,7 +120,7 @@ struct msg_done_job {
     char text[PROTO_TEXT_MAX]; /* empty unless status */
 };
 
-enum { DONE_MAX = 64, DONE_BATCH = 32, DONE_DELAY_MS = 1, CLIENTS_MAX = 64, KERNELS_MAX = 32 };
+enum { DONE_MAX = 64, DONE_BATCH = 64, DONE_DELAY_MS = 5, CLIENTS_MAX = 64, KERNELS_MAX = 32 };
 
 struct msg_done {
     uint32_t n_jobs;
