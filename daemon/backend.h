@@ -47,7 +47,8 @@ struct backend {
 
     /* Bytes of workspace for a part; first guess of its duration. */
     size_t (*workspace)(const struct sage_attn *attn, const struct sage_part *part);
-    double ns_per_op, ns_per_byte, ns_per_head;
+    double ns_per_op, ns_per_byte;
+    double ns_per_channel; /* of each query head: what a single key costs already */
 };
 
 enum { STREAM_DEPTH = 8 }; /* pieces started and not done on one stream, at most */

@@ -27,6 +27,6 @@ void cpu_start(struct stream *stream, struct piece *piece);
     .close = cpu_close, .describe = cpu_describe, .map = cpu_map, .unmap = cpu_unmap,              \
     .stream_open = cpu_stream_open, .stream_close = cpu_stream_close, .start = cpu_start,          \
     .workspace = sage_attn_workspace, .ns_per_op = 0.05, .ns_per_byte = 0.2,        \
-    .ns_per_head = 500
+    .ns_per_channel = 150
 
 #endif

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "daemon/daemon.h"
+#include "daemon/discard.h"
 #include "daemon/log.h"
 
 static struct buffer *find(struct session *s, uint32_t id)
@@ -42,6 +43,7 @@ static void buffer_free(struct buffer *b)
     struct session *s = b->session;
 
     s->n_mappings--;
+    s->user->n_mappings--;
     free(b);
     if (s->closing)
         session_free_if_unused(s);
@@ -79,9 +81,12 @@ static void map_work(uv_work_t *work)
     struct daemon *d = b->session->daemon;
 
     b->status = d->backend->map(d->device, b->kind, b->fd, &b->base, &b->size, b->why);
-    close(b->fd);
-    if (b->status)
+    if (b->status) {
+        discard(b->fd);
         b->size = 0;
+    } else {
+        close(b->fd); /* a memfd that is mapped: nothing goes yet */
+    }
 }
 
 /* What the client said and may have, against what there is. */
@@ -165,6 +170,11 @@ static int check_register(struct session *s, const struct msg_register *msg, int
                  (unsigned long long)limit);
         return SAGE_EQUOTA;
     }
+    if (s->user->n_mappings >= s->daemon->config.user_buffers) {
+        snprintf(why, PROTO_TEXT_MAX, "buffer: %u of this user are registered, the limit is %llu",
+                 s->user->n_mappings, (unsigned long long)s->daemon->config.user_buffers);
+        return SAGE_EQUOTA;
+    }
     return 0;
 }
 
@@ -180,7 +190,7 @@ void buffer_register(struct session *s, const struct msg_register *msg, int fd, 
     }
     if (rc) {
         if (fd >= 0)
-            close(fd);
+            discard(fd);
         session_error(s, seq, rc, why);
         return;
     }
@@ -194,6 +204,7 @@ void buffer_register(struct session *s, const struct msg_register *msg, int fd, 
     TAILQ_INSERT_TAIL(&s->buffers[b->id % SESSION_BUCKETS], b, link);
     s->n_buffers++;
     s->n_mappings++;
+    s->user->n_mappings++;
     uv_queue_work(&s->daemon->loop, &b->work, map_work, after_map);
 }
 

@@ -12,7 +12,10 @@
 
 #include "daemon/log.h"
 
-enum { TICK_MS = 500 };
+enum {
+    TICK_MS = 500,
+    COMPLAINTS_MAX = 10, /* logged in a tick */
+};
 
 uint64_t daemon_now(void)
 {
@@ -74,6 +77,9 @@ static void on_turn(uv_check_t *handle)
     }
     flush_reports(d);
     if (is_drained(d)) {
+        if (!d->drained && d->on_drained)
+            d->on_drained(d);
+        d->drained = true;
         close_sessions(d, "drained");
         if (d->n_live == 0)
             uv_stop(&d->loop);
@@ -92,20 +98,37 @@ static void notify(void *arg)
     uv_async_send(&d->completed);
 }
 
-static void on_tick(uv_timer_t *timer)
+bool daemon_may_complain(struct daemon *d)
 {
-    struct daemon *d = timer->data;
+    return d->complaints++ < COMPLAINTS_MAX;
+}
+
+static void drop_overdue(struct daemon *d, uint64_t now)
+{
     struct session *s, *next;
-    uint64_t now = daemon_now();
 
     for (s = TAILQ_FIRST(&d->sessions); s; s = next) {
         next = TAILQ_NEXT(s, link);
-        if (!session_stuck(s, now))
+        const char *why = session_overdue(s, now);
+        if (!why)
             continue;
         d->stats.clients_dropped++;
-        session_close(s, "does not read its replies");
+        session_close(s, why);
     }
-    if (sched_is_hung(d, now)) {
+}
+
+static void on_tick(uv_timer_t *timer)
+{
+    struct daemon *d = timer->data;
+    uint64_t now = daemon_now(), passed = now - d->last_tick_ns;
+
+    d->last_tick_ns = now;
+    d->awake_ns += passed < 2 * TICK_MS * 1000000ull ? passed : TICK_MS * 1000000ull;
+    if (d->complaints > COMPLAINTS_MAX)
+        log_warning("quiet", "complaints_not_logged=%u", d->complaints - COMPLAINTS_MAX);
+    d->complaints = 0;
+    drop_overdue(d, now);
+    if (sched_is_hung(d)) {
         log_error("device_hung", "backend=%s", d->backend->name);
         d->exit_code = EXIT_DEVICE_LOST;
         d->device_lost = true;
@@ -252,7 +275,7 @@ int daemon_init(struct daemon *d, const struct config *config, char *why)
     TAILQ_INIT(&d->closing);
     TAILQ_INIT(&d->flushing);
     TAILQ_INIT(&d->users);
-    d->stats.started_ns = d->idle_since_ns = daemon_now();
+    d->stats.started_ns = d->idle_since_ns = d->last_tick_ns = daemon_now();
     snprintf(why, PROTO_TEXT_MAX, "out of memory or descriptors");
     if (getrandom(&d->boot, sizeof(d->boot), 0) != sizeof(d->boot))
         return SAGE_EINTERNAL;
@@ -281,9 +304,9 @@ void daemon_finish(struct daemon *d)
     close_sessions(d, "daemon ends");
     while (d->n_live) /* buffers are being closed, pieces are running */
         uv_run(&d->loop, UV_RUN_ONCE);
+    sched_finish(d); /* joins the streams, which use the loop's async */
     close_loop(d);
     watch_finish(d);
-    sched_finish(d);
     d->backend->close(d->device);
     unpacker_destroy(d->unpacker);
 }

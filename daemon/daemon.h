@@ -43,12 +43,15 @@ struct daemon {
     uv_timer_t tick;      /* every TICK_MS: what has taken too long? */
     uv_timer_t report;    /* DONE_DELAY_MS after a turn that left jobs to report */
     uint64_t idle_since_ns;
-    bool draining;
+    uint64_t last_tick_ns, awake_ns; /* time that ticks saw pass, not that this process was stopped */
+    unsigned complaints;             /* logged since the last tick */
+    bool draining, drained;          /* no new jobs; nothing left to finish */
     bool device_lost;
     int exit_code;
 
     void (*on_tick)(struct daemon *); /* the server's share of a tick; NULL without server */
     void (*on_drain)(struct daemon *);
+    void (*on_drained)(struct daemon *);
     void *server;
 
     char packets[PACKETS_AT_ONCE][PROTO_PACKET_MAX + 1]; /* being received */
@@ -68,6 +71,9 @@ void daemon_drain(struct daemon *d);
 
 /* The gauges and counters of STATS. */
 void daemon_stats(const struct daemon *d, struct msg_stats *msg);
+
+/* May one more thing that a client did wrong be logged? Nobody shall fill the log. */
+bool daemon_may_complain(struct daemon *d);
 
 uint64_t daemon_now(void); /* ns, CLOCK_MONOTONIC */
 

@@ -93,7 +93,9 @@ static int bind_tensors(struct session *s, struct job *job, char *why)
         t->buffer = 0;
         t->offset = 0;
         job->buffers[i] = b;
-        job->bytes += (double)bytes;
+        /* What is read and written, wherever it lies: not the extent. */
+        job->bytes += (double)t->shape[0] * (double)t->shape[1] * (double)t->shape[2] *
+                      (double)t->shape[3] * (double)sage_dtype_size(t->dtype);
     }
     return 0;
 }
@@ -129,6 +131,11 @@ static int check(struct session *s, const struct msg_submit *msg, char *why)
     if (s->n_jobs - s->n_running >= s->daemon->config.client_jobs) {
         snprintf(why, PROTO_TEXT_MAX, "%u jobs in flight, the limit is %llu", s->n_jobs,
                  (unsigned long long)s->daemon->config.client_jobs);
+        return SAGE_EBUSY;
+    }
+    if (s->user->n_jobs >= s->daemon->config.user_jobs) {
+        snprintf(why, PROTO_TEXT_MAX, "%u jobs of this user in flight, the limit is %llu",
+                 s->user->n_jobs, (unsigned long long)s->daemon->config.user_jobs);
         return SAGE_EBUSY;
     }
     for (int i = 0; i < JOB_TENSORS; i++)
@@ -168,6 +175,7 @@ static void accept_job(struct session *s, struct job *job)
             buffer_ref(job->buffers[i]);
     TAILQ_INSERT_TAIL(&s->lanes[job->lane].jobs, job, lane_link);
     s->n_jobs++;
+    s->user->n_jobs++;
     s->daemon->stats.accepted++;
     sched_lane(s, job->lane);
 }
@@ -202,13 +210,19 @@ static void estimate(struct job *job, const struct backend *backend, double ns_p
     const struct sage_part *part = &job->piece.part;
     double share = job->groups ? (double)part->n_groups / (double)job->groups : 1;
     double memory_ns = job->bytes * share * backend->ns_per_byte;
-    double heads = (double)part->n_groups * (double)(job->attn.q.shape[1] / job->attn.k.shape[1]);
+    double heads = (double)part->n_groups * (double)sage_part_heads(&job->attn, part);
 
     job->piece_ops = job->groups ? sage_attn_ops(&job->attn, part) : 0;
     job->piece_est_ns = job->piece_ops * ns_per_op;
     if (job->piece_est_ns < memory_ns)
         job->piece_est_ns = memory_ns;
-    job->piece_est_ns += heads * backend->ns_per_head;
+    job->piece_est_ns += heads * (double)job->attn.q.shape[3] * backend->ns_per_channel;
+}
+
+/* Its next piece goes on with a group whose K and V are in its slot. */
+static bool is_within_group(const struct job *job)
+{
+    return job->row || job->head;
 }
 
 static int64_t group_rows(const struct job *job)
@@ -216,21 +230,38 @@ static int64_t group_rows(const struct job *job)
     return sage_attn_seq(&job->attn, job->group / job->attn.k.shape[1]).nq;
 }
 
-/* One group is too long: about a quantum of its query rows. */
-static void cut_rows(struct job *job, const struct backend *backend, double quantum_ns, double ns_per_op)
+enum { BLOCK_ROWS = 128 }; /* whole blocks of the kernels */
+
+/*
+ * One group is too long, by the estimate for all of it: about a quantum of its query rows, in whole
+ * blocks; where one block of all query heads is too long already, of some of the heads.
+ */
+static void cut_group(struct job *job, const struct backend *backend, double quantum_ns,
+                      double ns_per_op)
 {
     struct sage_part *part = &job->piece.part;
-    int64_t all = group_rows(job), left = all - job->row;
-    double share = quantum_ns / job->piece_est_ns; /* the estimate is that of all rows */
-    /* Whole blocks of the kernels; with a share above 1/2 two halves would only cost a launch more. */
-    int64_t rows = share > 0.5 ? left : ((int64_t)((double)all * share) / 128 + 1) * 128;
+    int64_t all = group_rows(job), left = all - job->row, gqa = sage_part_heads(&job->attn, part);
+    double share = quantum_ns / job->piece_est_ns;
+    /* With a share above 1/2 two halves would only cost a launch more. */
+    int64_t rows = share > 0.5 ? left : ((int64_t)((double)all * share) / BLOCK_ROWS + 1) * BLOCK_ROWS;
+    double block_share = share * (double)all / (double)(all < BLOCK_ROWS ? all : BLOCK_ROWS);
+    int64_t heads = block_share > 0.5 ? gqa : (int64_t)((double)gqa * block_share) + 1;
 
-    if (rows >= left && job->row == 0)
+    if (job->head)
+        rows = job->block_rows;
+    if (rows > left)
+        rows = left;
+    if (heads > gqa - job->head)
+        heads = gqa - job->head;
+    if (rows == all && heads == gqa)
         return;
     job->holds = true;
+    job->block_rows = rows;
     part->row = job->row;
-    part->n_rows = rows < left ? rows : left;
-    part->prepared = job->row > 0;
+    part->n_rows = rows;
+    part->head = job->head;
+    part->n_heads = heads;
+    part->prepared = is_within_group(job);
     estimate(job, backend, ns_per_op);
 }
 
@@ -238,7 +269,7 @@ void job_next_piece(struct job *job, const struct backend *backend, double quant
                     double ns_per_op)
 {
     struct sage_part *part = &job->piece.part;
-    int64_t left = job->row ? 1 : job->groups - job->group;
+    int64_t left = is_within_group(job) ? 1 : job->groups - job->group;
 
     *part = (struct sage_part){.group = job->group, .n_groups = left, .n_rows = -1};
     estimate(job, backend, ns_per_op);
@@ -249,29 +280,52 @@ void job_next_piece(struct job *job, const struct backend *backend, double quant
         part->n_groups = fit < 1 ? 1 : fit < (double)half ? (int64_t)fit : half;
         estimate(job, backend, ns_per_op);
     }
-    if (part->n_groups == 1 && (job->row || job->piece_est_ns > 1.5 * quantum_ns))
-        cut_rows(job, backend, quantum_ns, ns_per_op);
+    job->holds = is_within_group(job);
+    if (part->n_groups == 1 && (job->holds || job->piece_est_ns > 1.5 * quantum_ns))
+        cut_group(job, backend, quantum_ns, ns_per_op);
     job->piece.attn = &job->attn;
     job->piece.number = job->number;
     job->piece.lane = job_is_last_piece(job) && !job->dropped
                           ? &job->session->page->lane[job->lane] : NULL;
     job->piece.start_ns = job->piece.end_ns = 0;
     job->piece.done = 0;
+    job->made = true;
+}
+
+/* Does a piece end the rows and heads of its (last) group? */
+static bool ends_heads(const struct job *job)
+{
+    const struct sage_part *part = &job->piece.part;
+
+    return part->n_heads == 0 ||
+           part->head + part->n_heads == job->attn.q.shape[1] / job->attn.k.shape[1];
+}
+
+static bool ends_rows(const struct job *job)
+{
+    const struct sage_part *part = &job->piece.part;
+
+    return part->n_rows < 0 || part->row + part->n_rows == group_rows(job);
 }
 
 bool job_is_last_piece(const struct job *job)
 {
     const struct sage_part *part = &job->piece.part;
 
-    return part->group + part->n_groups == job->groups &&
-           (part->n_rows < 0 || part->row + part->n_rows == group_rows(job));
+    return part->group + part->n_groups == job->groups && ends_rows(job) && ends_heads(job);
 }
 
 void job_advance(struct job *job)
 {
     const struct sage_part *part = &job->piece.part;
 
-    if (part->n_rows >= 0 && part->row + part->n_rows < group_rows(job)) {
+    job->made = false;
+    if (!ends_heads(job)) {
+        job->head = part->head + part->n_heads;
+        return;
+    }
+    job->head = 0;
+    if (!ends_rows(job)) {
         job->row = part->row + part->n_rows;
         return;
     }
@@ -291,6 +345,7 @@ static void job_free(struct job *job)
             buffer_unref(job->buffers[i]);
     TAILQ_REMOVE(&lane->jobs, job, lane_link);
     s->n_jobs--;
+    s->user->n_jobs--;
     uint32_t lane_index = job->lane;
     free(job);
     if (s->closing)
@@ -340,9 +395,11 @@ void job_over(struct job *job, int status)
     count(job, status);
     if (status)
         snprintf(report.text, sizeof(report.text), "%s", sage_strerror(status));
-    if (!job->dropped)
-        session_report(job->session, &report, job->prompt);
+    bool dropped = job->dropped, prompt = job->prompt;
+    struct session *s = job->session;
     job_free(job);
+    if (!dropped) /* it was connected, so it is still there; this may close it */
+        session_report(s, &report, prompt);
 }
 
 void job_drop(struct job *job)
@@ -369,8 +426,8 @@ bool job_cancel(struct session *s, uint32_t lane, uint32_t number)
     snprintf(report.text, sizeof(report.text), "%s", sage_strerror(SAGE_ECANCELED));
     page_release(&s->page->lane[lane], number, SAGE_ECANCELED);
     s->daemon->stats.canceled++;
-    session_report(s, &report, true);
     sched_forget(job);
     job_free(job);
+    session_report(s, &report, true); /* last: it may close the session, with all its jobs */
     return true;
 }

@@ -30,10 +30,13 @@ struct job {
     bool holds;    /* one of its groups is longer than a quantum: keeps its slot between pieces */
     struct sage_attn attn; /* data pointers into the buffers; offsets behind this struct */
     struct buffer *buffers[JOB_TENSORS]; /* referenced; NULL where the tensor is absent */
-    int64_t groups, group, row; /* how many; the next piece starts here */
+    int64_t groups;             /* how many there are */
+    int64_t group, row, head;   /* the next piece starts here; only a job that holds is within a group */
+    int64_t block_rows;         /* of the pieces that share a row: each has some of the heads */
     double ops, bytes;          /* of all of it: operations, tensors */
     uint64_t ready_ns, start_ns, run_ns;
-    struct piece piece;         /* the one in a slot */
+    struct piece piece;         /* the one in a slot, or made up for the next one */
+    bool made;                  /* it is made up */
     double piece_ops, piece_est_ns;
     TAILQ_ENTRY(job) lane_link;  /* lane.jobs */
     TAILQ_ENTRY(job) ready_link; /* session.ready */

@@ -151,7 +151,10 @@ bool config_finish(struct config *config, char *why)
         {"client_jobs", offsetof(struct config, client_jobs), 1, 4032},
         {"client_buffers", offsetof(struct config, client_buffers), 1, 1 << 20},
         {"backlog_ms", offsetof(struct config, backlog_ms), 1, 3600000},
-        {"idle_exit_s", offsetof(struct config, idle_exit_s), 0, 366 * 86400},
+        {"user_jobs", offsetof(struct config, user_jobs), 1, UINT32_MAX},
+        {"user_buffers", offsetof(struct config, user_buffers), 1, UINT32_MAX},
+        {"max_priority", offsetof(struct config, max_priority), 0, 2},
+        {"idle_exit", offsetof(struct config, idle_exit), 0, 366 * 86400},
     };
 
     for (size_t i = 0; i < sizeof(ranges) / sizeof(ranges[0]); i++) {

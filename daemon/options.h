@@ -24,10 +24,14 @@ enum { CONFIG_STR_MAX = 256 };
     X(U64, user_clients, 128, "connections of one user")                                           \
     X(U64, client_jobs, 256, "jobs in flight of one client")                                       \
     X(U64, client_buffers, 256, "buffers of one client")                                           \
+    X(U64, user_jobs, 4096, "jobs in flight of one user")                                          \
+    X(U64, user_buffers, 4096, "buffers of one user")                                              \
+    X(U64, max_priority, 1, "highest priority for others than root and the daemon's user: "        \
+                            "0 low, 1 normal, 2 high")                                             \
     X(U64, client_bytes, 0, "memory mapped for one client; 0: half of the machine's")              \
     X(U64, user_bytes, 0, "memory mapped for one user; 0: three quarters of the machine's")        \
     X(U64, backlog_ms, 5000, "drop a client that does not read its replies for so long")           \
-    X(U64, idle_exit_s, 0, "exit when no client was connected for so long; 0: never")              \
+    X(U64, idle_exit, 0, "seconds: exit when no client was connected for so long; 0: never")              \
     X(STR, log_level, "info", "err, warning, notice, info or debug")
 
 #define CONFIG_TYPE_STR(key) char key[CONFIG_STR_MAX]

@@ -11,6 +11,7 @@
 
 #include "config.h"
 #include "daemon/daemon.h"
+#include "daemon/discard.h"
 #include "daemon/log.h"
 
 static bool broken(char *why, const char *text)
@@ -39,6 +40,19 @@ static void welcome(struct session *s, uint32_t seq)
     session_send(s, OP_HELLO, seq, MSG_WELCOME, &msg);
 }
 
+static bool is_trusted(const struct session *s)
+{
+    return s->user->uid == 0 || s->user->uid == geteuid();
+}
+
+/* So that it can stand between quotes in the log. */
+static void unquote(char *name)
+{
+    for (char *to = name; *to; to++)
+        if (*to == '"' || *to == '\\')
+            *to = '?';
+}
+
 /* Say why there will be no session, and end the connection. */
 static bool turn_away(struct session *s, uint32_t seq, int status, const char *text)
 {
@@ -64,6 +78,11 @@ static bool serve_hello(struct session *s, const struct packet *packet, int *fd,
     }
     if (msg.priority > PRIORITY_HIGH)
         return broken(why, "priority: must be from 0 to 2");
+    if (msg.priority > s->daemon->config.max_priority && !is_trusted(s)) {
+        snprintf(text, sizeof(text), "priority: %u, the limit is %llu (max_priority)", msg.priority,
+                 (unsigned long long)s->daemon->config.max_priority);
+        return turn_away(s, packet->seq, SAGE_EPERM, text);
+    }
     if (msg.page != (*fd >= 0))
         return broken(why, msg.page ? page_why : "descriptor: none was announced");
     int rc = msg.page ? session_set_page(s, *fd, &page_why) : 0;
@@ -73,6 +92,8 @@ static bool serve_hello(struct session *s, const struct packet *packet, int *fd,
         return broken(why, page_why);
     s->welcome = true;
     s->priority = msg.priority;
+    unquote(msg.name);
+    unquote(msg.library);
     snprintf(s->name, sizeof(s->name), "%s", msg.name);
     s->daemon->stats.clients_total++;
     log_info("connected", "client=%llu pid=%d uid=%u name=\"%s\" library=\"%s\" page=%d",
@@ -190,7 +211,7 @@ static bool serve_ping(struct session *s, const struct packet *packet, int *fd, 
 static bool serve_drain(struct session *s, const struct packet *packet, int *fd, char *why)
 {
     (void)fd, (void)why;
-    if (s->user->uid != 0 && s->user->uid != geteuid()) {
+    if (!is_trusted(s)) {
         session_error(s, packet->seq, SAGE_EPERM, "only root and the daemon's user may drain it");
         return true;
     }
@@ -222,7 +243,7 @@ bool request(struct session *s, const struct packet *packet, int fd, char *why)
 
     if (!s->welcome && packet->op != OP_HELLO)
         good = broken(why, "the first packet must be HELLO");
-    else if (known && fd >= 0 && !requests[packet->op].takes_fd)
+    else if (fd >= 0 && !(known && requests[packet->op].takes_fd))
         good = broken(why, "descriptor: this request takes none");
     else if (known)
         good = requests[packet->op].serve(s, packet, &fd, why);
@@ -231,7 +252,9 @@ bool request(struct session *s, const struct packet *packet, int fd, char *why)
         session_error(s, packet->seq, SAGE_EUNSUPPORTED, why); /* of a newer minor version */
         good = true;
     }
-    if (fd >= 0)
-        close(fd);
+    if (fd >= 0 && packet->op == OP_HELLO && good && s->page)
+        close(fd); /* the page's, which is mapped */
+    else if (fd >= 0)
+        discard(fd);
     return good;
 }

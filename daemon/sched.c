@@ -3,14 +3,17 @@
  */
 #include "daemon/sched.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "daemon/daemon.h"
 #include "daemon/log.h"
 
-/* About half of what handing a piece to another thread and hearing of it costs. */
-enum { BRIEF_NS = 20 * 1000 };
+enum {
+    BRIEF_NS = 20 * 1000,       /* about half of what handing a piece to a thread and hearing of it costs */
+    BRIEF_TURN_NS = 200 * 1000, /* of brief pieces computed by the loop in one turn */
+};
 
 /* Ratio of a priority's device time to that of the next lower one. */
 enum { PRIORITY_STEP = 4 };
@@ -169,6 +172,8 @@ static void piece_done(struct daemon *d, struct slot *slot)
     s->n_running--;
     s->deficit_ns += job->piece_est_ns - took; /* the estimate was charged, the measured time counts */
     job->run_ns += (uint64_t)took;
+    if (piece->brief)
+        sc->brief_ns += took;
     if (!job->start_ns)
         job->start_ns = piece->start_ns;
     if (piece->status == SAGE_EDEVICE) {
@@ -181,6 +186,8 @@ static void piece_done(struct daemon *d, struct slot *slot)
     bool last = piece->status || job_is_last_piece(job) || job->dropped;
     if (!last) {
         job_advance(job);
+        if (job->row == 0 && job->head == 0) /* the next group needs nothing of this one */
+            let_go(sc, job);
         sched_ready(job);
         return;
     }
@@ -231,20 +238,23 @@ void sched_reap(struct daemon *d)
 
 /* --- turns --- */
 
-/* The session's next job whose piece may start, with that piece made up; NULL: all have to wait for
- * another that holds a slot. */
-static struct job *next_job(struct daemon *d, struct session *s)
+/* Make up the job's piece, unless that was done; may it start? Not if it needs a slot to hold. */
+static bool may_start(struct daemon *d, struct job *job)
 {
     struct sched *sc = &d->sched;
+
+    if (!job->made)
+        job_next_piece(job, d->backend, sc->quantum_ns, sc->workspace, sc->ns_per_op);
+    return !job->holds || may_hold(sc) || held_slot(sc, job);
+}
+
+static struct job *next_job(struct daemon *d, struct session *s)
+{
     struct job *job;
 
-    TAILQ_FOREACH(job, &s->ready, ready_link) {
-        job->holds = held_slot(sc, job) != NULL; /* it may have found no slot the last time */
-        bool held = job->holds;
-        job_next_piece(job, d->backend, sc->quantum_ns, sc->workspace, sc->ns_per_op);
-        if (!job->holds || held || may_hold(sc))
+    TAILQ_FOREACH(job, &s->ready, ready_link)
+        if (may_start(d, job))
             return job;
-    }
     return NULL;
 }
 
@@ -285,35 +295,68 @@ static void continue_holders(struct daemon *d)
         if (!job || job->state != JOB_READY ||
             (job->session->deficit_ns <= 0 && sc->n_slots > 1))
             continue;
-        job_next_piece(job, d->backend, sc->quantum_ns, sc->workspace, sc->ns_per_op);
+        if (!job->made)
+            job_next_piece(job, d->backend, sc->quantum_ns, sc->workspace, sc->ns_per_op);
         start(d, &sc->slots[i], job);
     }
+}
+
+/* The first session with time left and a job that may start. */
+static struct session *next_session(struct daemon *d, struct job **job)
+{
+    struct session *s;
+
+    TAILQ_FOREACH(s, &d->sched.active, active_link)
+        if (s->deficit_ns > 0 && (*job = next_job(d, s)))
+            return s;
+    return NULL;
+}
+
+/*
+ * Nobody who could start has time left: as many rounds of shares as the first of them needs, at once.
+ * Who waits for another's slot gets none: a debt is not forgiven for waiting. false: nobody could start.
+ */
+static bool grant(struct daemon *d)
+{
+    struct sched *sc = &d->sched;
+    struct session *s;
+    double rounds = INFINITY;
+
+    TAILQ_FOREACH(s, &sc->active, active_link)
+        if (s->deficit_ns <= 0 && next_job(d, s))
+            rounds = fmin(rounds, floor(-s->deficit_ns / share(sc, s)) + 1);
+    if (rounds == INFINITY)
+        return false;
+    TAILQ_FOREACH(s, &sc->active, active_link)
+        if (s->deficit_ns <= 0 && next_job(d, s))
+            s->deficit_ns += rounds * share(sc, s);
+    return true;
 }
 
 void sched_dispatch(struct daemon *d)
 {
     struct sched *sc = &d->sched;
-    unsigned stuck = 0; /* sessions in a row that wait for somebody's slot */
 
+    sc->brief_ns = 0;
     continue_holders(d);
-    while (stuck < sc->n_active && any_room(sc)) {
-        struct session *s = TAILQ_FIRST(&sc->active);
-        struct job *job = next_job(d, s);
-        if (!job) { /* no share either: a debt is not forgiven for waiting */
-            rotate(sc, s);
-            stuck++;
-            continue;
-        }
-        stuck = 0;
-        if (s->deficit_ns <= 0) {
-            s->deficit_ns += share(sc, s);
-            rotate(sc, s);
+    while (any_room(sc)) {
+        struct job *job;
+        struct session *s = next_session(d, &job);
+        if (!s) {
+            if (!grant(d))
+                return;
             continue;
         }
         struct slot *slot = find_slot(sc, job);
         if (!slot) /* its turn: nobody else takes what becomes free before it */
             return;
+        if (sc->brief_ns > BRIEF_TURN_NS) { /* others want to be heard */
+            watch_again(d);
+            return;
+        }
         start(d, slot, job);
+        if (s->active && s->deficit_ns <= 0)
+            rotate(sc, s);
     }
 }
 
@@ -326,16 +369,22 @@ unsigned sched_slots_used(const struct daemon *d)
     return used;
 }
 
-bool sched_is_hung(struct daemon *d, uint64_t now_ns)
+bool sched_is_hung(struct daemon *d)
 {
     for (unsigned i = 0; i < d->sched.n_slots; i++) {
         struct slot *slot = &d->sched.slots[i];
         if (!slot->n)
             continue;
         struct job *job = slot->jobs[slot->first];
-        double limit = 1000 * job->piece_est_ns > 30e9 ? 1000 * job->piece_est_ns : 30e9;
         uint64_t started = __atomic_load_n(&job->piece.start_ns, __ATOMIC_RELAXED);
-        if (started && now_ns > started && (double)(now_ns - started) > limit)
+        if (!started || __atomic_load_n(&job->piece.done, __ATOMIC_ACQUIRE))
+            continue;
+        if (slot->seen_start_ns != started) {
+            slot->seen_start_ns = started;
+            slot->seen_awake_ns = d->awake_ns;
+        }
+        double limit = fmax(1000 * job->piece_est_ns, 30e9);
+        if ((double)(d->awake_ns - slot->seen_awake_ns) > limit)
             return true;
     }
     return false;

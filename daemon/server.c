@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/socket.h>
@@ -17,7 +18,7 @@
 #include "config.h"
 #include "daemon/log.h"
 
-enum { BACKLOG = 128 };
+enum { BACKLOG = 128, ACCEPTS_PER_TURN = 16 };
 
 /* --- the socket --- */
 
@@ -27,7 +28,7 @@ static int take_lock(const char *path, char *why)
     char lock[CONFIG_STR_MAX + 8];
 
     snprintf(lock, sizeof(lock), "%s.lock", path);
-    int fd = open(lock, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    int fd = open(lock, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0) {
         snprintf(why, PROTO_TEXT_MAX, "socket: %.100s: %s", lock, strerror(errno));
         return -1;
@@ -50,6 +51,17 @@ static void set_owner(const char *path, const char *group)
         log_warning("socket_mode", "error=\"%s\"", strerror(errno));
 }
 
+static bool is_answered(const struct sockaddr_un *address)
+{
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    int rc = connect(fd, (const struct sockaddr *)address, sizeof(*address));
+    bool answered = fd >= 0 && (rc == 0 || errno == EAGAIN);
+
+    if (fd >= 0)
+        close(fd);
+    return answered;
+}
+
 static int bind_socket(const char *path, const char *group, char *why)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -62,6 +74,10 @@ static int bind_socket(const char *path, const char *group, char *why)
     strcpy(address.sun_path, path);
     if (lstat(path, &st) == 0 && !S_ISSOCK(st.st_mode)) {
         snprintf(why, PROTO_TEXT_MAX, "socket: %.140s exists and is no socket", path);
+        return -1;
+    }
+    if (is_answered(&address)) { /* by somebody who has no lock: systemd, say */
+        snprintf(why, PROTO_TEXT_MAX, "socket: somebody listens on %.140s already", path);
         return -1;
     }
     unlink(path);
@@ -101,7 +117,7 @@ static void on_connection(uv_poll_t *poll, int status, int events)
     struct server *server = poll->data;
     (void)status, (void)events;
 
-    for (;;) {
+    for (int i = 0; i < ACCEPTS_PER_TURN; i++) {
         int fd = accept4(server->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
         if (fd >= 0) {
             session_create(server->daemon, fd);
@@ -144,12 +160,12 @@ static void on_tick(struct daemon *d)
         sd_notify(0, "WATCHDOG=1");
         server->fed_ns = now;
     }
-    if (server->paused && (!d->draining || server->lock_fd >= 0)) {
+    if (server->paused && !d->drained && (!d->draining || server->lock_fd >= 0)) {
         server->paused = false;
         uv_poll_start(&server->poll, UV_READABLE, on_connection);
     }
-    if (d->config.idle_exit_s && d->n_sessions == 0 &&
-        now - d->idle_since_ns >= d->config.idle_exit_s * 1000000000)
+    if (d->config.idle_exit && d->n_sessions == 0 &&
+        now - d->idle_since_ns >= d->config.idle_exit * 1000000000)
         daemon_drain(d);
 }
 
@@ -162,10 +178,22 @@ static void on_drain(struct daemon *d)
         uv_poll_stop(&server->poll);
 }
 
+static void on_drained(struct daemon *d)
+{
+    struct server *server = d->server;
+
+    uv_poll_stop(&server->poll);
+}
+
 static void on_signal(uv_signal_t *handle, int number)
 {
-    (void)number;
-    daemon_drain(handle->data);
+    struct daemon *d = handle->data;
+
+    if (d->draining) { /* told twice: at once, then */
+        log_warning("aborted", "signal=%d", number);
+        _exit(EXIT_FAILURE);
+    }
+    daemon_drain(d);
 }
 
 /* --- life --- */
@@ -199,6 +227,7 @@ int server_open(struct server *server, struct daemon *d, char *why)
     d->server = server;
     d->on_tick = on_tick;
     d->on_drain = on_drain;
+    d->on_drained = on_drained;
     return 0;
 }
 

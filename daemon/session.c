@@ -14,8 +14,13 @@
 #include <unistd.h>
 
 #include "daemon/daemon.h"
+#include "daemon/discard.h"
 #include "daemon/log.h"
 #include "daemon/requests.h"
+
+#ifndef SO_PEERPIDFD
+#define SO_PEERPIDFD 77 /* Linux 6.5; Debian 12's headers do not have it */
+#endif
 
 enum {
     CALLS_PER_TURN = 8, /* to receive from one session, before the others are heard */
@@ -23,6 +28,8 @@ enum {
 };
 
 static void update_poll(struct session *s);
+
+#define HELLO_NS UINT64_C(5000000000) /* a connection without it is of no use, but counts */
 
 /* --- life --- */
 
@@ -58,20 +65,28 @@ static void on_pid(uv_poll_t *handle, int status, int events)
     session_close(handle->data, "process is gone");
 }
 
-/* The process may be gone while a child of it keeps the socket open: its pidfd tells. */
-static void watch_pid(struct session *s)
+/*
+ * The process may be gone while a child of it keeps the socket open: its pidfd tells. The socket's own
+ * pidfd cannot mean another process; older kernels only have the pid. False: it is gone already.
+ */
+static bool watch_pid(struct session *s)
 {
-    s->pidfd = (int)syscall(SYS_pidfd_open, s->pid, 0);
+    socklen_t len = sizeof(s->pidfd);
+
+    if (getsockopt(s->fd, SOL_SOCKET, SO_PEERPIDFD, &s->pidfd, &len) < 0)
+        s->pidfd = (int)syscall(SYS_pidfd_open, s->pid, 0);
     if (s->pidfd < 0)
-        return;
+        return errno != ESRCH;
+    fcntl(s->pidfd, F_SETFD, FD_CLOEXEC);
     if (uv_poll_init(&s->daemon->loop, &s->pid_poll, s->pidfd) < 0) {
         close(s->pidfd);
         s->pidfd = -1;
-        return;
+        return true;
     }
     s->pid_poll.data = s;
     s->handles++;
     uv_poll_start(&s->pid_poll, UV_READABLE, on_pid);
+    return true;
 }
 
 /* A connection that cannot be served is told so before it is closed. */
@@ -83,8 +98,9 @@ static struct session *reject(struct daemon *d, int fd, int status, const char *
     size_t len = packet_encode(d->reply, sizeof(d->reply), OP_ERROR, 0, MSG_ERROR, &msg);
     if (send(fd, d->reply, len, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
         log_debug("reject_unsent", "reason=\"%s\"", text);
-    log_warning("rejected", "reason=\"%s\"", text);
-    close(fd);
+    if (daemon_may_complain(d))
+        log_warning("rejected", "reason=\"%s\"", text);
+    discard_socket(fd);
     return NULL;
 }
 
@@ -103,10 +119,12 @@ struct session *session_create(struct daemon *d, int fd)
         free(s);
         return reject(d, fd, SAGE_ENOMEM, "out of memory");
     }
-    if (user->sessions > d->config.user_clients || uv_poll_init(&d->loop, &s->poll, fd) < 0) {
+    bool crowded = user->sessions > d->config.user_clients;
+    if (crowded || uv_poll_init(&d->loop, &s->poll, fd) < 0) {
         user_put(d, user);
         free(s);
-        return reject(d, fd, SAGE_EQUOTA, "too many connections of this user (user_clients)");
+        return crowded ? reject(d, fd, SAGE_EQUOTA, "too many connections of this user (user_clients)")
+                       : reject(d, fd, SAGE_ENOMEM, "out of memory or descriptors");
     }
     s->daemon = d;
     s->id = d->next_session++;
@@ -122,11 +140,13 @@ struct session *session_create(struct daemon *d, int fd)
     STAILQ_INIT(&s->backlog);
     s->poll.data = s;
     s->handles = 1;
-    watch_pid(s);
     TAILQ_INSERT_TAIL(&d->sessions, s, link);
     d->n_sessions++;
     d->n_live++;
-    update_poll(s);
+    if (watch_pid(s))
+        update_poll(s);
+    else
+        session_close(s, "process is gone");
     return s;
 }
 
@@ -173,7 +193,10 @@ static void on_closed(uv_handle_t *handle)
 {
     struct session *s = handle->data;
 
-    close(handle == (uv_handle_t *)&s->poll ? s->fd : s->pidfd);
+    if (handle == (uv_handle_t *)&s->poll)
+        discard_socket(s->fd);
+    else
+        close(s->pidfd);
     s->handles--;
     session_free_if_unused(s);
 }
@@ -200,7 +223,7 @@ void session_close(struct session *s, const char *reason)
 
     if (s->closing)
         return;
-    log_info("disconnected", "client=%llu pid=%d name=\"%s\" done=%llu reason=\"%s\"",
+    log_event(s->welcome ? 6 : 7, "disconnected", "client=%llu pid=%d name=\"%s\" done=%llu reason=\"%s\"",
              (unsigned long long)s->id, (int)s->pid, s->name, (unsigned long long)s->done, reason);
     s->closing = true;
     TAILQ_REMOVE(&d->sessions, s, link);
@@ -276,7 +299,7 @@ static void send_backlog(struct session *s)
             return;
         }
         if (rc > 0)
-            return;
+            break;
         STAILQ_REMOVE_HEAD(&s->backlog, link);
         s->backlog_bytes -= out->len;
         s->backlog_since_ns = daemon_now();
@@ -324,28 +347,33 @@ void session_flush(struct session *s)
     report->n_jobs = 0;
 }
 
-bool session_stuck(const struct session *s, uint64_t now_ns)
+const char *session_overdue(const struct session *s, uint64_t now_ns)
 {
-    return s->backlog_bytes > BACKLOG_MAX &&
-           now_ns - s->backlog_since_ns > s->daemon->config.backlog_ms * 1000000;
+    if (s->backlog_bytes > BACKLOG_MAX &&
+        now_ns - s->backlog_since_ns > s->daemon->config.backlog_ms * 1000000)
+        return "does not read its replies";
+    if (!s->welcome && now_ns - s->connected_ns > HELLO_NS)
+        return "does not say HELLO";
+    return NULL;
 }
 
 /* --- receiving --- */
 
 static bool violate(struct session *s, const char *why)
 {
-    log_warning("violation", "client=%llu pid=%d name=\"%s\" reason=\"%s\"",
-                (unsigned long long)s->id, (int)s->pid, s->name, why);
+    if (daemon_may_complain(s->daemon))
+        log_warning("violation", "client=%llu pid=%d name=\"%s\" reason=\"%s\"",
+                    (unsigned long long)s->id, (int)s->pid, s->name, why);
     s->daemon->stats.clients_dropped++;
     session_error(s, 0, SAGE_EPROTO, why);
     session_close(s, why);
     return false;
 }
 
-static void close_all(const int *fds, int n)
+static void discard_all(const int *fds, int n)
 {
     for (int i = 0; i < n; i++)
-        close(fds[i]);
+        discard(fds[i]);
 }
 
 bool session_packet(struct session *s, const void *data, size_t len, const int *fds, int n_fds)
@@ -354,11 +382,11 @@ bool session_packet(struct session *s, const void *data, size_t len, const int *
     struct packet packet;
 
     if (n_fds > PROTO_FDS_MAX) {
-        close_all(fds, n_fds);
+        discard_all(fds, n_fds);
         return violate(s, "more than one descriptor on a packet");
     }
     if (packet_open(s->daemon->unpacker, data, len, &packet, why)) {
-        close_all(fds, n_fds);
+        discard_all(fds, n_fds);
         return violate(s, why);
     }
     if (!request(s, &packet, n_fds ? fds[0] : -1, why))
@@ -386,7 +414,7 @@ static bool take_packet(struct session *s, struct msghdr *msg, const void *data,
     int n_fds = take_fds(msg, fds);
 
     if (s->closing) { /* an earlier packet of the same call was too bad */
-        close_all(fds, n_fds);
+        discard_all(fds, n_fds);
         return false;
     }
     if (len == 0 && n_fds == 0) {
@@ -394,7 +422,7 @@ static bool take_packet(struct session *s, struct msghdr *msg, const void *data,
         return false;
     }
     if (msg->msg_flags & (MSG_TRUNC | MSG_CTRUNC) || len > PROTO_PACKET_MAX) {
-        close_all(fds, n_fds);
+        discard_all(fds, n_fds);
         return violate(s, "packet or descriptors too many");
     }
     return session_packet(s, data, len, fds, n_fds);
@@ -442,8 +470,7 @@ static void on_poll(uv_poll_t *handle, int status, int events)
         send_backlog(s);
     if (s->closing || !(events & (UV_READABLE | UV_DISCONNECT)))
         return;
-    if (!TAILQ_EMPTY(&s->daemon->watch.jobs))
-        watch_stir(s->daemon);
+    watch_stir(s->daemon);
     for (int i = 0; i < CALLS_PER_TURN && !s->closing && s->backlog_bytes <= BACKLOG_MAX; i++)
         if (!receive(s))
             return;

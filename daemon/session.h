@@ -18,7 +18,7 @@ struct daemon;
 /* What all sessions of one user have together. */
 struct user {
     uid_t uid;
-    unsigned sessions;
+    unsigned sessions, n_jobs, n_mappings;
     uint64_t mapped_bytes;
     TAILQ_ENTRY(user) link; /* daemon.users */
 };
@@ -100,13 +100,13 @@ void session_close(struct session *s, const char *reason);
 /* The struct goes when nothing needs it any more. */
 void session_free_if_unused(struct session *s);
 
-/* Send, or keep until the socket takes it. */
+/* Send, or keep until the socket takes it. This may close the session, like all that sends. */
 void session_send(struct session *s, uint32_t op, uint32_t seq, enum msg_kind kind, const void *msg);
 void session_error(struct session *s, uint32_t seq, int status, const char *text);
 /* A job is over: tell with the next DONE, which goes at the end of this turn if `prompt`. */
 void session_report(struct session *s, const struct msg_done_job *job, bool prompt);
 void session_flush(struct session *s);
-/* The backlog is full and was not read for a while. */
-bool session_stuck(const struct session *s, uint64_t now_ns);
+/* Why it should be dropped, for what it did not do in time; or NULL. */
+const char *session_overdue(const struct session *s, uint64_t now_ns);
 
 #endif

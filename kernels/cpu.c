@@ -246,7 +246,7 @@ static int64_t *table(const struct cpu_job *job, size_t offset)
 static void fill_tables(const struct cpu_job *job)
 {
     const struct sage_attn *a = job->attn;
-    const int64_t heads = a->k.shape[1], gqa = a->q.shape[1] / heads;
+    const int64_t heads = a->k.shape[1], q_heads = sage_part_heads(a, &job->part);
     int64_t *blocks = table(job, job->at.blocks), *chunks = table(job, job->at.chunks);
     int64_t *tiles = table(job, job->at.tiles);
 
@@ -256,7 +256,7 @@ static void fill_tables(const struct cpu_job *job)
 
         blocks[i + 1] = blocks[i] + ceil_div(seq.nk, BLOCK_K);
         chunks[i + 1] = chunks[i] + ceil_div(seq.nk, CHUNK_K);
-        tiles[i + 1] = tiles[i] + gqa * ceil_div(rows_of(&job->part, &seq), BLOCK_Q);
+        tiles[i + 1] = tiles[i] + q_heads * ceil_div(rows_of(&job->part, &seq), BLOCK_Q);
     }
 }
 

@@ -213,7 +213,7 @@ static void attend(struct work *w, struct cpu_tile *t)
 void cpu_attend_tile(const struct cpu_job *job, int64_t n)
 {
     const struct sage_attn *a = job->attn;
-    const int64_t gqa = a->q.shape[1] / a->k.shape[1];
+    const int64_t gqa = a->q.shape[1] / a->k.shape[1], heads = sage_part_heads(a, &job->part);
     struct work w = {.job = job};
     struct cpu_tile t;
     int64_t tile, row, end;
@@ -222,8 +222,8 @@ void cpu_attend_tile(const struct cpu_job *job, int64_t n)
     row = job->part.n_rows < 0 ? 0 : job->part.row;
     end = job->part.n_rows < 0 ? w.group.seq.nq : row + job->part.n_rows;
     /* heads change fastest, for they share K and V; last rows first: the longest, if causal */
-    w.head = w.group.kv_head * gqa + tile % gqa;
-    row += ((end - row + BLOCK_Q - 1) / BLOCK_Q - 1 - tile / gqa) * BLOCK_Q;
+    w.head = w.group.kv_head * gqa + job->part.head + tile % heads;
+    row += ((end - row + BLOCK_Q - 1) / BLOCK_Q - 1 - tile / heads) * BLOCK_Q;
     w.row = row;
     t.rows = end - row < BLOCK_Q ? (int)(end - row) : BLOCK_Q;
     t.d = (int)a->q.shape[3];

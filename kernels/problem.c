@@ -127,11 +127,20 @@ int64_t sage_attn_groups(const struct sage_attn *attn)
     return (attn->n_seqs ? attn->n_seqs : attn->q.shape[0]) * attn->k.shape[1];
 }
 
+int64_t sage_part_heads(const struct sage_attn *attn, const struct sage_part *part)
+{
+    return part->n_heads ? part->n_heads : attn->q.shape[1] / attn->k.shape[1];
+}
+
 bool sage_part_is_legal(const struct sage_attn *attn, const struct sage_part *p)
 {
-    const int64_t groups = sage_attn_groups(attn);
+    const int64_t groups = sage_attn_groups(attn), heads = attn->q.shape[1] / attn->k.shape[1];
 
     if (p->group < 0 || p->n_groups < 0 || p->group > groups || p->n_groups > groups - p->group)
+        return false;
+    if (p->head < 0 || p->n_heads < 0 || p->head > heads || p->n_heads > heads - p->head)
+        return false;
+    if (p->n_heads ? p->n_groups != 1 : p->head != 0)
         return false;
     if (p->n_rows < 0)
         return p->n_rows == -1 && p->row == 0;
@@ -178,7 +187,8 @@ double sage_attn_ops(const struct sage_attn *attn, const struct sage_part *part)
         sum += (double)n * pairs(attn, &seq, all ? 0 : part->row, all ? seq.nq : part->n_rows);
         g += n;
     }
-    return 4.0 * (double)attn->q.shape[3] * (double)(attn->q.shape[1] / heads) * sum;
+    const int64_t q_heads = part ? sage_part_heads(attn, part) : attn->q.shape[1] / heads;
+    return 4.0 * (double)attn->q.shape[3] * (double)q_heads * sum;
 }
 
 /* --- is it legal? --- */

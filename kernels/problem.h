@@ -28,6 +28,9 @@ struct sage_seq sage_attn_seq(const struct sage_attn *attn, int64_t b);
 void sage_attn_band(const struct sage_attn *attn, const struct sage_seq *seq, int64_t i,
                     int64_t *first, int64_t *last);
 
+/* Query heads of each group in the part. */
+int64_t sage_part_heads(const struct sage_attn *attn, const struct sage_part *part);
+
 /* Is there such a part in this problem? */
 bool sage_part_is_legal(const struct sage_attn *attn, const struct sage_part *part);
 

@@ -49,7 +49,8 @@ extern "C" {
     X(SAGE_ECANCELED, 17, 0, "cancelled")                                                          \
     X(SAGE_EDEVICE, 18, 1, "device lost")                                                          \
     X(SAGE_EFORK, 19, 0, "handle belongs to the parent process")                                   \
-    X(SAGE_EINTERNAL, 20, 0, "internal error")
+    X(SAGE_EINTERNAL, 20, 0, "internal error")                                                     \
+    X(SAGE_ESTARTED, 21, 0, "job has started or is over")
 
 enum sage_status {
     SAGE_OK = 0,
@@ -154,12 +155,13 @@ SAGE_API enum sage_variant sage_attn_variant(const struct sage_attn *attn);
 /*
  * A problem falls apart into groups that share nothing: group g is batch (or sequence) g / Hkv with
  * kv head g % Hkv and the Hq/Hkv query heads that read it. A part is a run of groups, or some query
- * rows of one group. With several row parts of one group in the same workspace, the first prepares K
- * and V there and the others set `prepared`.
+ * heads and rows of one group. With several parts of one group in the same workspace, the first
+ * prepares K and V there and the others set `prepared`.
  */
 struct sage_part {
     int64_t group, n_groups;
-    int64_t row, n_rows; /* of each query head in the group; row = 0, n_rows = -1: all */
+    int64_t row, n_rows;   /* of each query head; row = 0, n_rows = -1: all */
+    int64_t head, n_heads; /* among the Hq/Hkv of the group; head = 0, n_heads = 0: all */
     bool prepared;
 };
 

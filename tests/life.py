@@ -250,7 +250,7 @@ def test_notify_device_lost():
 
 
 def test_idle_exit():
-    with Daemon(idle_exit_s=1) as daemon:
+    with Daemon(idle_exit=1) as daemon:
         with daemon.client() as client:
             time.sleep(2)
             client.ping()
@@ -266,7 +266,7 @@ def test_socket_activation():
     try:
         path = os.path.join(directory, "s")
         activate = ("systemd-socket-activate", "--seqpacket", "-l", path)
-        with Daemon(argv0=activate, directory=directory, wait=False, idle_exit_s=1,
+        with Daemon(argv0=activate, directory=directory, wait=False, idle_exit=1,
                     socket="/nonexistent/s") as daemon:
             until(lambda: os.path.exists(path), "the socket")
             time.sleep(0.1)

@@ -131,7 +131,7 @@ static void test_bad_values(void **state)
         {"client_jobs", "4033"},  {"client_buffers", "0"},
         {"client_buffers", "2M"}, {"log_level", "loud"},
         {"log_level", ""},        {"backlog_ms", "0"},
-        {"backlog_ms", "16G"},    {"idle_exit_s", "17179869183G"},
+        {"backlog_ms", "16G"},    {"idle_exit", "17179869183G"},
     };
     struct config c;
     char why[256], value[CONFIG_STR_MAX + 10];

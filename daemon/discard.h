@@ -1,0 +1,13 @@
+/*
+ * discard.h - closing descriptors that clients sent. close() of a foreign file may take as long as its
+ * owner likes (a socket that lingers, a FUSE file, a huge memfd), which is not the loop's time.
+ */
+#ifndef SAGE_DISCARD_H
+#define SAGE_DISCARD_H
+
+/* Close a descriptor on a thread of its own. */
+void discard(int fd);
+/* Close a socket: on a thread if packets, which may carry descriptors, are waiting in it unread. */
+void discard_socket(int fd);
+
+#endif
