@@ -28,7 +28,7 @@ OP_NAMES = {number: name for name, number in OPS.items()}
 STATUSES = {"EINVAL": 1, "EUNSUPPORTED": 2, "ENOMEM": 3, "EWORKSPACE": 4, "EBUFFER": 5,
             "EBOUNDS": 6, "EHANDLE": 7, "EBUSY": 8, "EQUOTA": 9, "EDRAIN": 10, "EPROTO": 11,
             "EVERSION": 12, "EPERM": 13, "ENODAEMON": 14, "ELOST": 15, "ETIMEDOUT": 16,
-            "ECANCELED": 17, "EDEVICE": 18, "EFORK": 19, "EINTERNAL": 20}
+            "ECANCELED": 17, "EDEVICE": 18, "EFORK": 19, "EINTERNAL": 20, "ESTARTED": 21}
 STATUS_NAMES = {0: "OK", **{number: name for name, number in STATUSES.items()}}
 DTYPES = {"f16": (1, 2), "bf16": (2, 2), "f32": (3, 4), "bool": (4, 1)}
 PACKET_MAX = 65536
@@ -416,6 +416,7 @@ class Daemon:
         """All that clients held is given back: descriptors, buffers, jobs."""
         def idle():
             s = self.stats()
+            time.sleep(0.02)  # until it has noticed that this one is gone too
             gone = ("buffers", "mapped_bytes", "queued", "running", "slots_used")
             return self.fds() == fds and s["clients"] == 1 and not any(map(s.get, gone))
         until(idle, f"the daemon to be back at {fds} descriptors, has {self.fds()}: {self.stats()}")
