@@ -1,6 +1,6 @@
 /*
- * handoff.c - what handing a job to the daemon costs, beside a bare echo over the same kind of socket,
- * in the same run. usage: handoff SAGEATTND
+ * handoff.c - what handing a job to the daemon costs, beside a bare echo over the same kind of
+ * socket, in the same run. usage: handoff SAGEATTND
  *
  *   round trip: one tiny job, submitted and waited for; one packet, sent and answered
  *   rate:       four clients with 32 tiny jobs each in flight; four with 32 packets each
@@ -21,13 +21,13 @@
 #include "sageclient.h"
 
 enum {
-    ROUNDS = 5,          /* alternating, the median counts */
+    ROUNDS = 5, /* alternating, the median counts */
     ROUND_TRIPS = 2000,
     CLIENTS = 4,
     WINDOW = 32,
-    JOBS = 20000,        /* of each client and round */
+    JOBS = 20000, /* of each client and round */
     IDLE_CLIENTS = 64,
-    PACKET = 512,        /* bytes; a SUBMIT has about as many */
+    PACKET = 512, /* bytes; a SUBMIT has about as many */
 };
 
 static double now(void)
@@ -137,7 +137,9 @@ static double run_echo(int n, int count, int window)
 
 /* --- the daemon --- */
 
-/* The least there is: one head, one query, one key of 8 channels. What is measured is the hand-off. */
+/*
+ * The least there is: one head, one query, one key of 8 channels. What is measured is the hand-off.
+ */
 static struct sage_attn tiny_problem(struct sage_buffer *buffer)
 {
     struct sage_attn attn = SAGE_ATTN_INIT;
@@ -193,7 +195,7 @@ static void read_bytes(int fd, int n)
 static double run_jobs(const char *socket, int n, int count, int window)
 {
     int ready[2], go[2];
-    char bytes[CLIENTS] = {0};
+    char byte = 0;
 
     if (pipe(ready) < 0 || pipe(go) < 0)
         die("pipe");
@@ -202,8 +204,9 @@ static double run_jobs(const char *socket, int n, int count, int window)
             job_client(socket, count, window, ready[1], go[0]);
     read_bytes(ready[0], n);
     double start = now();
-    if (write(go[1], bytes, (size_t)n) != n)
-        die("go");
+    for (int i = 0; i < n; i++)
+        if (write(go[1], &byte, 1) != 1)
+            die("go");
     read_bytes(ready[0], n);
     double seconds = now() - start;
     for (int i = 0; i < n; i++)
@@ -235,7 +238,9 @@ static pid_t start_daemon(const char *program, const char *socket)
     return -1;
 }
 
-/* Resident pages of the daemon without its slots' workspaces, in MB; slot bytes by its own account. */
+/*
+ * Resident pages of the daemon without its slots' workspaces, in MB; slot bytes by its own account.
+ */
 static double resident_mb(pid_t pid)
 {
     char path[64];

@@ -16,8 +16,9 @@ const struct backend *backend_find(const char *name, char *why)
     if (!strcmp(name, "auto")) {
         /* The CPU never stands in for a GPU in silence: only where there is no driver at all. */
         if (access("/proc/driver/nvidia/version", F_OK) == 0) {
-            snprintf(why, PROTO_TEXT_MAX, "backend: there is an NVIDIA driver, but this version has "
-                                          "no CUDA backend; say backend=cpu to compute on the CPU");
+            snprintf(why, PROTO_TEXT_MAX,
+                     "backend: there is an NVIDIA driver, but this version has "
+                     "no CUDA backend; say backend=cpu to compute on the CPU");
             return NULL;
         }
         name = "cpu";

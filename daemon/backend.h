@@ -1,8 +1,9 @@
 /*
  * backend.h - a device: maps client memory and computes pieces of jobs on streams.
  *
- * The loop thread calls everything but map() and unmap(), which run on the libuv pool. A stream works
- * through its pieces in order and tells of each by its completion word; nobody waits for anybody.
+ * The loop thread calls everything but map() and unmap(), which run on the libuv pool. A stream
+ * works through its pieces in order and tells of each by its completion word; nobody waits for
+ * anybody.
  */
 #ifndef SAGE_BACKEND_H
 #define SAGE_BACKEND_H
@@ -20,24 +21,28 @@ struct piece {
     struct sage_part part;
     struct sage_page_lane *lane; /* release job `number` there when this is done; NULL: do not */
     uint32_t number;
-    bool brief; /* the stream is idle, and this takes less than waking somebody: may be done in start() */
+    bool brief; /* takes less than waking somebody, on an idle stream: may be done in start() */
     /* Written by the stream, to be read once `done` is seen. */
-    int status; /* SAGE_EDEVICE: the device is lost, and nothing was released */
+    int status;                /* SAGE_EDEVICE: the device is lost, and nothing was released */
     uint64_t start_ns, end_ns; /* CLOCK_MONOTONIC */
     uint32_t done;             /* the completion word: 1, last of all */
 };
 
 struct backend {
     const char *name;
-    /* notify(arg) is called from any thread when a piece is done. 0 or SAGE_E* with why[PROTO_TEXT_MAX]. */
-    int (*open)(struct device **device, const struct config *config, void (*notify)(void *), void *arg,
-                char *why);
+    /*
+     * notify(arg) is called from any thread when a piece is done. 0 or SAGE_E* with
+     * why[PROTO_TEXT_MAX].
+     */
+    int (*open)(struct device **device, const struct config *config, void (*notify)(void *),
+                void *arg, char *why);
     void (*close)(struct device *device); /* all streams are closed, all memory is unmapped */
     /* Text for people, and the UUID ("" where there is none). */
     void (*describe)(struct device *device, char name[PROTO_NAME_MAX], char uuid[PROTO_NAME_MAX]);
 
     /* Map client memory; *size is what the owner of the memory says, not what the client does. */
-    int (*map)(struct device *device, uint32_t kind, int fd, void **base, uint64_t *size, char *why);
+    int (*map)(struct device *device, uint32_t kind, int fd, void **base, uint64_t *size,
+               char *why);
     void (*unmap)(struct device *device, void *base, uint64_t size);
 
     /* A stream with its workspace, all of it allocated now. */

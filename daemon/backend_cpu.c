@@ -199,7 +199,8 @@ err_unmap:
     munmap(s->workspace, workspace);
 err_free:
     free(s);
-    snprintf(why, PROTO_TEXT_MAX, "slot: no memory or threads for a workspace of %zu bytes", workspace);
+    snprintf(why, PROTO_TEXT_MAX, "slot: no memory or threads for a workspace of %zu bytes",
+             workspace);
     return SAGE_ENOMEM;
 }
 

@@ -7,8 +7,7 @@
 #include "daemon/backend.h"
 
 /* Computes one piece on the stream's thread; returns its status. */
-typedef int cpu_run(struct sage_cpu *cpu, const struct piece *piece, void *workspace,
-                    size_t bytes);
+typedef int cpu_run(struct sage_cpu *cpu, const struct piece *piece, void *workspace, size_t bytes);
 
 cpu_run cpu_run_piece;
 
@@ -26,7 +25,6 @@ void cpu_start(struct stream *stream, struct piece *piece);
 #define CPU_FUNCTIONS                                                                              \
     .close = cpu_close, .describe = cpu_describe, .map = cpu_map, .unmap = cpu_unmap,              \
     .stream_open = cpu_stream_open, .stream_close = cpu_stream_close, .start = cpu_start,          \
-    .workspace = sage_attn_workspace, .ns_per_op = 0.05, .ns_per_byte = 0.2,        \
-    .ns_per_channel = 150
+    .workspace = sage_attn_workspace, .ns_per_op = 0.05, .ns_per_byte = 0.2, .ns_per_channel = 150
 
 #endif

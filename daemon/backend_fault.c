@@ -1,7 +1,7 @@
 /*
  * backend_fault.c - the CPU backend with faults on purpose, for tests: --backend=fault
- * --fault=delay_ms=N,fail=N,lose=N,hang=N. Every piece takes delay_ms longer; the Nth piece after the
- * warm-up fails, loses the device, or never ends.
+ * --fault=delay_ms=N,fail=N,lose=N,hang=N. Every piece takes delay_ms longer; the Nth piece after
+ * the warm-up fails, loses the device, or never ends.
  */
 #include "daemon/backend_cpu.h"
 
@@ -17,7 +17,8 @@ enum { DELAY_MS, FAIL, LOSE, HANG, N_FAULTS };
 static unsigned long faults[N_FAULTS];
 static unsigned long pieces;
 
-static int run_faulty(struct sage_cpu *cpu, const struct piece *piece, void *workspace, size_t bytes)
+static int run_faulty(struct sage_cpu *cpu, const struct piece *piece, void *workspace,
+                      size_t bytes)
 {
     if (!piece->lane && piece->number == 0) /* the warm-up has no client */
         return cpu_run_piece(cpu, piece, workspace, bytes);
@@ -48,8 +49,9 @@ static int open_fault(struct device **device, const struct config *config, void 
     while (*rest) {
         int fault = getsubopt(&rest, names, &value);
         if (fault < 0 || !value) {
-            snprintf(why, PROTO_TEXT_MAX, "fault: '%.64s' is none of delay_ms=, fail=, lose=, hang=",
-                     value ? value : "");
+            snprintf(
+                why, PROTO_TEXT_MAX,
+                "fault: '%.64s' is none of delay_ms=, fail=, lose=, hang=", value ? value : "");
             return SAGE_EINVAL;
         }
         faults[fault] = strtoul(value, NULL, 10);

@@ -69,7 +69,7 @@ static void on_turn(uv_check_t *handle)
     watch_turn(d);
     if (!d->device_lost)
         sched_dispatch(d);
-    if (d->device_lost) { /* nothing is released or reported any more: the next daemon will do it all */
+    if (d->device_lost) { /* nothing is released or reported: the next daemon will do it all */
         log_error("device_lost", "backend=%s", d->backend->name);
         d->exit_code = EXIT_DEVICE_LOST;
         uv_stop(&d->loop);
@@ -165,7 +165,9 @@ static int run_and_wait(struct daemon *d, struct stream *stream, const struct sa
     return piece.status;
 }
 
-/* One small job of a kind on every slot: what is loaded late or cannot run is known before READY. */
+/*
+ * One small job of a kind on every slot: what is loaded late or cannot run is known before READY.
+ */
 static int warm_up_kind(struct daemon *d, enum sage_variant variant, enum sage_dtype dtype)
 {
     enum { HEADS = 2, TOKENS = 128, DIM = 64, ELEMENTS = HEADS * TOKENS * DIM };

@@ -16,7 +16,8 @@
 
 enum {
     PACKETS_AT_ONCE = 8, /* received by one system call */
-    EXIT_DEVICE_LOST = 70, /* EX_SOFTWARE of sysexits.h: start again, nothing was wrong with the request */
+    EXIT_DEVICE_LOST =
+        70, /* EX_SOFTWARE of sysexits.h: start again, nothing was wrong with the request */
 };
 
 struct daemon {
@@ -43,9 +44,10 @@ struct daemon {
     uv_timer_t tick;      /* every TICK_MS: what has taken too long? */
     uv_timer_t report;    /* DONE_DELAY_MS after a turn that left jobs to report */
     uint64_t idle_since_ns;
-    uint64_t last_tick_ns, awake_ns; /* time that ticks saw pass, not that this process was stopped */
-    unsigned complaints;             /* logged since the last tick */
-    bool draining, drained;          /* no new jobs; nothing left to finish */
+    uint64_t last_tick_ns,
+        awake_ns;           /* time that ticks saw pass, not that this process was stopped */
+    unsigned complaints;    /* logged since the last tick */
+    bool draining, drained; /* no new jobs; nothing left to finish */
     bool device_lost;
     int exit_code;
 
@@ -55,7 +57,7 @@ struct daemon {
     void *server;
 
     char packets[PACKETS_AT_ONCE][PROTO_PACKET_MAX + 1]; /* being received */
-    char reply[PROTO_PACKET_MAX];      /* being encoded */
+    char reply[PROTO_PACKET_MAX];                        /* being encoded */
     struct unpacker *unpacker;
 };
 

@@ -1,6 +1,6 @@
 /*
- * discard.h - closing descriptors that clients sent. close() of a foreign file may take as long as its
- * owner likes (a socket that lingers, a FUSE file, a huge memfd), which is not the loop's time.
+ * discard.h - closing descriptors that clients sent. close() of a foreign file may take as long as
+ * its owner likes (a socket that lingers, a FUSE file, a huge memfd), which is not the loop's time.
  */
 #ifndef SAGE_DISCARD_H
 #define SAGE_DISCARD_H

@@ -36,8 +36,8 @@ static enum taken take_number(struct session *s, uint32_t lane_index, uint32_t n
         return DUPLICATE;
     const struct job *oldest = TAILQ_FIRST(&lane->jobs);
     if (oldest && number - oldest->number > SAGE_ENTRIES) {
-        snprintf(why, PROTO_TEXT_MAX, "number: %u is more than %d ahead of job %u", number, SAGE_ENTRIES,
-                 oldest->number);
+        snprintf(why, PROTO_TEXT_MAX, "number: %u is more than %d ahead of job %u", number,
+                 SAGE_ENTRIES, oldest->number);
         return BROKEN;
     }
     lane->used = true;
@@ -74,14 +74,16 @@ static int bind_tensors(struct session *s, struct job *job, char *why)
         if (t->dtype == SAGE_NONE)
             continue;
         if (!sage_tensor_bytes(t, &bytes)) {
-            snprintf(why, PROTO_TEXT_MAX, "%s: its extent in bytes does not fit 63 bits", tensor_names[i]);
+            snprintf(why, PROTO_TEXT_MAX, "%s: its extent in bytes does not fit 63 bits",
+                     tensor_names[i]);
             return SAGE_EINVAL;
         }
         if (bytes == 0) /* lies nowhere */
             continue;
         struct buffer *b = buffer_find(s, t->buffer);
         if (!b) {
-            snprintf(why, PROTO_TEXT_MAX, "%s.buffer: %u is not registered", tensor_names[i], t->buffer);
+            snprintf(why, PROTO_TEXT_MAX, "%s.buffer: %u is not registered", tensor_names[i],
+                     t->buffer);
             return SAGE_EBUFFER;
         }
         if (t->offset > b->size || (uint64_t)bytes > b->size - t->offset) {
@@ -111,8 +113,8 @@ static int check_workspace(const struct daemon *d, const struct sage_attn *attn,
         if (bytes <= d->sched.workspace)
             continue;
         snprintf(why, PROTO_TEXT_MAX,
-                 "workspace: one kv head needs %zu bytes, a slot has %zu (option slot_bytes)", bytes,
-                 d->sched.workspace);
+                 "workspace: one kv head needs %zu bytes, a slot has %zu (option slot_bytes)",
+                 bytes, d->sched.workspace);
         return SAGE_EQUOTA;
     }
     return 0;
@@ -243,7 +245,8 @@ static void cut_group(struct job *job, const struct backend *backend, double qua
     int64_t all = group_rows(job), left = all - job->row, gqa = sage_part_heads(&job->attn, part);
     double share = quantum_ns / job->piece_est_ns;
     /* With a share above 1/2 two halves would only cost a launch more. */
-    int64_t rows = share > 0.5 ? left : ((int64_t)((double)all * share) / BLOCK_ROWS + 1) * BLOCK_ROWS;
+    int64_t rows =
+        share > 0.5 ? left : ((int64_t)((double)all * share) / BLOCK_ROWS + 1) * BLOCK_ROWS;
     double block_share = share * (double)all / (double)(all < BLOCK_ROWS ? all : BLOCK_ROWS);
     int64_t heads = block_share > 0.5 ? gqa : (int64_t)((double)gqa * block_share) + 1;
 
@@ -265,8 +268,8 @@ static void cut_group(struct job *job, const struct backend *backend, double qua
     estimate(job, backend, ns_per_op);
 }
 
-void job_next_piece(struct job *job, const struct backend *backend, double quantum_ns, size_t workspace,
-                    double ns_per_op)
+void job_next_piece(struct job *job, const struct backend *backend, double quantum_ns,
+                    size_t workspace, double ns_per_op)
 {
     struct sage_part *part = &job->piece.part;
     int64_t left = is_within_group(job) ? 1 : job->groups - job->group;
@@ -285,8 +288,8 @@ void job_next_piece(struct job *job, const struct backend *backend, double quant
         cut_group(job, backend, quantum_ns, ns_per_op);
     job->piece.attn = &job->attn;
     job->piece.number = job->number;
-    job->piece.lane = job_is_last_piece(job) && !job->dropped
-                          ? &job->session->page->lane[job->lane] : NULL;
+    job->piece.lane =
+        job_is_last_piece(job) && !job->dropped ? &job->session->page->lane[job->lane] : NULL;
     job->piece.start_ns = job->piece.end_ns = 0;
     job->piece.done = 0;
     job->made = true;
@@ -421,8 +424,8 @@ bool job_cancel(struct session *s, uint32_t lane, uint32_t number)
     if (!job || job->started)
         return false;
 
-    struct msg_done_job report = {.lane = lane, .number = number,
-                                  .status = (uint32_t)-SAGE_ECANCELED};
+    struct msg_done_job report = {
+        .lane = lane, .number = number, .status = (uint32_t)-SAGE_ECANCELED};
     snprintf(report.text, sizeof(report.text), "%s", sage_strerror(SAGE_ECANCELED));
     page_release(&s->page->lane[lane], number, SAGE_ECANCELED);
     s->daemon->stats.canceled++;

@@ -23,20 +23,21 @@ struct job {
     struct session *session;
     uint32_t lane, number;
     enum job_state state;
-    bool started;  /* a piece of it has run */
-    bool prompt;   /* its client waits for the report */
-    bool dropped;  /* its session is closing: no further piece, no word to anybody */
-    bool watched;  /* in watch.jobs */
-    bool holds;    /* one of its groups is longer than a quantum: keeps its slot between pieces */
+    bool started; /* a piece of it has run */
+    bool prompt;  /* its client waits for the report */
+    bool dropped; /* its session is closing: no further piece, no word to anybody */
+    bool watched; /* in watch.jobs */
+    bool holds;   /* one of its groups is longer than a quantum: keeps its slot between pieces */
     struct sage_attn attn; /* data pointers into the buffers; offsets behind this struct */
     struct buffer *buffers[JOB_TENSORS]; /* referenced; NULL where the tensor is absent */
-    int64_t groups;             /* how many there are */
-    int64_t group, row, head;   /* the next piece starts here; only a job that holds is within a group */
-    int64_t block_rows;         /* of the pieces that share a row: each has some of the heads */
-    double ops, bytes;          /* of all of it: operations, tensors */
+    int64_t groups;                      /* how many there are */
+    int64_t group, row,
+        head;           /* the next piece starts here; only a job that holds is within a group */
+    int64_t block_rows; /* of the pieces that share a row: each has some of the heads */
+    double ops, bytes;  /* of all of it: operations, tensors */
     uint64_t ready_ns, start_ns, run_ns;
-    struct piece piece;         /* the one in a slot, or made up for the next one */
-    bool made;                  /* it is made up */
+    struct piece piece; /* the one in a slot, or made up for the next one */
+    bool made;          /* it is made up */
     double piece_ops, piece_est_ns;
     TAILQ_ENTRY(job) lane_link;  /* lane.jobs */
     TAILQ_ENTRY(job) ready_link; /* session.ready */
@@ -44,9 +45,9 @@ struct job {
 };
 
 /*
- * SUBMIT: legal? After this nothing looks at the problem again. A job that is not is released with its
- * status and reported; a number that its lane has had already is ignored (a resubmission). false: the
- * rules of the page are broken and the session must go, see why[PROTO_TEXT_MAX].
+ * SUBMIT: legal? After this nothing looks at the problem again. A job that is not is released with
+ * its status and reported; a number that its lane has had already is ignored (a resubmission).
+ * false: the rules of the page are broken and the session must go, see why[PROTO_TEXT_MAX].
  */
 bool job_submit(struct session *s, const struct msg_submit *msg, char *why);
 /* Release and report, for `status`, a job that could be read only so far. Otherwise the same. */
@@ -57,8 +58,8 @@ bool job_refuse(struct session *s, uint32_t lane, uint32_t number, int status, c
 bool job_cancel(struct session *s, uint32_t lane, uint32_t number);
 
 /* Make up the next piece: about quantum_ns long, within the workspace. */
-void job_next_piece(struct job *job, const struct backend *backend, double quantum_ns, size_t workspace,
-                    double ns_per_op);
+void job_next_piece(struct job *job, const struct backend *backend, double quantum_ns,
+                    size_t workspace, double ns_per_op);
 /* Is job->piece the last one? */
 bool job_is_last_piece(const struct job *job);
 /* job->piece is done: move on. */

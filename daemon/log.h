@@ -1,5 +1,6 @@
 /*
- * log.h - one event per line on stderr: "<6>event=connected client=3 name=..." (sd-daemon(3) levels).
+ * log.h - one event per line on stderr: "<6>event=connected client=3 name=..." (sd-daemon(3)
+ * levels).
  */
 #ifndef SAGE_LOG_H
 #define SAGE_LOG_H
@@ -7,7 +8,9 @@
 #include <stdbool.h>
 #include <systemd/sd-daemon.h>
 
-/* Level names as in the configuration ("err", "warning", "notice", "info", "debug"); -1: none such. */
+/*
+ * Level names as in the configuration ("err", "warning", "notice", "info", "debug"); -1: none such.
+ */
 int log_level_parse(const char *name);
 void log_set_level(int level);
 

@@ -172,7 +172,10 @@ bool config_finish(struct config *config, char *why)
     }
     if (!config->threads)
         config->threads = (uint64_t)sysconf(_SC_NPROCESSORS_ONLN);
-    /* 64 MiB hold the INT8 K of 500,000 tokens of D = 128; a small machine gives 1/64 of its memory. */
+    /*
+     * 64 MiB hold the INT8 K of 500,000 tokens of D = 128; a small machine gives 1/64 of its
+     * memory.
+     */
     if (!config->slot_bytes)
         config->slot_bytes = memory / 64 < 64 << 20 ? memory / 64 : 64 << 20;
     if (!config->client_bytes)

@@ -11,7 +11,8 @@
 #include "daemon/log.h"
 
 enum {
-    BRIEF_NS = 20 * 1000,       /* about half of what handing a piece to a thread and hearing of it costs */
+    BRIEF_NS =
+        20 * 1000, /* about half of what handing a piece to a thread and hearing of it costs */
     BRIEF_TURN_NS = 200 * 1000, /* of brief pieces computed by the loop in one turn */
 };
 
@@ -30,7 +31,8 @@ int sched_init(struct daemon *d, char *why)
     if (!sc->slots)
         return SAGE_ENOMEM;
     while (sc->n_slots < d->config.slots) {
-        int rc = d->backend->stream_open(d->device, sc->workspace, &sc->slots[sc->n_slots].stream, why);
+        int rc =
+            d->backend->stream_open(d->device, sc->workspace, &sc->slots[sc->n_slots].stream, why);
         if (rc) {
             sched_finish(d);
             return rc;
@@ -122,7 +124,8 @@ void sched_lane(struct session *s, uint32_t lane)
 
     if (!job || job->state != JOB_WAITING || job->watched)
         return;
-    if (page_reached(page_load(&s->page->lane[lane].acquire[job->number % SAGE_ENTRIES]), job->number))
+    if (page_reached(page_load(&s->page->lane[lane].acquire[job->number % SAGE_ENTRIES]),
+                     job->number))
         sched_ready(job);
     else
         watch_add(s->daemon, job);
@@ -170,7 +173,8 @@ static void piece_done(struct daemon *d, struct slot *slot)
     slot->n--;
     slot->queued_ns = slot->n ? slot->queued_ns - job->piece_est_ns : 0;
     s->n_running--;
-    s->deficit_ns += job->piece_est_ns - took; /* the estimate was charged, the measured time counts */
+    s->deficit_ns +=
+        job->piece_est_ns - took; /* the estimate was charged, the measured time counts */
     job->run_ns += (uint64_t)took;
     if (piece->brief)
         sc->brief_ns += took;
@@ -258,7 +262,9 @@ static struct job *next_job(struct daemon *d, struct session *s)
     return NULL;
 }
 
-/* Of normal priority: a quantum, so that nobody waits for much more than one of each other session. */
+/*
+ * Of normal priority: a quantum, so that nobody waits for much more than one of each other session.
+ */
 static double share(const struct sched *sc, const struct session *s)
 {
     double weight = 1.0 / PRIORITY_STEP;
@@ -283,8 +289,8 @@ static bool any_room(const struct sched *sc)
 }
 
 /*
- * Jobs that hold a slot go on there while their session has time left; in the only slot in any case,
- * for nobody else could use it.
+ * Jobs that hold a slot go on there while their session has time left; in the only slot in any
+ * case, for nobody else could use it.
  */
 static void continue_holders(struct daemon *d)
 {
@@ -292,8 +298,7 @@ static void continue_holders(struct daemon *d)
 
     for (unsigned i = 0; i < sc->n_slots; i++) {
         struct job *job = sc->slots[i].holder;
-        if (!job || job->state != JOB_READY ||
-            (job->session->deficit_ns <= 0 && sc->n_slots > 1))
+        if (!job || job->state != JOB_READY || (job->session->deficit_ns <= 0 && sc->n_slots > 1))
             continue;
         if (!job->made)
             job_next_piece(job, d->backend, sc->quantum_ns, sc->workspace, sc->ns_per_op);
@@ -313,8 +318,9 @@ static struct session *next_session(struct daemon *d, struct job **job)
 }
 
 /*
- * Nobody who could start has time left: as many rounds of shares as the first of them needs, at once.
- * Who waits for another's slot gets none: a debt is not forgiven for waiting. false: nobody could start.
+ * Nobody who could start has time left: as many rounds of shares as the first of them needs, at
+ * once. Who waits for another's slot gets none: a debt is not forgiven for waiting. false: nobody
+ * could start.
  */
 static bool grant(struct daemon *d)
 {

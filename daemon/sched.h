@@ -17,8 +17,9 @@ struct slot {
     struct stream *stream;
     struct job *jobs[STREAM_DEPTH]; /* a ring: whose pieces are in the stream, oldest first */
     unsigned first, n;
-    double queued_ns;   /* estimated, of these pieces */
-    uint64_t seen_start_ns, seen_awake_ns; /* the oldest piece: its start, and when a tick first saw it */
+    double queued_ns; /* estimated, of these pieces */
+    uint64_t seen_start_ns,
+        seen_awake_ns;  /* the oldest piece: its start, and when a tick first saw it */
     struct job *holder; /* the slot keeps its K and V between pieces: nobody else may use it */
 };
 
@@ -27,8 +28,8 @@ struct sched {
     unsigned n_slots, n_held;
     size_t workspace; /* bytes of a slot */
     double quantum_ns;
-    double brief_ns; /* computed by the loop in this turn */
-    double ns_per_op; /* measured, a moving average over large pieces */
+    double brief_ns;              /* computed by the loop in this turn */
+    double ns_per_op;             /* measured, a moving average over large pieces */
     TAILQ_HEAD(, session) active; /* with runnable jobs, in the order of their turns */
     unsigned n_active;
 };

@@ -68,7 +68,8 @@ static int bind_socket(const char *path, const char *group, char *why)
     struct stat st;
 
     if (strlen(path) >= sizeof(address.sun_path)) {
-        snprintf(why, PROTO_TEXT_MAX, "socket: path is over %zu bytes", sizeof(address.sun_path) - 1);
+        snprintf(why, PROTO_TEXT_MAX, "socket: path is over %zu bytes",
+                 sizeof(address.sun_path) - 1);
         return -1;
     }
     strcpy(address.sun_path, path);
@@ -105,7 +106,8 @@ static int activated_socket(char *why)
     if (n == 0)
         return -1;
     if (n != 1 || sd_is_socket_unix(SD_LISTEN_FDS_START, SOCK_SEQPACKET, 1, NULL, 0) <= 0) {
-        snprintf(why, PROTO_TEXT_MAX, "socket activation: must be one listening Unix SOCK_SEQPACKET");
+        snprintf(why, PROTO_TEXT_MAX,
+                 "socket activation: must be one listening Unix SOCK_SEQPACKET");
         return -2;
     }
     fcntl(SD_LISTEN_FDS_START, F_SETFL, O_NONBLOCK);

@@ -12,8 +12,8 @@ struct server {
     struct daemon *daemon;
     uv_poll_t poll;
     int fd;
-    int lock_fd;      /* held while the socket at this path is ours; -1: it was handed to us */
-    bool paused;      /* out of descriptors: the next tick tries again */
+    int lock_fd; /* held while the socket at this path is ours; -1: it was handed to us */
+    bool paused; /* out of descriptors: the next tick tries again */
     uint64_t watchdog_ns, fed_ns; /* 0: no watchdog */
     uv_signal_t sigterm, sigint;
     char status[160]; /* last told */

@@ -24,7 +24,7 @@
 
 enum {
     CALLS_PER_TURN = 8, /* to receive from one session, before the others are heard */
-    FDS_ROOM = 8,          /* received at once, so that surplus ones can be closed */
+    FDS_ROOM = 8,       /* received at once, so that surplus ones can be closed */
 };
 
 static void update_poll(struct session *s);
@@ -66,8 +66,9 @@ static void on_pid(uv_poll_t *handle, int status, int events)
 }
 
 /*
- * The process may be gone while a child of it keeps the socket open: its pidfd tells. The socket's own
- * pidfd cannot mean another process; older kernels only have the pid. False: it is gone already.
+ * The process may be gone while a child of it keeps the socket open: its pidfd tells. The socket's
+ * own pidfd cannot mean another process; older kernels only have the pid. False: it is gone
+ * already.
  */
 static bool watch_pid(struct session *s)
 {
@@ -123,8 +124,9 @@ struct session *session_create(struct daemon *d, int fd)
     if (crowded || uv_poll_init(&d->loop, &s->poll, fd) < 0) {
         user_put(d, user);
         free(s);
-        return crowded ? reject(d, fd, SAGE_EQUOTA, "too many connections of this user (user_clients)")
-                       : reject(d, fd, SAGE_ENOMEM, "out of memory or descriptors");
+        return crowded
+                   ? reject(d, fd, SAGE_EQUOTA, "too many connections of this user (user_clients)")
+                   : reject(d, fd, SAGE_ENOMEM, "out of memory or descriptors");
     }
     s->daemon = d;
     s->id = d->next_session++;
@@ -223,8 +225,9 @@ void session_close(struct session *s, const char *reason)
 
     if (s->closing)
         return;
-    log_event(s->welcome ? 6 : 7, "disconnected", "client=%llu pid=%d name=\"%s\" done=%llu reason=\"%s\"",
-             (unsigned long long)s->id, (int)s->pid, s->name, (unsigned long long)s->done, reason);
+    log_event(s->welcome ? 6 : 7, "disconnected",
+              "client=%llu pid=%d name=\"%s\" done=%llu reason=\"%s\"", (unsigned long long)s->id,
+              (int)s->pid, s->name, (unsigned long long)s->done, reason);
     s->closing = true;
     TAILQ_REMOVE(&d->sessions, s, link);
     TAILQ_INSERT_TAIL(&d->closing, s, link);
@@ -441,7 +444,8 @@ static bool receive(struct session *s)
 
     for (int i = 0; i < PACKETS_AT_ONCE; i++) {
         iov[i] = (struct iovec){d->packets[i], sizeof(d->packets[i])};
-        msgs[i] = (struct mmsghdr){.msg_hdr = {.msg_iov = &iov[i], .msg_iovlen = 1,
+        msgs[i] = (struct mmsghdr){.msg_hdr = {.msg_iov = &iov[i],
+                                               .msg_iovlen = 1,
                                                .msg_control = control[i].bytes,
                                                .msg_controllen = sizeof(control[i].bytes)}};
     }
@@ -461,7 +465,9 @@ static void on_poll(uv_poll_t *handle, int status, int events)
 {
     struct session *s = handle->data;
 
-    /* A peer that was killed with replies unread: what it had asked for does not matter any more. */
+    /*
+     * A peer that was killed with replies unread: what it had asked for does not matter any more.
+     */
     if (status < 0) {
         session_close(s, uv_strerror(status));
         return;

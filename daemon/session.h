@@ -72,9 +72,9 @@ struct session {
     STAILQ_HEAD(, outgoing) backlog; /* packets that the socket did not take yet. Owned */
     size_t backlog_bytes;
     uint64_t backlog_since_ns;
-    struct msg_done *report; /* jobs to be reported */
-    bool flushing;           /* there are some */
-    bool prompt;             /* at the end of this turn */
+    struct msg_done *report;         /* jobs to be reported */
+    bool flushing;                   /* there are some */
+    bool prompt;                     /* at the end of this turn */
     TAILQ_ENTRY(session) flush_link; /* daemon.flushing */
     TAILQ_ENTRY(session) link;       /* daemon.sessions, then daemon.closing */
 };
@@ -101,7 +101,8 @@ void session_close(struct session *s, const char *reason);
 void session_free_if_unused(struct session *s);
 
 /* Send, or keep until the socket takes it. This may close the session, like all that sends. */
-void session_send(struct session *s, uint32_t op, uint32_t seq, enum msg_kind kind, const void *msg);
+void session_send(struct session *s, uint32_t op, uint32_t seq, enum msg_kind kind,
+                  const void *msg);
 void session_error(struct session *s, uint32_t seq, int status, const char *text);
 /* A job is over: tell with the next DONE, which goes at the end of this turn if `prompt`. */
 void session_report(struct session *s, const struct msg_done_job *job, bool prompt);

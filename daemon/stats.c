@@ -50,8 +50,7 @@ void stats_kernel(struct stats *stats, const char *name, double ops, uint64_t ru
         k--;
     if (k == end) {
         stats->n_kernels++;
-        snprintf(k->name, sizeof(k->name), "%s",
-                 stats->n_kernels == KERNELS_MAX ? "other" : name);
+        snprintf(k->name, sizeof(k->name), "%s", stats->n_kernels == KERNELS_MAX ? "other" : name);
     }
     k->jobs++;
     k->ops += ops;

@@ -18,7 +18,10 @@ struct hist {
 };
 
 void hist_add(struct hist *hist, uint64_t ns);
-/* The upper edge of the bucket with the given share of the values below or in it, in us; 0 if empty. */
+/*
+ * The upper edge of the bucket with the given share of the values below or in it, in us; 0 if
+ * empty.
+ */
 double hist_percentile_us(const struct hist *hist, double share);
 
 struct stats {

@@ -11,16 +11,18 @@
 #include "daemon/daemon.h"
 
 enum {
-    /* A client that waits for a job and submits the next one is back sooner; see docs/decisions.md. */
+    /*
+     * A client that waits for a job and submits the next one is back sooner; see docs/decisions.md.
+     */
     HOT_NS = 100 * 1000,
-    SCAN_MAX = 512,            /* words looked at in one turn */
-    DELAY_MIN_NS = 50 * 1000,  /* about what a wake-up costs */
+    SCAN_MAX = 512,           /* words looked at in one turn */
+    DELAY_MIN_NS = 50 * 1000, /* about what a wake-up costs */
     DELAY_MAX_NS = 1000 * 1000,
 };
 
 static void on_hot(uv_idle_t *handle)
 {
-    (void)handle; /* watch_turn() does the work: this only keeps the loop turning, */
+    (void)handle;  /* watch_turn() does the work: this only keeps the loop turning, */
     sched_yield(); /* and lets others have the core meanwhile */
 }
 

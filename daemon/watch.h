@@ -1,7 +1,7 @@
 /*
  * watch.h - when the loop sleeps. While something happens it does not: the next packet is then not
- * paid for with a wake-up. And it looks at words that change without telling anybody, the acquire words
- * of jobs whose inputs are not ready: when it does sleep, every 50 us to 1 ms.
+ * paid for with a wake-up. And it looks at words that change without telling anybody, the acquire
+ * words of jobs whose inputs are not ready: when it does sleep, every 50 us to 1 ms.
  */
 #ifndef SAGE_WATCH_H
 #define SAGE_WATCH_H
@@ -15,8 +15,8 @@ struct daemon;
 
 struct watch {
     TAILQ_HEAD(watched, job) jobs; /* first of their lane; owned by it */
-    uv_idle_t hot;          /* keeps the loop from sleeping */
-    uv_poll_t timer;        /* a timerfd: libuv's timers count milliseconds */
+    uv_idle_t hot;                 /* keeps the loop from sleeping */
+    uv_poll_t timer;               /* a timerfd: libuv's timers count milliseconds */
     int timer_fd;
     uint64_t delay_ns, hot_until_ns;
 };

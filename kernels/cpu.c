@@ -100,8 +100,8 @@ static int processors(void)
 }
 
 /*
- * Threads with all signals blocked, which are for the process's own threads to handle, and with a stack
- * that holds a tile, whatever the process's limit is.
+ * Threads with all signals blocked, which are for the process's own threads to handle, and with a
+ * stack that holds a tile, whatever the process's limit is.
  */
 static int start_threads(struct sage_cpu *cpu, int n)
 {

@@ -100,7 +100,8 @@ static void quantise_q(struct work *w, struct cpu_tile *t, int r)
 
 static void begin(struct work *w, struct cpu_tile *t)
 {
-    const size_t q_bytes = sizeof(float) * (size_t)t->d, v_bytes = sizeof(float) * (size_t)t->v_columns;
+    const size_t q_bytes = sizeof(float) * (size_t)t->d,
+                 v_bytes = sizeof(float) * (size_t)t->v_columns;
 
     /* The register tile computes up to ROWS_MAX rows at a time: those beyond the last are zero. */
     for (int r = 0; r < t->rows || r % ROWS_MAX; r++) {
@@ -157,7 +158,8 @@ static void look(const struct work *w, struct cpu_tile *t, int64_t key)
 
 /*
  * Row r of o and lse. No sum: nothing was seen. A sound o is between V's extremes but for rounding
- * (of V to e4m3 around its mean, say), hence finite; beyond the format's range it is its largest number.
+ * (of V to e4m3 around its mean, say), hence finite; beyond the format's range it is its largest
+ * number.
  */
 static void finish_row(const struct work *w, const struct cpu_tile *t, int r)
 {
@@ -204,9 +206,9 @@ static void attend(struct work *w, struct cpu_tile *t)
         if (job->fp8)
             job->isa->step(t, k, k_scale, data + job->at.v_offset, 2 * t->d, BLOCK_K, SAGE_BF16);
         else
-            job->isa->step(t, k, k_scale,
-                           tensor_row(v, seq->batch, w->group.kv_head, seq->k0 + key),
-                           left > 1 ? 2 * v->stride[2] : 0, left < BLOCK_K ? (int)left : BLOCK_K, v->dtype);
+            job->isa->step(
+                t, k, k_scale, tensor_row(v, seq->batch, w->group.kv_head, seq->k0 + key),
+                left > 1 ? 2 * v->stride[2] : 0, left < BLOCK_K ? (int)left : BLOCK_K, v->dtype);
     }
 }
 

@@ -24,7 +24,10 @@ struct sage_seq {
 /* The sequence of batch (or sequence) number b. */
 struct sage_seq sage_attn_seq(const struct sage_attn *attn, int64_t b);
 
-/* Keys [*first, *last) that causal and window let row i of the sequence see; empty if first == last. */
+/*
+ * Keys [*first, *last) that causal and window let row i of the sequence see; empty if first ==
+ * last.
+ */
 void sage_attn_band(const struct sage_attn *attn, const struct sage_seq *seq, int64_t i,
                     int64_t *first, int64_t *last);
 

@@ -27,7 +27,8 @@ extern "C" {
 
 /*
  * Every error there is: X(name, number, retry, text). The enum value is -number, the number is what
- * travels on the wire and stands in status words; retry: may the same call succeed later, unchanged?
+ * travels on the wire and stands in status words; retry: may the same call succeed later,
+ * unchanged?
  */
 #define SAGE_ERRORS(X)                                                                             \
     X(SAGE_EINVAL, 1, 0, "invalid argument")                                                       \
@@ -112,22 +113,23 @@ struct sage_tensor {
  *   j >= d - window_left  unless window_left  is SAGE_UNLIMITED, and
  *   j <= d + window_right unless window_right is SAGE_UNLIMITED; causal is window_right = 0.
  * Variable length: with n_seqs > 0, B is 1, the tokens of all sequences are concatenated, and
- * sequence s has queries [q_offsets[s], q_offsets[s+1]) and keys [k_offsets[s], k_offsets[s+1]); the
- * offsets start at 0, do not decrease and end at Nq and Nk. Each sequence is a problem of its own.
- * A row that sees no key gives o = 0 and lse = -inf. A NaN or Inf in q, k or v gives NaN in every row
- * that sees it, never a finite number; so may finite v whose sum over the keys is beyond fp32.
+ * sequence s has queries [q_offsets[s], q_offsets[s+1]) and keys [k_offsets[s], k_offsets[s+1]);
+ * the offsets start at 0, do not decrease and end at Nq and Nk. Each sequence is a problem of its
+ * own. A row that sees no key gives o = 0 and lse = -inf. A NaN or Inf in q, k or v gives NaN in
+ * every row that sees it, never a finite number; so may finite v whose sum over the keys is beyond
+ * fp32.
  */
 struct sage_attn {
     struct sage_tensor q, k, v, o, mask, lse;
-    float scale;                /* > 0; 0 stands for 1/sqrt(D) */
+    float scale; /* > 0; 0 stands for 1/sqrt(D) */
     enum sage_variant variant;
-    bool smooth_k;              /* subtract K's mean over the tokens; exact for o and lse */
-    bool smooth_v;              /* int8_fp8 only: subtract V's mean, add it back to o */
+    bool smooth_k; /* subtract K's mean over the tokens; exact for o and lse */
+    bool smooth_v; /* int8_fp8 only: subtract V's mean, add it back to o */
     bool causal;
     enum sage_diagonal diagonal;
     int64_t window_left, window_right; /* >= 0, or SAGE_UNLIMITED */
-    int32_t n_seqs;             /* 0: a plain batch */
-    const int32_t *q_offsets;   /* n_seqs + 1 of them, in host memory */
+    int32_t n_seqs;                    /* 0: a plain batch */
+    const int32_t *q_offsets;          /* n_seqs + 1 of them, in host memory */
     const int32_t *k_offsets;
 };
 
@@ -169,30 +171,33 @@ struct sage_part {
 SAGE_API int64_t sage_attn_groups(const struct sage_attn *attn);
 
 /*
- * Operations of the visible part, 4 * D for each (query, key) pair; a mask tensor does not count. part:
- * NULL is the whole problem; 0 for one that is not in it.
+ * Operations of the visible part, 4 * D for each (query, key) pair; a mask tensor does not count.
+ * part: NULL is the whole problem; 0 for one that is not in it.
  */
 SAGE_API double sage_attn_ops(const struct sage_attn *attn, const struct sage_part *part);
 
 /*
- * Bytes of workspace that sage_attn_cpu() needs for this part (NULL: the whole problem); SIZE_MAX for a
- * part that is not in it, or where they do not fit size_t.
+ * Bytes of workspace that sage_attn_cpu() needs for this part (NULL: the whole problem); SIZE_MAX
+ * for a part that is not in it, or where they do not fit size_t.
  * `attn` has passed sage_attn_check(); no address is looked at.
  */
 SAGE_API size_t sage_attn_workspace(const struct sage_attn *attn, const struct sage_part *part);
 
 /* A pool of CPU threads; create once, use for many problems, one call at a time. */
 struct sage_cpu;
-/* threads: how many work on a problem, the caller among them; 0: one for each processor. NULL: no memory. */
+/*
+ * threads: how many work on a problem, the caller among them; 0: one for each processor. NULL: no
+ * memory.
+ */
 SAGE_API struct sage_cpu *sage_cpu_create(int threads);
 SAGE_API void sage_cpu_destroy(struct sage_cpu *cpu);
 
 /*
- * Compute a part (NULL: all) of a problem that has passed sage_attn_check(), in host memory; returns
- * when it is done. cpu: NULL runs on the calling thread alone. workspace: at least
- * sage_attn_workspace() bytes, 64-byte aligned, contents of no interest. Reads only q, k, v, mask and
- * the offsets; writes only o, lse and the workspace. Needs 320 KiB of stack. 0, SAGE_EINVAL (part,
- * alignment) or SAGE_EWORKSPACE.
+ * Compute a part (NULL: all) of a problem that has passed sage_attn_check(), in host memory;
+ * returns when it is done. cpu: NULL runs on the calling thread alone. workspace: at least
+ * sage_attn_workspace() bytes, 64-byte aligned, contents of no interest. Reads only q, k, v, mask
+ * and the offsets; writes only o, lse and the workspace. Needs 320 KiB of stack. 0, SAGE_EINVAL
+ * (part, alignment) or SAGE_EWORKSPACE.
  */
 SAGE_API int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn,
                            const struct sage_part *part, void *workspace, size_t bytes);

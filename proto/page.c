@@ -17,8 +17,8 @@
 #include <unistd.h>
 
 /*
- * How long to look before sleeping: about what being woken up on another core costs. Every look lets
- * others run, since on a busy machine it is this very core that the daemon is waiting for.
+ * How long to look before sleeping: about what being woken up on another core costs. Every look
+ * lets others run, since on a busy machine it is this very core that the daemon is waiting for.
  */
 enum { SPIN_NS = 100 * 1000 };
 

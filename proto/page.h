@@ -3,8 +3,8 @@
  *
  * The client creates it (a memfd sealed against shrinking and growing), both sides map it. It holds
  * SAGE_LANES lanes; a lane is a queue of jobs that run in order, numbered 1, 2, 3, ... (mod 2^32).
- * Job n of a lane owns entry n % SAGE_ENTRIES of its three rings, so at most SAGE_ENTRIES - 1 are in
- * flight. All words are 32-bit, little endian, written whole. Byte for byte: docs/protocol.md.
+ * Job n of a lane owns entry n % SAGE_ENTRIES of its three rings, so at most SAGE_ENTRIES - 1 are
+ * in flight. All words are 32-bit, little endian, written whole. Byte for byte: docs/protocol.md.
  */
 #ifndef SAGE_PAGE_H
 #define SAGE_PAGE_H

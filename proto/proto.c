@@ -18,10 +18,10 @@ struct field {
     const char *key;
     uint32_t key_len;
     enum kind kind;
-    bool required;          /* otherwise absent stands for zero, and zero is not sent */
+    bool required; /* otherwise absent stands for zero, and zero is not sent */
     size_t offset;
-    size_t capacity;        /* K_STR: bytes; K_OFFSETS, K_LIST: elements */
-    size_t count_offset;    /* K_OFFSETS, K_LIST: where the number of elements (uint32_t) is */
+    size_t capacity;         /* K_STR: bytes; K_OFFSETS, K_LIST: elements */
+    size_t count_offset;     /* K_OFFSETS, K_LIST: where the number of elements (uint32_t) is */
     const struct table *sub; /* K_MAP, K_LIST */
 };
 
@@ -33,15 +33,16 @@ struct table {
     bool strict;   /* unknown keys are refused: an option must never be dropped */
 };
 
+/* clang-format off */
 #define FIELD(type, member, kind, required)                                                        \
-    { #member, sizeof(#member) - 1, kind, required, offsetof(struct type, member), sizeof(((struct type *)0)->member),  \
-      0, NULL }
+    { #member, sizeof(#member) - 1, kind, required, offsetof(struct type, member),                 \
+      sizeof(((struct type *)0)->member), 0, NULL }
 #define REQ(type, member, kind) FIELD(type, member, kind, true)
 #define OPT(type, member, kind) FIELD(type, member, kind, false)
 #define SUB(type, member, required, table)                                                         \
     { #member, sizeof(#member) - 1, K_MAP, required, offsetof(struct type, member), 0, 0, &(table) }
 #define ARRAY(type, member, kind, table)                                                           \
-    { #member, sizeof(#member) - 1, kind, false, offsetof(struct type, member),                                         \
+    { #member, sizeof(#member) - 1, kind, false, offsetof(struct type, member),                    \
       sizeof(((struct type *)0)->member) / sizeof(((struct type *)0)->member[0]),                  \
       offsetof(struct type, n_##member), table }
 #define TABLE_OF(type, fields, zeroed, strict)                                                     \
@@ -49,14 +50,15 @@ struct table {
 #define TABLE(name, zeroed, strict)                                                                \
     static const struct table name##_table = TABLE_OF(msg_##name, name##_fields, zeroed, strict)
 #define WHOLE(name) TABLE(name, sizeof(struct msg_##name), false)
+/* clang-format on */
 
 _Static_assert(sizeof(enum sage_dtype) == 4 && sizeof(enum sage_variant) == 4 &&
                    sizeof(enum sage_diagonal) == 4,
                "enums travel as K_U32");
 
 static const struct field tensor_fields[] = {
-    REQ(sage_tensor, dtype, K_U32),     REQ(sage_tensor, buffer, K_U32),
-    REQ(sage_tensor, offset, K_U64),    REQ(sage_tensor, shape, K_I64X4),
+    REQ(sage_tensor, dtype, K_U32),    REQ(sage_tensor, buffer, K_U32),
+    REQ(sage_tensor, offset, K_U64),   REQ(sage_tensor, shape, K_I64X4),
     REQ(sage_tensor, stride, K_I64X4),
 };
 static const struct table tensor_table =
@@ -82,8 +84,8 @@ static const struct table attn_table =
     TABLE_OF(sage_attn, attn_fields, sizeof(struct sage_attn), true);
 
 static const struct field hello_fields[] = {
-    REQ(msg_hello, major, K_U32), REQ(msg_hello, minor, K_U32),   OPT(msg_hello, priority, K_U32),
-    REQ(msg_hello, pid, K_U64),   REQ(msg_hello, name, K_STR),    REQ(msg_hello, library, K_STR),
+    REQ(msg_hello, major, K_U32), REQ(msg_hello, minor, K_U32), OPT(msg_hello, priority, K_U32),
+    REQ(msg_hello, pid, K_U64),   REQ(msg_hello, name, K_STR),  REQ(msg_hello, library, K_STR),
     REQ(msg_hello, page, K_BOOL),
 };
 WHOLE(hello);
@@ -139,9 +141,9 @@ static const struct field canceled_fields[] = {REQ(msg_canceled, canceled, K_BOO
 WHOLE(canceled);
 
 static const struct field done_job_fields[] = {
-    REQ(msg_done_job, lane, K_U32),     REQ(msg_done_job, number, K_U32),
-    REQ(msg_done_job, status, K_U32),   REQ(msg_done_job, queue_ns, K_U64),
-    REQ(msg_done_job, run_ns, K_U64),   OPT(msg_done_job, text, K_STR),
+    REQ(msg_done_job, lane, K_U32),   REQ(msg_done_job, number, K_U32),
+    REQ(msg_done_job, status, K_U32), REQ(msg_done_job, queue_ns, K_U64),
+    REQ(msg_done_job, run_ns, K_U64), OPT(msg_done_job, text, K_STR),
 };
 WHOLE(done_job);
 static const struct field done_fields[] = {ARRAY(msg_done, jobs, K_LIST, &done_job_table)};
@@ -154,13 +156,13 @@ static const struct field error_fields[] = {
 WHOLE(error);
 
 static const struct field client_fields[] = {
-    REQ(msg_client, id, K_U64),        REQ(msg_client, pid, K_U64),
-    REQ(msg_client, uid, K_U64),       REQ(msg_client, name, K_STR),
-    REQ(msg_client, priority, K_U32),  REQ(msg_client, age_ns, K_U64),
-    REQ(msg_client, queued, K_U32),    REQ(msg_client, running, K_U32),
-    REQ(msg_client, done, K_U64),      REQ(msg_client, failed, K_U64),
-    REQ(msg_client, ops, K_F64),       REQ(msg_client, run_ns, K_U64),
-    REQ(msg_client, buffers, K_U32),   REQ(msg_client, mapped_bytes, K_U64),
+    REQ(msg_client, id, K_U64),       REQ(msg_client, pid, K_U64),
+    REQ(msg_client, uid, K_U64),      REQ(msg_client, name, K_STR),
+    REQ(msg_client, priority, K_U32), REQ(msg_client, age_ns, K_U64),
+    REQ(msg_client, queued, K_U32),   REQ(msg_client, running, K_U32),
+    REQ(msg_client, done, K_U64),     REQ(msg_client, failed, K_U64),
+    REQ(msg_client, ops, K_F64),      REQ(msg_client, run_ns, K_U64),
+    REQ(msg_client, buffers, K_U32),  REQ(msg_client, mapped_bytes, K_U64),
 };
 WHOLE(client);
 static const struct field client_list_fields[] = {
@@ -180,7 +182,7 @@ static const struct field stats_fields[] = {
 #define STATS_FIELD(type, key, unit, help) OPT(msg_stats, key, K_##type),
     PROTO_STATS(STATS_FIELD)
 #undef STATS_FIELD
-    REQ(msg_stats, state, K_STR),
+        REQ(msg_stats, state, K_STR),
     ARRAY(msg_stats, kernels, K_LIST, &kernel_table),
 };
 WHOLE(stats);
@@ -218,7 +220,8 @@ static uint64_t big_endian(const uint8_t *p, size_t n)
  * The head of one value: bytes of length field behind the type byte, bytes of payload behind that,
  * values inside it. false: a type that this protocol does not use (extensions, 0xc1).
  */
-static bool value_head(const uint8_t *p, size_t left, size_t *head, uint64_t *skip, uint64_t *inside)
+static bool value_head(const uint8_t *p, size_t left, size_t *head, uint64_t *skip,
+                       uint64_t *inside)
 {
     static const uint8_t length_bytes[32] = {
         [0x04] = 1, [0x05] = 2, [0x06] = 4, [0x19] = 1, [0x1a] = 2,
@@ -312,7 +315,8 @@ void unpacker_destroy(struct unpacker *u)
     free(u);
 }
 
-__attribute__((format(printf, 3, 4))) static int fail(int status, char *why, const char *format, ...)
+__attribute__((format(printf, 3, 4))) static int fail(int status, char *why, const char *format,
+                                                      ...)
 {
     va_list args;
 
@@ -441,7 +445,8 @@ static int decode_offsets(const struct field *f, const msgpack_object *o, int32_
 {
     if (o->type != MSGPACK_OBJECT_BIN || o->via.bin.size % 4 != 0 ||
         o->via.bin.size / 4 > f->capacity)
-        return fail(SAGE_EPROTO, why, "%s: must be at most %zu int32 in a bin", f->key, f->capacity);
+        return fail(SAGE_EPROTO, why, "%s: must be at most %zu int32 in a bin", f->key,
+                    f->capacity);
     memcpy(to, o->via.bin.ptr, o->via.bin.size);
     *count = o->via.bin.size / 4;
     return 0;
@@ -528,8 +533,8 @@ static int fail_unknown(const msgpack_object *key, char *why)
 }
 
 /*
- * `map` is a map. The first error is told, but one that breaks the protocol goes before a key that is
- * unknown: who refuses a job for that relies on all else being sound.
+ * `map` is a map. The first error is told, but one that breaks the protocol goes before a key that
+ * is unknown: who refuses a job for that relies on all else being sound.
  */
 static int decode_map(const msgpack_object *map, const struct table *table, void *msg, char *why)
 {

@@ -1,8 +1,8 @@
 /*
  * proto.h - messages between clients and daemon, and their codec: struct <-> msgpack, no I/O.
  *
- * One SOCK_SEQPACKET packet is one msgpack value: [op, seq, {key: value, ...}]. docs/protocol.md has
- * every key; proto.c has one table per message, from which both directions are made.
+ * One SOCK_SEQPACKET packet is one msgpack value: [op, seq, {key: value, ...}]. docs/protocol.md
+ * has every key; proto.c has one table per message, from which both directions are made.
  */
 #ifndef SAGE_PROTO_H
 #define SAGE_PROTO_H
@@ -12,13 +12,13 @@
 #include "kernels/sageattn.h"
 
 enum {
-    PROTO_MAJOR = 1,           /* differs: refused */
-    PROTO_MINOR = 0,           /* differs: the older side's messages are understood */
-    PROTO_PACKET_MAX = 65536,  /* bytes of one packet */
-    PROTO_DEPTH_MAX = 6,       /* nesting of one packet */
-    PROTO_FDS_MAX = 1,         /* descriptors that ride on one packet */
-    PROTO_NAME_MAX = 64,       /* bytes of a name, with its NUL */
-    PROTO_TEXT_MAX = 192,      /* bytes of an error text, with its NUL */
+    PROTO_MAJOR = 1,          /* differs: refused */
+    PROTO_MINOR = 0,          /* differs: the older side's messages are understood */
+    PROTO_PACKET_MAX = 65536, /* bytes of one packet */
+    PROTO_DEPTH_MAX = 6,      /* nesting of one packet */
+    PROTO_FDS_MAX = 1,        /* descriptors that ride on one packet */
+    PROTO_NAME_MAX = 64,      /* bytes of a name, with its NUL */
+    PROTO_TEXT_MAX = 192,     /* bytes of an error text, with its NUL */
 };
 
 /* X(NAME, number): requests are answered by the same op, or by ERROR; SUBMIT by DONE alone. */
@@ -57,7 +57,7 @@ struct msg_hello {
     uint64_t pid;              /* as the client sees itself; the daemon trusts SO_PEERCRED */
     char name[PROTO_NAME_MAX]; /* for statistics */
     char library[PROTO_NAME_MAX];
-    bool page;                 /* a session page rides on the packet; without: no jobs */
+    bool page; /* a session page rides on the packet; without: no jobs */
 };
 
 struct msg_register {
@@ -73,8 +73,8 @@ struct msg_unregister {
 struct msg_submit {
     uint32_t lane, number;
     bool prompt; /* report at once, not with the next DONE_BATCH jobs or after DONE_DELAY_MS */
-    struct sage_attn attn;               /* decoded: its offsets point to the arrays below */
-    uint32_t n_q_offsets, n_k_offsets;   /* elements used: attn.n_seqs + 1, or 0 */
+    struct sage_attn attn;             /* decoded: its offsets point to the arrays below */
+    uint32_t n_q_offsets, n_k_offsets; /* elements used: attn.n_seqs + 1, or 0 */
     int32_t q_offsets[SAGE_MAX_SEQS + 1], k_offsets[SAGE_MAX_SEQS + 1];
 };
 
@@ -94,9 +94,9 @@ struct msg_empty {
 
 struct msg_welcome {
     uint32_t major, minor;
-    uint32_t jobs;    /* credits: jobs in flight, */
-    uint64_t bytes;   /* bytes mapped, */
-    uint32_t buffers; /* buffers registered */
+    uint32_t jobs;      /* credits: jobs in flight, */
+    uint64_t bytes;     /* bytes mapped, */
+    uint32_t buffers;   /* buffers registered */
     uint64_t pid, boot; /* boot: drawn at random at each start of the daemon */
     char version[PROTO_NAME_MAX];
     char backend[PROTO_NAME_MAX];
@@ -115,7 +115,7 @@ struct msg_canceled {
 
 struct msg_done_job {
     uint32_t lane, number;
-    uint32_t status;        /* 0 or the number of a SAGE_E* */
+    uint32_t status;           /* 0 or the number of a SAGE_E* */
     uint64_t queue_ns, run_ns; /* from runnable to started; computing */
     char text[PROTO_TEXT_MAX]; /* empty unless status */
 };
@@ -165,7 +165,8 @@ struct msg_kernel {
     X(U64, uptime_ns, gauge, "nanoseconds since the daemon started")                               \
     X(U32, clients, gauge, "connected clients")                                                    \
     X(U64, clients_total, counter, "clients that ever said HELLO")                                 \
-    X(U64, clients_dropped, counter, "connections closed for a protocol violation or a full backlog") \
+    X(U64, clients_dropped, counter,                                                               \
+      "connections closed for a protocol violation or a full backlog")                             \
     X(U64, accepted, counter, "jobs accepted")                                                     \
     X(U64, done, counter, "jobs finished with status 0")                                           \
     X(U64, refused, counter, "jobs refused when submitted")                                        \
@@ -176,15 +177,15 @@ struct msg_kernel {
     X(U64, run_ns, counter, "time that jobs ran, summed over slots")                               \
     X(U32, queued, gauge, "jobs waiting")                                                          \
     X(U32, running, gauge, "jobs in slots")                                                        \
-    X(F64, queue_p50_us, gauge, "inputs ready to started, median")                                       \
-    X(F64, queue_p99_us, gauge, "inputs ready to started, 99th percentile")                              \
-    X(F64, queue_p999_us, gauge, "inputs ready to started, 99.9th percentile")                           \
+    X(F64, queue_p50_us, gauge, "inputs ready to started, median")                                 \
+    X(F64, queue_p99_us, gauge, "inputs ready to started, 99th percentile")                        \
+    X(F64, queue_p999_us, gauge, "inputs ready to started, 99.9th percentile")                     \
     X(F64, run_p50_us, gauge, "time computing, median")                                            \
     X(F64, run_p99_us, gauge, "time computing, 99th percentile")                                   \
     X(F64, run_p999_us, gauge, "time computing, 99.9th percentile")                                \
-    X(F64, total_p50_us, gauge, "inputs ready to released, median")                                    \
-    X(F64, total_p99_us, gauge, "inputs ready to released, 99th percentile")                           \
-    X(F64, total_p999_us, gauge, "inputs ready to released, 99.9th percentile")                        \
+    X(F64, total_p50_us, gauge, "inputs ready to released, median")                                \
+    X(F64, total_p99_us, gauge, "inputs ready to released, 99th percentile")                       \
+    X(F64, total_p999_us, gauge, "inputs ready to released, 99.9th percentile")                    \
     X(U32, slots, gauge, "slots")                                                                  \
     X(U32, slots_used, gauge, "slots with work")                                                   \
     X(U32, slots_peak, gauge, "most slots that ever had work at once")                             \
@@ -232,7 +233,10 @@ enum msg_kind {
 #undef PROTO_MSG_ENUM
 };
 
-/* One packet taken apart: the envelope is known to be sound, the body is decoded by packet_decode(). */
+/*
+ * One packet taken apart: the envelope is known to be sound, the body is decoded by
+ * packet_decode().
+ */
 struct packet {
     uint32_t op, seq;
     const void *body; /* msgpack_object of the map, owned by the unpacker */

@@ -14,8 +14,8 @@
 enum { REPEATS = 20 };
 
 /*
- * Largest relL1 on these inputs. int8_fp16: INT8 scores; measured up to 0.018. int8_fp8: the rounding
- * of P and V to e4m3 as well; measured up to 0.040.
+ * Largest relL1 on these inputs. int8_fp16: INT8 scores; measured up to 0.018. int8_fp8: the
+ * rounding of P and V to e4m3 as well; measured up to 0.040.
  */
 static const struct {
     enum sage_variant variant;
@@ -153,8 +153,8 @@ static bool run_variant(struct sage_lane *lane, const struct layer *layer, struc
     bool good = l1 <= variants[variant].l1 && cos >= variants[variant].cos;
     printf("%-12s %2lld/%-2lld %5lld %4lld  %-6s %-9s %9.6f %8.5f %6.3f %8.2f  %s\n", layer->name,
            (long long)attn->q.shape[1], (long long)attn->k.shape[1], (long long)attn->q.shape[2],
-           (long long)attn->q.shape[3], attn->causal ? "causal" : "full", variants[variant].name, cos,
-           l1, variants[variant].l1, ms, good ? "ok" : "WORSE");
+           (long long)attn->q.shape[3], attn->causal ? "causal" : "full", variants[variant].name,
+           cos, l1, variants[variant].l1, ms, good ? "ok" : "WORSE");
     return good;
 }
 

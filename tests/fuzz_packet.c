@@ -1,6 +1,7 @@
 /*
- * fuzz_packet.c - one packet: walked, opened and decoded as every message there is. What can be decoded
- * must survive encoding and decoding; what cannot gives a text that is fit to be sent and logged.
+ * fuzz_packet.c - one packet: walked, opened and decoded as every message there is. What can be
+ * decoded must survive encoding and decoding; what cannot gives a text that is fit to be sent and
+ * logged.
  */
 #include <stdlib.h>
 #include <string.h>

@@ -1,7 +1,7 @@
 /*
- * fuzz_session.c - a live daemon (CPU backend) and clients that do anything: packets of every kind, sound
- * and broken, descriptors of every kind, words in the page, hanging up. After each input nothing may be
- * left: no session, job, buffer, held slot or descriptor.
+ * fuzz_session.c - a live daemon (CPU backend) and clients that do anything: packets of every
+ * kind, sound and broken, descriptors of every kind, words in the page, hanging up. After each
+ * input nothing may be left: no session, job, buffer, held slot or descriptor.
  *
  * An input is a list of commands, a byte each, with their operands behind them.
  */
@@ -98,8 +98,8 @@ static bool connected(const struct peer *p)
     const struct session *s;
 
     TAILQ_FOREACH(s, &d.sessions, link)
-    if (s == p->s && s->id == p->id)
-        return true;
+        if (s == p->s && s->id == p->id)
+            return true;
     return false;
 }
 

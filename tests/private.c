@@ -87,7 +87,8 @@ void private_finish(struct private_daemon *d)
 
 struct sage_client *private_connect(const struct private_daemon *d, int retry_ms)
 {
-    struct sage_connect_options options = {.socket = d->socket, .name = "test", .retry_ms = retry_ms};
+    struct sage_connect_options options = {
+        .socket = d->socket, .name = "test", .retry_ms = retry_ms};
     struct sage_client *client = NULL;
 
     if (sage_connect(&options, &client))
@@ -105,7 +106,8 @@ static struct sage_tensor tensor(char *data, int heads, int n)
     };
 }
 
-void private_problem_init(struct private_problem *p, struct sage_client *client, int n, uint64_t seed)
+void private_problem_init(struct private_problem *p, struct sage_client *client, int n,
+                          uint64_t seed)
 {
     size_t head = (size_t)n * DIM * sizeof(uint16_t);
     struct rng rng;

@@ -15,7 +15,9 @@ struct private_daemon {
 
 /* Make a directory for the socket; no daemon yet. */
 void private_init(struct private_daemon *d);
-/* Start $SAGE_BUILDDIR/sageattnd there with further flags (NULL, or up to a NULL) until it answers. */
+/*
+ * Start $SAGE_BUILDDIR/sageattnd there with further flags (NULL, or up to a NULL) until it answers.
+ */
 void private_start(struct private_daemon *d, const char *const *flags);
 /* Send the signal and wait; the exit status, or minus the signal that ended it. */
 int private_stop(struct private_daemon *d, int signal);
@@ -30,7 +32,8 @@ struct private_problem {
     struct sage_attn attn;
 };
 
-void private_problem_init(struct private_problem *p, struct sage_client *client, int n, uint64_t seed);
+void private_problem_init(struct private_problem *p, struct sage_client *client, int n,
+                          uint64_t seed);
 void private_problem_finish(struct private_problem *p);
 /* Overwrite o, so that an old result is not taken for a new one. */
 void private_problem_poison(struct private_problem *p);

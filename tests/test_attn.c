@@ -660,7 +660,10 @@ static void test_bad_mask(void **state)
     each_variant(bad_mask);
 }
 
-/* A row from which the mask tensor hides every key sees nothing, even of a NaN in a key or in itself. */
+/*
+ * A row from which the mask tensor hides every key sees nothing, even of a NaN in a key or in
+ * itself.
+ */
 static void hidden_row(enum sage_variant variant)
 {
     struct fixture f;

@@ -1,6 +1,6 @@
 /*
- * test_golden.c - the packets in tests/golden/, byte for byte, in both directions. They pin the wire
- * format: a change that needs one of them changed breaks every client that there is.
+ * test_golden.c - the packets in tests/golden/, byte for byte, in both directions. They pin the
+ * wire format: a change that needs one of them changed breaks every client that there is.
  */
 #include <ctype.h>
 #include <setjmp.h>

@@ -192,7 +192,10 @@ static void test_signal(void **state)
     assert_true(now_ns() - start >= 40 * MS);
 }
 
-/* The child is the daemon: it releases every job when it is acquired; now and then it takes its time. */
+/*
+ * The child is the daemon: it releases every job when it is acquired; now and then it takes its
+ * time.
+ */
 static void serve(int fd, uint32_t jobs)
 {
     const char *why;

@@ -1,6 +1,7 @@
 /*
- * test_sched.c - who gets the slots: a real daemon and real sessions, but a backend whose pieces take
- * as long as the test says. Time is the test's own, so the outcome does not depend on the machine.
+ * test_sched.c - who gets the slots: a real daemon and real sessions, but a backend whose pieces
+ * take as long as the test says. Time is the test's own, so the outcome does not depend on the
+ * machine.
  */
 #include <fcntl.h>
 #include <math.h>
@@ -353,7 +354,9 @@ static struct coverage {
     unsigned most_held;
 } cover;
 
-/* Pieces follow each other without gap or overlap, and rows of a group stay where its K and V are. */
+/*
+ * Pieces follow each other without gap or overlap, and rows of a group stay where its K and V are.
+ */
 static void check_piece(struct job *job, struct stream *stream, uint64_t took_ns)
 {
     const struct sage_part *part = &job->piece.part;
@@ -423,7 +426,10 @@ static void test_pieces(void **state)
     }
 }
 
-/* Clients with long heads never hold the last slots: a small job does not wait for one of them to end. */
+/*
+ * Clients with long heads never hold the last slots: a small job does not wait for one of them to
+ * end.
+ */
 static void test_held_slots(void **state)
 {
     (void)state;
@@ -447,7 +453,10 @@ static void test_held_slots(void **state)
             submit(&peers[0], 0, problem(1, 64, 64));
             while (!released(&peers[0], 0))
                 assert_true(step());
-            /* Three others with a quantum each before it, each piece a little longer than estimated. */
+            /*
+             * Three others with a quantum each before it, each piece a little longer than
+             * estimated.
+             */
             assert_true(model.now_ns - start < 4 * 2 * 500000);
         }
         assert_true(cover.most_held >= 1);
