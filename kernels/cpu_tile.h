@@ -12,12 +12,15 @@
 #define FN(name) JOIN(name, ISA)
 #define VF FN(vf)
 #define VI FN(vi)
+#define VU FN(vu)
 #define GEMM FN(gemm)
 #define WIDEN FN(widen)
 #define INLINE TARGET static inline __attribute__((always_inline))
 
 typedef float VF __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t VI __attribute__((vector_size(4 * LANES), may_alias));
+/* For bits that may be a NaN's: arithmetic on them wraps. */
+typedef uint32_t VU __attribute__((vector_size(4 * LANES), may_alias));
 
 INLINE VF FN(select)(VI mask, VF yes, VF no)
 {
@@ -33,7 +36,7 @@ INLINE VF FN(exp2)(VF x)
 {
     const VF t = x + 0x1.8p23f;
     const VF f = x - (t - 0x1.8p23f);
-    const VF two_n = (VF)(((VI)t << 23) + (127 << 23));
+    const VF two_n = (VF)(((VU)t << 23) + (127u << 23));
     VF y = f * 1.5353362e-4f + 1.3398875e-3f;
 
     y = y * f + 9.6184369e-3f;
@@ -47,8 +50,8 @@ INLINE VF FN(exp2)(VF x)
 /* To a narrower format: in steps of its last bit, to nearest, ties to even. NaN stays NaN. */
 INLINE VF FN(round)(VF p, const struct cpu_grid *to)
 {
-    const VI bits = (VI)p, odd = (bits >> to->drop) & 1;
-    const VI normal = (bits + ((1 << (to->drop - 1)) - 1) + odd) & ~((1 << to->drop) - 1);
+    const VU bits = (VU)p, odd = (bits >> to->drop) & 1;
+    const VU normal = (bits + ((1u << (to->drop - 1)) - 1) + odd) & ~((1u << to->drop) - 1);
 
     return FN(select)(p >= to->normal, (VF)normal, (p + to->magic) - to->magic);
 }
@@ -209,6 +212,7 @@ TARGET static void FN(step)(struct cpu_tile *t, const uint16_t *k, const float *
 #undef FN
 #undef VF
 #undef VI
+#undef VU
 #undef GEMM
 #undef WIDEN
 #undef INLINE
