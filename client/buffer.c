@@ -165,6 +165,14 @@ static int create(struct sage_client *c, int fd, size_t size, struct sage_buffer
     return rc;
 }
 
+static uint64_t bytes_allowed(struct sage_client *client)
+{
+    pthread_mutex_lock(&client->lock);
+    uint64_t bytes = client->welcome.bytes;
+    pthread_mutex_unlock(&client->lock);
+    return bytes;
+}
+
 int sage_buffer_alloc(struct sage_client *client, size_t bytes, struct sage_buffer **buffer)
 {
     *buffer = NULL;
@@ -172,10 +180,18 @@ int sage_buffer_alloc(struct sage_client *client, size_t bytes, struct sage_buff
         return client_alien();
     if (bytes == 0 || bytes > INT64_MAX)
         return error_set(SAGE_EINVAL, "bytes: %zu, must be from 1 to 2^63 - 1", bytes);
+    uint64_t allowed = bytes_allowed(client);
+    if (bytes > allowed)
+        return error_set(SAGE_EQUOTA, "bytes: %zu, the daemon allows %llu", bytes,
+                         (unsigned long long)allowed);
     int fd = memfd_create("sageattn-buffer", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd < 0)
         return error_set(SAGE_ENOMEM, "memfd_create: %s", strerror(errno));
-    if (ftruncate(fd, (off_t)bytes) < 0 ||
+    /*
+     * All pages now: they are ours then, and not charged to the daemon, which may be first to
+     * write.
+     */
+    if (fallocate(fd, 0, 0, (off_t)bytes) < 0 ||
         fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0) {
         int rc = error_set(SAGE_ENOMEM, "memfd of %zu bytes: %s", bytes, strerror(errno));
         close(fd);

@@ -4,6 +4,7 @@
 #include "client/client.h"
 
 #include <errno.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +12,13 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { RETRY_MS = 10000 };
+enum {
+    RETRY_MS = 10000,
+    FULL_MS = 10, /* between two looks at a full socket; POLLOUT comes late */
+};
+
+/* Of send_request(), besides 0 and SAGE_E*. */
+enum { NOT_NOW = 1 };
 
 /* --- fork: a child must not keep the connection open, nor use it --- */
 
@@ -35,6 +42,8 @@ static void unlock_clients(void)
 static void after_fork_in_child(void)
 {
     for (struct sage_client *c = clients; c; c = c->next) {
+        if (c->forked) /* in our parent too: these numbers are somebody else's by now */
+            continue;
         c->forked = true;
         if (c->conn.fd != c->fd)
             conn_close(&c->conn);
@@ -115,6 +124,7 @@ static struct sage_client *create(void)
     if (!c)
         return NULL;
     c->fd = c->event = c->page_fd = c->conn.fd = -1;
+    c->link = LINK_WORD(LINK_LOST, 0);
     pthread_condattr_init(&attr);
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
     pthread_cond_init(&c->changed, &attr);
@@ -198,13 +208,9 @@ int sage_connect(const struct sage_connect_options *options, struct sage_client 
     enlist(c); /* from here on a fork closes what there is */
     int rc = init(c, options);
     if (!rc)
-        rc = reader_attach(c);
+        rc = client_revive(c);
     if (!rc)
-        rc = reader_install(c);
-    if (!rc) {
-        atomic_store(&c->link, LINK_WORD(LINK_LIVE, 0));
         rc = start_reader(c);
-    }
     if (rc) {
         delist(c);
         close_all(c);
@@ -261,12 +267,13 @@ int client_revive(struct sage_client *c)
         rc = reader_install(c);
     if (rc)
         return rc;
-    /* Every job was failed and nobody else can publish one, so the count stands still. */
+    /* Every job was failed and nobody else can publish one, so the count stands still. The reader,
+     * should the connection break at once, takes the lock before it clears the event. */
     pthread_mutex_lock(&c->lock);
     c->boot = c->welcome.boot;
     atomic_store(&c->link, LINK_WORD(LINK_LIVE, LINK_COUNT(atomic_load(&c->link))));
-    pthread_mutex_unlock(&c->lock);
     eventfd_write(c->event, 1);
+    pthread_mutex_unlock(&c->lock);
     return 0;
 }
 
@@ -296,7 +303,7 @@ static void remove_request(struct sage_client *c, struct request *r)
         }
 }
 
-/* Enter the request and send it. SAGE_EBUSY: the reader is just replacing the connection. */
+/* Enter the request and send it. NOT_NOW: the reader is replacing the connection, or it is full. */
 static int send_request(struct sage_client *c, enum msg_kind kind, const void *msg, int pass,
                         struct request *r)
 {
@@ -304,8 +311,10 @@ static int send_request(struct sage_client *c, enum msg_kind kind, const void *m
 
     if (rc)
         return rc;
+    if (client_state(c) != LINK_LIVE || !conn_has_room(c->fd))
+        return NOT_NOW;
     pthread_mutex_lock(&c->lock);
-    rc = client_state(c) == LINK_LIVE ? enter_request(c, r) : SAGE_EBUSY;
+    rc = client_state(c) == LINK_LIVE ? enter_request(c, r) : NOT_NOW;
     pthread_mutex_unlock(&c->lock);
     if (rc)
         return rc;
@@ -322,6 +331,20 @@ static int send_request(struct sage_client *c, enum msg_kind kind, const void *m
     return rc;
 }
 
+/* After NOT_NOW, with no lock held. */
+static void await_link(struct sage_client *c)
+{
+    struct pollfd p = {.fd = c->fd, .events = POLLOUT};
+
+    pthread_mutex_lock(&c->lock);
+    bool live = client_state(c) == LINK_LIVE;
+    while (client_state(c) == LINK_DOWN)
+        pthread_cond_wait(&c->changed, &c->lock);
+    pthread_mutex_unlock(&c->lock);
+    if (live)
+        poll(&p, 1, FULL_MS);
+}
+
 int client_call(struct sage_client *c, enum msg_kind kind, const void *msg, int pass,
                 struct request *r)
 {
@@ -332,11 +355,9 @@ int client_call(struct sage_client *c, enum msg_kind kind, const void *msg, int 
         pthread_mutex_lock(&c->submit_lock);
         rc = send_request(c, kind, msg, pass, r);
         pthread_mutex_unlock(&c->submit_lock);
-        pthread_mutex_lock(&c->lock);
-        while (rc == SAGE_EBUSY && client_state(c) == LINK_DOWN)
-            pthread_cond_wait(&c->changed, &c->lock);
-        pthread_mutex_unlock(&c->lock);
-    } while (rc == SAGE_EBUSY);
+        if (rc == NOT_NOW)
+            await_link(c);
+    } while (rc == NOT_NOW);
     if (rc)
         return rc;
 

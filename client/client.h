@@ -9,8 +9,8 @@
  *   DOWN  the connection broke; the reader owns `conn`. A submitter that sees DOWN does not send:
  *         the reader does, and gets back to LIVE only by exchanging the very count up to which it
  *         has looked for jobs. So none is forgotten; the daemon ignores one that comes twice.
- *   LOST  the reader gave up and all jobs were failed; it sleeps. Whoever holds `submit_lock` owns
- *         `conn` and tries once to connect at the next call.
+ *   LOST  at the start, and when the reader gave up and all jobs were failed; it sleeps. Whoever
+ *         holds `submit_lock` owns `conn` and tries once to connect at the next call.
  */
 #ifndef SAGE_CLIENT_H
 #define SAGE_CLIENT_H
@@ -29,16 +29,13 @@ enum link_state { LINK_DOWN, LINK_LIVE, LINK_LOST };
 #define LINK_STATE(word) ((enum link_state)((word) >> LINK_SHIFT))
 #define LINK_COUNT(word) ((word) & ((UINT64_C(1) << LINK_SHIFT) - 1))
 
-/* Who is at an entry's packet. The submitter waits for the reader's copy, never the reverse. */
-enum entry_state { ENTRY_IDLE, ENTRY_WRITING, ENTRY_COPYING };
-
-/* The job that owns an entry of a lane's ring, kept until the next one takes the entry. */
+/* The job that owns an entry of a lane's ring, kept until the next one takes the entry. All of it
+ * under `lock`. */
 struct entry {
-    _Atomic uint32_t state; /* enum entry_state; guards the next four */
     uint32_t number;
     uint32_t len, capacity;
     unsigned char *packet;    /* its SUBMIT, ready to be sent again */
-    struct msg_done_job done; /* under `lock`; belongs to job done.number */
+    struct msg_done_job done; /* of job done.number; status SAGE_ELOST: it will not be told */
 };
 
 /* Made at first use and kept until the client goes: numbers are never used again. */
@@ -47,7 +44,7 @@ struct sage_lane {
     struct sage_page_lane *words;
     uint32_t index;
     bool used;             /* under `lock` */
-    _Atomic uint32_t tail; /* the last job published; written under submit_lock */
+    _Atomic uint64_t tail; /* jobs published, and the number of the last; under submit_lock */
     uint32_t head;         /* the first job not known to be over; under submit_lock */
     uint32_t sent;         /* the last job sent again on a new connection; the reader's */
     struct entry entry[SAGE_ENTRIES];
@@ -94,10 +91,11 @@ struct sage_client {
 
     _Atomic uint64_t link;
     int fd; /* the connection; the number stays, so a late send meets no foreign descriptor */
-    struct conn conn;         /* the receiving side; see above for its owner */
-    struct msg_done done;     /* scratch of the reader */
-    uint64_t boot;            /* of the daemon that has our jobs; conn's owner */
-    _Atomic uint32_t credits; /* jobs in flight that it allows */
+    struct conn conn;            /* the receiving side; see above for its owner */
+    char reason[PROTO_TEXT_MAX]; /* why the daemon is about to throw us out; the reader's */
+    struct msg_done done;        /* scratch of the reader */
+    uint64_t boot;               /* of the daemon that has our jobs; conn's owner */
+    _Atomic uint32_t credits;    /* jobs in flight that it allows */
 
     /* Held for encoding and sending, never while waiting for the daemon's work. */
     pthread_mutex_t submit_lock;
@@ -122,6 +120,21 @@ static inline enum link_state client_state(const struct sage_client *client)
     return LINK_STATE(atomic_load(&client->link));
 }
 
+/* The number of the last job. */
+static inline uint32_t lane_tail(const struct sage_lane *lane)
+{
+    return (uint32_t)atomic_load(&lane->tail);
+}
+
+/* Has there been a job n, and is its entry still its own? */
+static inline bool lane_has(const struct sage_lane *lane, uint32_t n)
+{
+    uint64_t tail = atomic_load(&lane->tail);
+    uint32_t later = (uint32_t)tail - n;
+
+    return later < SAGE_ENTRIES && later < tail;
+}
+
 static inline bool lane_released(const struct sage_lane *lane, uint32_t n)
 {
     return page_reached(page_load(&lane->words->release[n % SAGE_ENTRIES]), n);
@@ -138,7 +151,8 @@ int client_alien(void); /* SAGE_EFORK, with its text */
 int client_call(struct sage_client *client, enum msg_kind kind, const void *msg, int pass,
                 struct request *request);
 
-/* With submit_lock held: after LOST, try once to connect. */
+/* With submit_lock held: in state LOST, try once to connect. SAGE_EBUSY: the daemon still runs jobs
+ * of this client's last connection. */
 int client_revive(struct sage_client *client);
 
 /* --- reader.c --- */

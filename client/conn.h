@@ -10,11 +10,13 @@
 enum {
     CONN_TIMEOUT_MS = 10000, /* a daemon started by its socket answers after it has warmed up */
 };
+#define CONN_NO_LIMIT INT64_MAX /* of its owner's; that of CONN_TIMEOUT_MS stays */
 
 /* For one thread at a time; conn_push() and conn_send() need only the descriptor. */
 struct conn {
     int fd;   /* -1: not connected */
     int stop; /* the owner's; once it is readable every wait ends with SAGE_ECANCELED; -1: none */
+    int64_t limit; /* the owner's; no conn_open() or conn_call() lasts longer; of clock_ns() */
     uint32_t seq;
     struct unpacker *unpacker;
     volatile bool unpacking; /* a fork child may find it so: then the unpacker is in pieces */
@@ -42,7 +44,9 @@ void conn_close(struct conn *conn);
 
 /* One packet, with a descriptor unless pass < 0. SAGE_EBUSY: would block; SAGE_ELOST: no peer. */
 int conn_push(int fd, const void *data, size_t len, int pass);
-/* The same, but waits for room. */
+/* Would conn_push() find room? Also when there is no peer any more. */
+bool conn_has_room(int fd);
+/* The same as conn_push(), but waits for room. */
 int conn_send(int fd, const void *data, size_t len, int pass);
 
 /* One packet; *packet is good until the next. deadline of clock_ns(), < 0: none. */

@@ -53,6 +53,11 @@ struct text text_tops(double ops, double ns);
 /* Print a value in JSON and let go of it. */
 void ctl_print_json(json_t *value, bool on_one_line);
 
+/* --- ctl_misc.c --- */
+
+/* The times of `count` empty requests, in order of length. 0 or a SAGE_E*. */
+int ctl_measure(struct ctl *ctl, double *ns, int count);
+
 /* --- ctl_clients.c --- */
 
 /* All clients of the daemon in the order of their ids; *list is the caller's to free. */

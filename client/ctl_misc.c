@@ -35,7 +35,7 @@ static double percentile(const double *sorted, int n, double share)
     return sorted[rank > 0 ? rank - 1 : 0];
 }
 
-static int measure(struct ctl *ctl, double *ns, int count)
+int ctl_measure(struct ctl *ctl, double *ns, int count)
 {
     struct msg_empty empty = {0};
 
@@ -69,7 +69,7 @@ int ctl_ping(struct ctl *ctl, int argc, char **argv)
     }
     int rc = ctl_connect(ctl);
     if (!rc)
-        rc = measure(ctl, ns, count);
+        rc = ctl_measure(ctl, ns, count);
     if (!rc)
         printf("%s: %d round trips: min %s, p50 %s, p99 %s, p99.9 %s, max %s\n", ctl->path, count,
                text_ns(ns[0]).s, text_ns(percentile(ns, count, 0.5)).s,

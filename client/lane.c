@@ -3,7 +3,6 @@
  */
 #include "client/client.h"
 
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -17,9 +16,6 @@ enum {
     NAP_MIN_US = 100, /* between two tries of sage_attn_run() */
     NAP_MAX_US = 20000,
 };
-
-/* Besides the flags of enum sage_submit_flags: somebody is going to ask for the times. */
-#define PROMPT 0x80000000u
 
 /* --- lanes --- */
 
@@ -76,7 +72,7 @@ void sage_lane_destroy(struct sage_lane *lane)
 {
     if (!lane || lane->client->forked)
         return;
-    uint32_t tail = atomic_load(&lane->tail);
+    uint32_t tail = lane_tail(lane);
     for (uint32_t n = tail - MAX_IN_FLIGHT + 1; n != tail + 1; n++) {
         struct sage_job job = {lane, n};
         /* One that never became ready would never be over. */
@@ -95,7 +91,7 @@ void sage_lane_destroy(struct sage_lane *lane)
 /* Count what is over. */
 static void advance(struct sage_lane *lane)
 {
-    uint32_t end = atomic_load(&lane->tail) + 1;
+    uint32_t end = lane_tail(lane) + 1;
 
     while (lane->head != end && lane_released(lane, lane->head)) {
         lane->head++;
@@ -109,40 +105,39 @@ static int take_credit(struct sage_lane *lane)
     uint32_t credits = c->credits;
 
     advance(lane);
-    if (atomic_load(&lane->tail) + 1 - lane->head >= MAX_IN_FLIGHT)
+    if (lane_tail(lane) + 1 - lane->head >= MAX_IN_FLIGHT)
         return error_set(SAGE_EBUSY, "%d jobs are in flight on this lane", MAX_IN_FLIGHT);
     for (int i = 0; c->in_flight >= credits && i < SAGE_LANES; i++)
         if (c->lanes[i])
             advance(c->lanes[i]);
     if (c->in_flight >= credits)
         return error_set(SAGE_EBUSY, "%u jobs are in flight, all that the daemon allows", credits);
+    if (client_state(c) == LINK_LIVE && !conn_has_room(c->fd))
+        return error_set(SAGE_EBUSY, "the daemon does not read its socket, and it is full");
     return 0;
 }
 
 /* Keep the packet: the reader sends it again when the daemon dies. */
-static int keep_packet(struct entry *entry, uint32_t n, const void *packet, size_t len)
+static int keep_packet(struct sage_lane *lane, uint32_t n, const void *packet, size_t len)
 {
+    struct entry *entry = &lane->entry[n % SAGE_ENTRIES];
     unsigned char *old = NULL, *larger = NULL;
-    uint32_t idle = ENTRY_IDLE;
 
     if (len > entry->capacity) {
         larger = malloc(len);
         if (!larger)
             return error_set(SAGE_ENOMEM, "out of memory");
     }
-    while (!atomic_compare_exchange_weak(&entry->state, &idle, ENTRY_WRITING)) {
-        idle = ENTRY_IDLE;
-        sched_yield();
-    }
+    pthread_mutex_lock(&lane->client->lock);
     if (larger) {
         old = entry->packet;
-        entry->packet = larger; /* in this order: a fork child may free it at any time */
+        entry->packet = larger;
         entry->capacity = (uint32_t)len;
     }
     memcpy(entry->packet, packet, len);
     entry->len = (uint32_t)len;
     entry->number = n;
-    atomic_store(&entry->state, ENTRY_IDLE);
+    pthread_mutex_unlock(&lane->client->lock);
     free(old);
     return 0;
 }
@@ -157,14 +152,16 @@ static int check(struct sage_client *c, const struct sage_attn *attn)
     char why[PROTO_TEXT_MAX];
 
     *a = *attn;
+    for (int i = 0; i < 6; i++)
+        if (tensors[i]->dtype != SAGE_NONE && (tensors[i]->buffer || tensors[i]->offset))
+            return error_set(SAGE_EINVAL, "%s.%s: must be 0, a tensor is named by its data",
+                             names[i], tensors[i]->buffer ? "buffer" : "offset");
     m->n_q_offsets = m->n_k_offsets = 0;
     if (a->n_seqs > 0 && a->n_seqs <= SAGE_MAX_SEQS && a->q_offsets && a->k_offsets) {
         m->n_q_offsets = m->n_k_offsets = (uint32_t)a->n_seqs + 1;
         a->q_offsets = memcpy(m->q_offsets, a->q_offsets, m->n_q_offsets * sizeof(int32_t));
         a->k_offsets = memcpy(m->k_offsets, a->k_offsets, m->n_k_offsets * sizeof(int32_t));
     }
-    for (int i = 0; i < 6; i++)
-        tensors[i]->buffer = 0, tensors[i]->offset = 0;
     int rc = sage_attn_check(a, why, sizeof(why));
     if (rc)
         return error_set(rc, "%s", why);
@@ -173,31 +170,38 @@ static int check(struct sage_client *c, const struct sage_attn *attn)
     return rc;
 }
 
-/* Publish the checked job, then send it, unless the reader is going to. */
+/*
+ * Publish the checked job, then send it, unless the reader is going to. There was room for it, and
+ * nobody else sends; so it waits only if the reader has just replaced the connection and filled it.
+ */
 static int publish(struct sage_lane *lane, unsigned flags, struct sage_job *job)
 {
     struct sage_client *c = lane->client;
-    uint32_t n = atomic_load(&lane->tail) + 1;
+    uint64_t tail = atomic_load(&lane->tail) + 1;
+    uint32_t n = (uint32_t)tail;
 
     c->submit.lane = lane->index;
     c->submit.number = n;
-    c->submit.prompt = flags & PROMPT;
+    c->submit.prompt = flags & SAGE_TIMES;
     size_t len = packet_encode(c->out, sizeof(c->out), OP_SUBMIT, 0, MSG_SUBMIT, &c->submit);
     if (!len)
         return error_set(SAGE_EINTERNAL, "SUBMIT does not fit a packet");
-    int rc = keep_packet(&lane->entry[n % SAGE_ENTRIES], n, c->out, len);
+    int rc = keep_packet(lane, n, c->out, len);
     if (rc)
         return rc;
     if (!(flags & SAGE_HELD))
         page_store(&lane->words->acquire[n % SAGE_ENTRIES], n);
     *job = (struct sage_job){lane, n};
     c->in_flight++;
-    atomic_store(&lane->tail, n);
+    atomic_store(&lane->tail, tail);
     enum link_state state = LINK_STATE(atomic_fetch_add(&c->link, 1));
-    if (state == LINK_LIVE)
-        conn_send(c->fd, c->out, len, -1); /* if it breaks, the reader sends it again */
-    else if (state == LINK_LOST)           /* since client_revive() */
+    if (state == LINK_LIVE) {
+        rc = conn_send(c->fd, c->out, len, -1);
+        if (rc && rc != SAGE_ELOST) /* the reader then sends it again, or fails it */
+            shutdown(c->fd, SHUT_RDWR);
+    } else if (state == LINK_LOST) { /* since client_revive() */
         reader_fail(lane, n, "the connection to the daemon broke");
+    }
     return 0;
 }
 
@@ -221,26 +225,23 @@ static int submit(struct sage_lane *lane, const struct sage_attn *attn, unsigned
 int sage_attn_submit(struct sage_lane *lane, const struct sage_attn *attn, unsigned flags,
                      struct sage_job *job)
 {
+    *job = (struct sage_job){0};
     if (lane->client->forked)
         return client_alien();
-    if (flags & ~(unsigned)SAGE_HELD)
-        return error_set(SAGE_EINVAL, "flags: 0x%x, may only have SAGE_HELD", flags);
+    if (flags & ~(unsigned)(SAGE_HELD | SAGE_TIMES))
+        return error_set(SAGE_EINVAL, "flags: 0x%x, may only have SAGE_HELD and SAGE_TIMES", flags);
     return submit(lane, attn, flags, job);
 }
 
 /* --- jobs --- */
 
-/* Is the entry still this job's? */
-static bool is_current(struct sage_job job)
-{
-    return atomic_load(&job.lane->tail) - job.number < SAGE_ENTRIES;
-}
-
 static int check_job(struct sage_job job)
 {
+    if (!job.lane)
+        return error_set(SAGE_EINVAL, "job %u: has no lane", job.number);
     if (job.lane->client->forked)
         return client_alien();
-    if (!is_current(job))
+    if (!lane_has(job.lane, job.number))
         return error_set(SAGE_EINVAL, "job %u: not submitted, or %d later ones were", job.number,
                          MAX_IN_FLIGHT);
     return 0;
@@ -255,69 +256,92 @@ int sage_ready(struct sage_job job)
     return rc;
 }
 
+/* Sleep until the job is over, whatever its status. */
+static int await_release(struct sage_job job, int timeout_ms, int *status)
+{
+    uint32_t i = job.number % SAGE_ENTRIES;
+    int64_t timeout = timeout_ms < 0 ? -1 : timeout_ms * INT64_C(1000000);
+    int rc = check_job(job);
+
+    if (rc)
+        return rc;
+    if (!page_wait(&job.lane->words->release[i], job.number, timeout))
+        return error_set(SAGE_ETIMEDOUT, "job %u is not over after %d ms", job.number, timeout_ms);
+    *status = status_from_wire(page_load(&job.lane->words->status[i]));
+    return check_job(job); /* was it still this job's status? */
+}
+
 /* The daemon's own words on a released job, which come by the socket a little later. */
-static bool await_done(struct sage_job job, struct msg_done_job *done)
+static bool await_done(struct sage_job job, int64_t timeout_ns, struct msg_done_job *done)
 {
     struct sage_client *c = job.lane->client;
     const struct msg_done_job *kept = &job.lane->entry[job.number % SAGE_ENTRIES].done;
-    int64_t end = clock_ns() + DONE_MS * INT64_C(1000000);
+    int64_t end = clock_ns() + timeout_ns;
     struct timespec limit = {end / 1000000000, end % 1000000000};
     int rc = 0;
 
     pthread_mutex_lock(&c->lock);
-    while (kept->number != job.number && rc == 0)
-        rc = pthread_cond_timedwait(&c->changed, &c->lock, &limit);
+    while (kept->number != job.number && lane_has(job.lane, job.number) && rc == 0)
+        rc = timeout_ns < 0 ? pthread_cond_wait(&c->changed, &c->lock)
+                            : pthread_cond_timedwait(&c->changed, &c->lock, &limit);
     *done = *kept;
     pthread_mutex_unlock(&c->lock);
     return done->number == job.number;
 }
 
-static int wait_for(struct sage_job job, int timeout_ms, struct sage_times *times)
-{
-    const struct sage_page_lane *words = job.lane->words;
-    uint32_t i = job.number % SAGE_ENTRIES;
-    struct msg_done_job done;
-    int rc = check_job(job);
-
-    if (rc)
-        return rc;
-    int64_t timeout = timeout_ms < 0 ? -1 : timeout_ms * INT64_C(1000000);
-    if (!page_wait(&words->release[i], job.number, timeout))
-        return error_set(SAGE_ETIMEDOUT, "job %u is not over after %d ms", job.number, timeout_ms);
-    int status = status_from_wire(page_load(&words->status[i]));
-    rc = check_job(job); /* was it still this job's status? */
-    if (rc || (!status && !times))
-        return rc;
-    bool known = await_done(job, &done);
-    if (times)
-        *times =
-            known ? (struct sage_times){done.queue_ns, done.run_ns} : (struct sage_times){0, 0};
-    if (status)
-        error_set(status, "%s", known && done.text[0] ? done.text : sage_strerror(status));
-    return status;
-}
-
 int sage_wait(struct sage_job job, int timeout_ms)
 {
-    return wait_for(job, timeout_ms, NULL);
+    struct msg_done_job done;
+    int status;
+    int rc = await_release(job, timeout_ms, &status);
+
+    if (rc || !status)
+        return rc;
+    bool told = await_done(job, DONE_MS * INT64_C(1000000), &done);
+    return error_set(status, "%s", told && done.text[0] ? done.text : sage_strerror(status));
+}
+
+int sage_job_times(struct sage_job job, struct sage_times *times)
+{
+    struct msg_done_job done;
+    int status;
+
+    *times = (struct sage_times){0};
+    int rc = await_release(job, -1, &status);
+    if (rc)
+        return rc;
+    if (!await_done(job, -1, &done))
+        return check_job(job);
+    if (done.status == -SAGE_ELOST)
+        return error_set(SAGE_ELOST, "job %u: the daemon was lost before it told", job.number);
+    *times = (struct sage_times){done.queue_ns, done.run_ns};
+    return 0;
 }
 
 int sage_cancel(struct sage_job job)
 {
-    struct msg_cancel msg = {.lane = job.lane->index, .number = job.number};
+    struct msg_cancel msg = {.number = job.number};
     struct msg_canceled reply = {0};
     struct request request = {.op = OP_CANCEL, .reply_kind = MSG_CANCELED, .reply = &reply};
+    int status = 0;
     int rc = check_job(job);
 
     if (rc)
         return rc;
-    do { /* after a break the job is in the next daemon's queue, or it is over */
-        if (lane_released(job.lane, job.number))
-            return error_set(SAGE_EBUSY, "job %u is over", job.number);
-        rc = client_call(job.lane->client, MSG_CANCEL, &msg, -1, &request);
-    } while (rc == SAGE_ELOST);
-    if (!rc && !reply.canceled)
-        rc = error_set(SAGE_EBUSY, "job %u runs or is over", job.number);
+    msg.lane = job.lane->index;
+    do /* after a break the job is in the next daemon's queue, or it is over */
+        rc = lane_released(job.lane, job.number)
+                 ? 0
+                 : client_call(job.lane->client, MSG_CANCEL, &msg, -1, &request);
+    while (rc == SAGE_ELOST);
+    if (rc || reply.canceled)
+        return rc;
+    rc = await_release(job, 0, &status);
+    if (rc == SAGE_ETIMEDOUT)
+        return error_set(SAGE_ESTARTED, "job %u has started", job.number);
+    /* By this call, whose answer was lost, or by an earlier one. */
+    if (!rc && status != SAGE_ECANCELED)
+        rc = error_set(SAGE_ESTARTED, "job %u is over", job.number);
     return rc;
 }
 
@@ -359,14 +383,16 @@ int sage_attn_run(struct sage_client *client, const struct sage_attn *attn,
     if (rc)
         return rc;
     for (;;) {
-        rc = submit(lane, attn, times ? PROMPT : 0, &job);
+        rc = submit(lane, attn, times ? SAGE_TIMES : 0, &job);
         if (!rc)
-            rc = wait_for(job, -1, times);
+            rc = sage_wait(job, -1);
         if (!rc || !sage_retryable(rc) || clock_ns() >= deadline)
             break;
         nanosleep(&(struct timespec){0, nap * 1000}, NULL);
         nap = nap * 2 < NAP_MAX_US ? nap * 2 : NAP_MAX_US;
     }
+    if (!rc && times)
+        sage_job_times(job, times); /* zero where they were lost; the result was not */
     put_after_run(lane);
     return rc;
 }

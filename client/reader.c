@@ -25,7 +25,7 @@ static void take_done(struct sage_client *c)
     for (uint32_t i = 0; i < c->done.n_jobs; i++) {
         const struct msg_done_job *job = &c->done.jobs[i];
         struct sage_lane *lane = job->lane < SAGE_LANES ? c->lanes[job->lane] : NULL;
-        if (lane && atomic_load(&lane->tail) - job->number < SAGE_ENTRIES)
+        if (lane && lane_has(lane, job->number))
             lane->entry[job->number % SAGE_ENTRIES].done = *job;
     }
     pthread_cond_broadcast(&c->changed);
@@ -59,10 +59,21 @@ static void take_reply(struct sage_client *c, const struct packet *packet)
     pthread_mutex_unlock(&c->lock);
 }
 
+/* An ERROR that answers nothing is the last that this daemon says to us. */
+static void take_reason(struct sage_client *c, const struct packet *packet)
+{
+    conn_reply(packet, OP_ERROR, MSG_ERROR, NULL);
+    snprintf(c->reason, sizeof(c->reason), "%.*s", (int)sizeof(c->reason) - 1, error_text());
+}
+
 static int dispatch(struct sage_client *c, const struct packet *packet)
 {
     char why[PROTO_TEXT_MAX];
 
+    if (packet->op == OP_ERROR && packet->seq == 0) {
+        take_reason(c, packet);
+        return 0;
+    }
     if (packet->op != OP_DONE) {
         take_reply(c, packet);
         return 0;
@@ -164,8 +175,9 @@ int reader_install(struct sage_client *c)
         }
         conn_close(&c->conn);
         c->conn.fd = c->fd;
+    } else {
+        c->fd = c->conn.fd;
     }
-    c->fd = c->conn.fd;
     return 0;
 }
 
@@ -174,7 +186,7 @@ int reader_install(struct sage_client *c)
 /* The first number that can still be under way is that of the entry after the tail's. */
 static uint32_t oldest(const struct sage_lane *lane)
 {
-    return atomic_load(&lane->tail) - SAGE_ENTRIES + 1;
+    return lane_tail(lane) - SAGE_ENTRIES + 1;
 }
 
 static bool all_released(struct sage_client *c)
@@ -189,15 +201,22 @@ static bool all_released(struct sage_client *c)
     return true;
 }
 
-void reader_fail(struct sage_lane *lane, uint32_t n, const char *text)
+/* No daemon is going to tell of this job any more, if none has. */
+static void set_untold(struct sage_lane *lane, uint32_t n, const char *text)
 {
-    struct sage_client *c = lane->client;
     struct msg_done_job *done = &lane->entry[n % SAGE_ENTRIES].done;
 
-    pthread_mutex_lock(&c->lock);
-    *done = (struct msg_done_job){.lane = lane->index, .number = n, .status = -SAGE_ELOST};
-    snprintf(done->text, sizeof(done->text), "%s", text);
-    pthread_mutex_unlock(&c->lock);
+    pthread_mutex_lock(&lane->client->lock);
+    if (lane_has(lane, n) && done->number != n) {
+        *done = (struct msg_done_job){.lane = lane->index, .number = n, .status = -SAGE_ELOST};
+        snprintf(done->text, sizeof(done->text), "%s", text);
+    }
+    pthread_mutex_unlock(&lane->client->lock);
+}
+
+void reader_fail(struct sage_lane *lane, uint32_t n, const char *text)
+{
+    set_untold(lane, n, text);
     page_release(lane->words, n, SAGE_ELOST);
 }
 
@@ -207,7 +226,9 @@ static void fail_all(struct sage_client *c, const char *text)
         struct sage_lane *lane = c->lanes[i];
         uint32_t n = lane ? oldest(lane) : 0;
         for (int e = 0; lane && e < SAGE_ENTRIES; e++, n++)
-            if (!lane_released(lane, n))
+            if (lane_released(lane, n))
+                set_untold(lane, n, "");
+            else
                 reader_fail(lane, n, text);
     }
 }
@@ -215,17 +236,15 @@ static void fail_all(struct sage_client *c, const char *text)
 /* The packet of job n into conn.out: its length, or 0 where the entry is another job's by now. */
 static size_t copy_packet(struct sage_client *c, struct sage_lane *lane, uint32_t n)
 {
-    struct entry *e = &lane->entry[n % SAGE_ENTRIES];
-    uint32_t idle = ENTRY_IDLE;
+    const struct entry *e = &lane->entry[n % SAGE_ENTRIES];
     size_t len = 0;
 
-    if (!atomic_compare_exchange_strong(&e->state, &idle, ENTRY_COPYING))
-        return 0;
+    pthread_mutex_lock(&c->lock);
     if (e->number == n) {
         len = e->len;
         memcpy(c->conn.out, e->packet, len);
     }
-    atomic_store(&e->state, ENTRY_IDLE);
+    pthread_mutex_unlock(&c->lock);
     return len;
 }
 
@@ -259,12 +278,16 @@ static int resubmit(struct sage_client *c, bool again)
         struct sage_lane *lane = c->lanes[i];
         if (!lane)
             continue;
-        uint32_t tail = atomic_load(&lane->tail);
+        uint32_t tail = lane_tail(lane);
         if (again || tail - lane->sent > SAGE_ENTRIES)
             lane->sent = tail - SAGE_ENTRIES;
         while (lane->sent != tail) {
             uint32_t n = ++lane->sent;
-            size_t len = lane_released(lane, n) ? 0 : copy_packet(c, lane, n);
+            if (lane_released(lane, n)) {
+                set_untold(lane, n, "");
+                continue;
+            }
+            size_t len = copy_packet(c, lane, n);
             int rc = len ? send_again(c, len) : 0;
             if (rc)
                 return rc;
@@ -295,15 +318,25 @@ static int resume(struct sage_client *c)
 
 /* --- when the connection breaks --- */
 
+static void say_lost(const struct sage_client *c)
+{
+    error_set(SAGE_ELOST,
+              c->reason[0] ? "the daemon closed the connection: %s"
+                           : "the connection to the daemon broke%s",
+              c->reason);
+}
+
 static void sever(struct sage_client *c)
 {
     uint64_t live = atomic_load(&c->link);
+    struct pollfd p = {.fd = c->event, .events = POLLIN};
+    eventfd_t value;
 
     while (!atomic_compare_exchange_weak(&c->link, &live, LINK_WORD(LINK_DOWN, LINK_COUNT(live))))
         ;
     drop(c);
     pthread_mutex_lock(&c->lock);
-    error_set(SAGE_ELOST, "the connection to the daemon broke");
+    say_lost(c);
     while (c->requests) {
         struct request *r = c->requests;
         c->requests = r->next;
@@ -311,6 +344,9 @@ static void sever(struct sage_client *c)
     }
     pthread_cond_broadcast(&c->changed);
     pthread_mutex_unlock(&c->lock);
+    /* client_revive() may have meant the very connection that broke; `stop` is looked at next. */
+    if (poll(&p, 1, 0) > 0)
+        eventfd_read(c->event, &value);
 }
 
 /* Leave no job behind, then let go of the connection. */
@@ -319,6 +355,9 @@ static void give_up(struct sage_client *c)
     char text[PROTO_TEXT_MAX];
     uint64_t seen = atomic_load(&c->link);
 
+    if (c->reason[0])
+        say_lost(c);
+    c->reason[0] = '\0';
     snprintf(text, sizeof(text), "%.*s", (int)sizeof(text) - 1, error_text());
     do
         fail_all(c, text);
@@ -329,33 +368,45 @@ static void give_up(struct sage_client *c)
 
 /*
  * Find the next daemon and give it our jobs. One with the same boot id is the old one, alive: it
- * threw us out and may still be at our jobs, so they are not run twice but failed. The dead socket
- * then stays where it is until client_revive(): a late packet of a submitter meets that one.
+ * threw us out and may still be at our jobs, so they are not run twice but failed. While it is at
+ * them it does not even take the page (SAGE_EBUSY).
  */
-static void recover(struct sage_client *c)
+static bool find_successor(struct sage_client *c)
 {
-    int64_t deadline = clock_ns() + c->retry_ms * INT64_C(1000000);
     int backoff = BACKOFF_MIN_MS;
 
-    sever(c);
     while (c->retry_ms > 0 && !c->stop) {
         if (reader_attach(c) == 0) {
             if (c->welcome.boot == c->boot && !all_released(c)) {
                 error_set(SAGE_ELOST, "the daemon closed the connection");
-                break;
+                return false;
             }
+            c->reason[0] = '\0';
             if (resume(c) == 0)
-                return;
+                return true;
         }
         drop(c);
-        if (clock_ns() >= deadline)
+        if (clock_ns() >= c->conn.limit)
             break;
         struct pollfd p = {.fd = c->event, .events = POLLIN};
         poll(&p, 1, backoff);
         backoff = backoff * 2 < BACKOFF_MAX_MS ? backoff * 2 : BACKOFF_MAX_MS;
     }
-    drop(c);
-    give_up(c);
+    return false;
+}
+
+/* Without a successor the dead socket stays where it is until client_revive(): a late packet of a
+ * submitter meets that one. */
+static void recover(struct sage_client *c)
+{
+    c->conn.limit = clock_ns() + c->retry_ms * INT64_C(1000000);
+    sever(c);
+    bool found = find_successor(c);
+    c->conn.limit = CONN_NO_LIMIT;
+    if (!found) {
+        drop(c);
+        give_up(c);
+    }
 }
 
 void *reader_main(void *client)
@@ -365,7 +416,6 @@ void *reader_main(void *client)
     eventfd_t value;
 
     pthread_setname_np(pthread_self(), "sageclient");
-    c->boot = c->welcome.boot;
     while (!c->stop) {
         bool live = client_state(c) == LINK_LIVE;
         int rc = live ? conn_recv(&c->conn, &packet, -1) : SAGE_ECANCELED;

@@ -10,7 +10,8 @@
  *
  * Errors: 0 or a negative SAGE_E* of sageattn.h; sage_last_error() has the text.
  * Threads: any thread may call anything at any time, except that an object must not be used by one
- * thread while another destroys it. No call waits for the device unless its comment says so.
+ * thread while another destroys it. No call waits for the device unless its comment says so; those
+ * that wait for the daemon's answer wait for as long as it is alive, even if it is stopped.
  * Fork: a child of fork() cannot use its parent's client: all calls but sage_disconnect() return
  * SAGE_EFORK.
  * A daemon that dies: its jobs are handed to its successor, see sage_connect_options.retry_ms.
@@ -38,9 +39,10 @@ struct sage_connect_options {
     const char *name;
     /* Weight of this client: 1/4, 1 or 4. */
     enum sage_priority priority;
-    /* How long to look for a successor of a dead daemon before jobs fail with SAGE_ELOST; 0: the
-     * default of 10000; negative: do not look. From then on each call that needs a daemon tries
-     * once to connect. */
+    /* How long after its daemon died this client may take to find a successor, connect to it and
+     * register its buffers there, before jobs fail with SAGE_ELOST; 0: the default of 10000;
+     * negative: do not look. From then on each call that needs a daemon tries once to connect, for
+     * at most 10 s. Also how long sage_attn_run() tries again. */
     int retry_ms;
 };
 
@@ -109,15 +111,17 @@ SAGE_API int sage_lane_create(struct sage_client *client, struct sage_lane **lan
 /* Waits for the lane's jobs; held ones that never became ready are cancelled. NULL is fine. */
 SAGE_API void sage_lane_destroy(struct sage_lane *lane);
 
-/* A submitted job: plain data, nothing to free. Good as long as no more than 63 later jobs were
- * submitted on its lane. */
+/* A submitted job: plain data, nothing to free; all zero when it could not be submitted. Good as
+ * long as no more than 63 later jobs were submitted on its lane; SAGE_EINVAL says that it is too
+ * old, or that there never was such a job. */
 struct sage_job {
     struct sage_lane *lane;
     uint32_t number;
 };
 
 enum sage_submit_flags {
-    SAGE_HELD = 1, /* the inputs are not ready yet: sage_ready() will tell */
+    SAGE_HELD = 1,  /* the inputs are not ready yet: sage_ready() will tell */
+    SAGE_TIMES = 2, /* sage_job_times() is going to be called: have the times sent at once */
 };
 
 /*
@@ -125,40 +129,49 @@ enum sage_submit_flags {
  * buffers, named by address (`data`); they belong to the daemon until the job is over. Nothing of
  * *attn is kept. The job runs when all earlier jobs of its lane are over.
  * Errors found here queue nothing: SAGE_EINVAL, SAGE_EUNSUPPORTED, SAGE_EBUFFER (not in any
- * registered buffer), SAGE_EBOUNDS, SAGE_EBUSY (63 jobs in flight on the lane, or no credit),
- * SAGE_ENOMEM, and what sage_connect() returns when the daemon was lost.
+ * registered buffer), SAGE_EBOUNDS, SAGE_EBUSY (63 jobs in flight on the lane, no credit, or the
+ * daemon does not read its socket and it is full), SAGE_ENOMEM. When the daemon was lost it first
+ * connects: what sage_connect() returns, and SAGE_EBUSY while jobs of the lost connection run.
  * What the daemon finds comes from sage_wait().
  */
 SAGE_API int sage_attn_submit(struct sage_lane *lane, const struct sage_attn *attn, unsigned flags,
                               struct sage_job *job);
 
-/* The inputs of a job submitted with SAGE_HELD are ready. SAGE_EINVAL: the job is too old. */
+/* The inputs of a job submitted with SAGE_HELD are ready. SAGE_EINVAL: no such job. */
 SAGE_API int sage_ready(struct sage_job job);
 
 /*
  * Wait until the job is over and return its status. timeout_ms < 0: as long as it takes (a dead
- * daemon ends it after retry_ms). SAGE_ETIMEDOUT: not over yet. SAGE_EINVAL: the job is too old.
+ * daemon ends it after retry_ms). SAGE_ETIMEDOUT: not over yet. SAGE_EINVAL: no such job.
  * Any number of threads may wait, any number of times.
  */
 SAGE_API int sage_wait(struct sage_job job, int timeout_ms);
 
 /*
  * Cancel a job that has not started; it is then over with SAGE_ECANCELED. 0 when it was cancelled,
- * SAGE_EBUSY when it runs or is over already. Waits for the daemon's answer.
+ * by this call or before, SAGE_ESTARTED when it has started or is over, SAGE_EINVAL: no such job.
+ * Waits for the daemon's answer.
  */
 SAGE_API int sage_cancel(struct sage_job job);
 
 /* What a job took, in nanoseconds, as the daemon measured it. */
 struct sage_times {
-    uint64_t queue_ns; /* from its arrival until it started */
+    uint64_t queue_ns; /* from when it could run (arrived, inputs ready) until it started */
     uint64_t run_ns;   /* computing */
 };
 
 /*
+ * Wait until the job is over and the daemon has told its times; 0 also for a job that failed. They
+ * come at once for a job submitted with SAGE_TIMES, otherwise a millisecond or so after that.
+ * SAGE_ELOST: the daemon was lost before it told. SAGE_EINVAL: no such job. On an error they are 0.
+ */
+SAGE_API int sage_job_times(struct sage_job job, struct sage_times *times);
+
+/*
  * Submit, wait and return the job's status. Retries what a retry can help (a draining daemon, no
- * credit) for up to retry_ms. times: NULL, or filled on success. The call takes a free lane of the
- * client for as long as it lasts, or waits for that of another such call; SAGE_EBUSY when all 64
- * are the program's own.
+ * credit) for up to retry_ms. times: NULL, or filled on success; 0 where the daemon was lost just
+ * before it told. The call takes a free lane of the client for as long as it lasts, or waits for
+ * that of another such call; SAGE_EBUSY when all 64 are the program's own.
  */
 SAGE_API int sage_attn_run(struct sage_client *client, const struct sage_attn *attn,
                            struct sage_times *times);

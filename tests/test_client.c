@@ -1,6 +1,6 @@
 /*
- * test_client.c - libsageclient against real daemons: what every call promises, several threads, a fork,
- * and daemons that stop, die, come back or throw us out.
+ * test_client.c - libsageclient against real daemons: what every call promises, several threads, a
+ * fork, and daemons that stop, die, come back or throw us out.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -107,6 +107,16 @@ static void refuses_what_is_wrong(void **state)
     assert_int_equal(sage_attn_submit(lane, &bad, 0, &job), SAGE_EINVAL);
     assert_non_null(strstr(sage_last_error(), "k.shape[3]"));
     bad = p.attn;
+    bad.k.offset = 64; /* not dropped silently */
+    assert_int_equal(sage_attn_submit(lane, &bad, 0, &job), SAGE_EINVAL);
+    assert_non_null(strstr(sage_last_error(), "k.offset"));
+    bad = p.attn;
+    bad.o.buffer = 1;
+    assert_int_equal(sage_attn_submit(lane, &bad, 0, &job), SAGE_EINVAL);
+    assert_non_null(strstr(sage_last_error(), "o.buffer"));
+    assert_int_equal(sage_attn_submit(lane, &p.attn, 4, &job), SAGE_EINVAL);
+    assert_non_null(strstr(sage_last_error(), "flags"));
+    bad = p.attn;
     bad.o = bad.q;
     assert_int_equal(sage_attn_submit(lane, &bad, 0, &job), SAGE_EINVAL);
     assert_non_null(strstr(sage_last_error(), "o"));
@@ -161,7 +171,74 @@ static void holds_and_cancels(void **state)
     assert_int_equal(sage_cancel(held), 0);
     assert_int_equal(sage_wait(held, 10000), SAGE_ECANCELED);
     assert_int_equal(sage_wait(next, 10000), 0);
-    assert_int_equal(sage_cancel(next), SAGE_EBUSY);
+    assert_int_equal(sage_cancel(held), 0); /* it was, if not by this call */
+    assert_int_equal(sage_cancel(next), SAGE_ESTARTED);
+    assert_false(sage_retryable(SAGE_ESTARTED));
+    private_problem_finish(&p);
+    sage_disconnect(client);
+}
+
+static void assert_no_job(struct sage_job job)
+{
+    struct sage_times times;
+
+    assert_int_equal(sage_wait(job, 0), SAGE_EINVAL);
+    assert_int_equal(sage_ready(job), SAGE_EINVAL);
+    assert_int_equal(sage_cancel(job), SAGE_EINVAL);
+    assert_int_equal(sage_job_times(job, &times), SAGE_EINVAL);
+}
+
+static void knows_its_jobs(void **state)
+{
+    struct sage_client *client = private_connect(*state, 0);
+    struct sage_lane *lane = lane_of(client);
+    struct private_problem p;
+    struct sage_job job = {lane, 1}, first;
+
+    private_problem_init(&p, client, 16, 11);
+    assert_no_job((struct sage_job){NULL, 1});
+    assert_no_job((struct sage_job){lane, 0});
+    assert_no_job((struct sage_job){lane, 1});
+    assert_no_job((struct sage_job){lane, UINT32_MAX - 3});
+    assert_int_equal(sage_attn_submit(lane, &p.attn, 0, &first), 0);
+    assert_int_equal(sage_wait(first, 10000), 0);
+    assert_no_job((struct sage_job){lane, first.number - 1});
+    assert_no_job((struct sage_job){lane, first.number + 1});
+    struct sage_attn bad = p.attn;
+    bad.scale = -1;
+    assert_int_equal(sage_attn_submit(lane, &bad, 0, &job), SAGE_EINVAL);
+    assert_null(job.lane);
+    assert_int_equal(job.number, 0);
+    for (int i = 0; i < 64; i++) {
+        assert_int_equal(sage_wait(first, 0), 0); /* 63 later ones do not matter */
+        assert_int_equal(sage_attn_submit(lane, &p.attn, 0, &job), 0);
+        assert_int_equal(sage_wait(job, 10000), 0);
+    }
+    assert_no_job(first);
+    private_problem_finish(&p);
+    sage_disconnect(client);
+}
+
+static void tells_times(void **state)
+{
+    struct sage_client *client = private_connect(*state, 0);
+    struct sage_lane *lane = lane_of(client);
+    struct private_problem p;
+    struct sage_job jobs[4];
+    struct sage_times times;
+
+    private_problem_init(&p, client, 100, 12);
+    for (int i = 0; i < 4; i++) /* asked for beforehand or not */
+        assert_int_equal(sage_attn_submit(lane, &p.attn, i % 2 ? SAGE_TIMES : 0, &jobs[i]), 0);
+    for (int i = 3; i >= 0; i--) {
+        assert_int_equal(sage_job_times(jobs[i], &times), 0);
+        assert_true(times.run_ns > 0);
+        assert_int_equal(sage_wait(jobs[i], 0), 0); /* for then it is over */
+    }
+    assert_int_equal(sage_attn_submit(lane, &p.attn, SAGE_HELD | SAGE_TIMES, &jobs[0]), 0);
+    assert_int_equal(sage_cancel(jobs[0]), 0);
+    assert_int_equal(sage_job_times(jobs[0], &times), 0);
+    assert_int_equal(times.run_ns, 0);
     private_problem_finish(&p);
     sage_disconnect(client);
 }
@@ -192,7 +269,9 @@ static void runs_out_of_entries(void **state)
 
 enum { THREADS = 8, PER_THREAD = 40 };
 
-/* Half of the threads on a lane of their own, half through sage_attn_run(). Returns the failures. */
+/*
+ * Half of the threads on a lane of their own, half through sage_attn_run(). Returns the failures.
+ */
 static void *work(void *arg)
 {
     struct sage_client *client = arg;
@@ -265,6 +344,38 @@ static void survives_a_fork(void **state)
     sage_disconnect(client);
 }
 
+/* The child's files get the numbers that the client's descriptors had in the parent. */
+static int fork_again(void)
+{
+    enum { FILES = 16 };
+    int files[FILES], status;
+
+    for (int i = 0; i < FILES; i++)
+        files[i] = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    pid_t child = fork();
+    if (child == 0) {
+        for (int i = 0; i < FILES; i++)
+            if (fcntl(files[i], F_GETFD) < 0)
+                _exit(1);
+        _exit(0);
+    }
+    return waitpid(child, &status, 0) == child && WIFEXITED(status) ? WEXITSTATUS(status) : 2;
+}
+
+static void leaves_a_grandchild_its_files(void **state)
+{
+    struct sage_client *client = private_connect(*state, 0);
+    int status;
+
+    pid_t child = fork();
+    if (child == 0)
+        _exit(fork_again());
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), 0);
+    sage_disconnect(client);
+}
+
 /* --- daemons that come and go --- */
 
 static void explains_that_there_is_none(void **state)
@@ -313,8 +424,12 @@ static void hands_jobs_to_the_next_daemon(int signal, int status)
     assert_int_equal(private_stop(&d, signal), status);
     private_start(&d, slow);
     for (int i = 0; i < IN_FLIGHT; i++) {
+        struct sage_times times;
         assert_int_equal(sage_wait(jobs[i], 20000), 0);
         assert_computed(&p[i]);
+        int rc = sage_job_times(jobs[i], &times); /* the dead one may not have come to tell */
+        assert_true(rc == 0 || rc == SAGE_ELOST);
+        assert_int_equal(times.run_ns > 0, rc == 0);
     }
     assert_int_equal(sage_attn_run(client, &p[0].attn, NULL), 0);
     finish_problems(p);
@@ -395,8 +510,11 @@ static void gives_up_without_a_successor(void **state)
     assert_int_equal(sage_wait(jobs[IN_FLIGHT - 1], -1), SAGE_ELOST);
     assert_true(now() - start < 5);
     for (int i = 0; i < IN_FLIGHT; i++) {
+        struct sage_times times;
         int rc = sage_wait(jobs[i], 1000);
         assert_true(rc == 0 || rc == SAGE_ELOST);
+        if (rc)
+            assert_int_equal(sage_job_times(jobs[i], &times), SAGE_ELOST);
     }
     assert_int_equal(sage_attn_run(client, &p[0].attn, NULL), SAGE_ENODAEMON);
     private_start(&d, NULL); /* and is of use again when there is one */
@@ -404,6 +522,101 @@ static void gives_up_without_a_successor(void **state)
     assert_computed(&p[0]);
     finish_problems(p);
     sage_disconnect(client);
+    private_finish(&d);
+}
+
+/* As with a socket unit whose service does not get up: there is a socket, and nobody to accept. */
+static void gives_up_in_time(void **state)
+{
+    struct sockaddr_un addr = {.sun_family = AF_UNIX};
+    struct private_problem p;
+    struct private_daemon d;
+    struct sage_job job;
+    (void)state;
+
+    private_init(&d);
+    private_start(&d, NULL);
+    struct sage_client *client = private_connect(&d, 500);
+    private_problem_init(&p, client, 64, 8);
+    assert_int_equal(sage_attn_submit(lane_of(client), &p.attn, SAGE_HELD, &job), 0);
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    strcpy(addr.sun_path, d.socket);
+    assert_int_equal(unlink(d.socket), 0);
+    assert_int_equal(bind(fd, (struct sockaddr *)&addr, sizeof(addr)), 0);
+    assert_int_equal(listen(fd, 8), 0);
+    private_stop(&d, SIGKILL);
+    double start = now();
+    assert_int_equal(sage_wait(job, -1), SAGE_ELOST);
+    assert_true(now() - start > 0.4 && now() - start < 1.5);
+    close(fd);
+    private_problem_finish(&p);
+    sage_disconnect(client);
+    private_finish(&d);
+}
+
+static void *alloc(void *client)
+{
+    struct sage_buffer *buffer;
+    intptr_t rc = sage_buffer_alloc(client, 4096, &buffer);
+
+    return (void *)(rc ? rc : sage_buffer_free(buffer));
+}
+
+enum { STALLED_LANES = 64, STALLED_JOBS = STALLED_LANES * 63 };
+
+/* Submit until the socket is full; the number of jobs. */
+static int stuff(struct sage_lane **lanes, const struct private_problem *p, struct sage_job *jobs)
+{
+    for (int n = 0; n < STALLED_JOBS; n++) {
+        const struct private_problem *own = &p[n / 63];
+        double start = now();
+        int rc = sage_attn_submit(lanes[n / 63], &own->attn, 0, &jobs[n]);
+        assert_true(now() - start < 1);
+        if (rc) {
+            assert_int_equal(rc, SAGE_EBUSY);
+            assert_non_null(strstr(sage_last_error(), "does not read its socket"));
+            return n;
+        }
+    }
+    fail_msg("%d jobs fit the socket", STALLED_JOBS);
+    return 0;
+}
+
+static void never_blocks_on_a_stopped_daemon(void **state)
+{
+    static const char *const generous[] = {"--client-jobs=4032", NULL};
+    static struct private_problem p[STALLED_LANES];
+    static struct sage_job jobs[STALLED_JOBS];
+    struct sage_lane *lanes[STALLED_LANES];
+    struct private_daemon d;
+    pthread_t thread;
+    void *failed;
+    (void)state;
+
+    private_init(&d);
+    private_start(&d, generous);
+    struct sage_client *client = private_connect(&d, 0);
+    for (int i = 0; i < STALLED_LANES; i++) {
+        lanes[i] = lane_of(client);
+        private_problem_init(&p[i], client, 1, (uint64_t)i);
+    }
+    kill(d.pid, SIGSTOP);
+    int n = stuff(lanes, p, jobs);
+    assert_true(n > 0);
+    assert_int_equal(pthread_create(&thread, NULL, alloc, client), 0);
+    usleep(50000); /* it waits for the daemon, and nobody has to wait for it */
+    double start = now();
+    assert_int_equal(sage_attn_submit(lanes[63], &p[63].attn, 0, &jobs[n]), SAGE_EBUSY);
+    assert_true(now() - start < 1);
+    kill(d.pid, SIGCONT);
+    for (int i = 0; i < n; i++)
+        assert_int_equal(sage_wait(jobs[i], 10000), 0);
+    assert_int_equal(pthread_join(thread, &failed), 0);
+    assert_null(failed);
+    assert_int_equal(sage_attn_submit(lanes[63], &p[63].attn, 0, &jobs[n]), 0);
+    assert_int_equal(sage_wait(jobs[n], 10000), 0);
+    assert_computed(&p[63]);
+    sage_disconnect(client); /* the buffers go with it */
     private_finish(&d);
 }
 
@@ -457,8 +670,74 @@ static void is_thrown_out_for_garbage(void **state)
     assert_int_equal(sage_attn_submit(lane_of(client), &p.attn, SAGE_HELD, &job), 0);
     assert_int_equal(send(connection_to(d.socket), "garbage", 7, MSG_NOSIGNAL), 7);
     assert_int_equal(sage_wait(job, 10000), SAGE_ELOST); /* the daemon lives: not submitted again */
+    assert_non_null(strstr(sage_last_error(), "packet of 7 bytes")); /* what it said to us */
     assert_int_equal(sage_attn_run(client, &p.attn, NULL), 0);
     assert_computed(&p);
+    private_problem_finish(&p);
+    sage_disconnect(client);
+    private_finish(&d);
+}
+
+static const char *const slower[] = {"--backend=fault", "--fault=delay_ms=1000", NULL};
+
+/* Let a job start, then get the client thrown out. */
+static struct sage_job start_and_be_thrown_out(struct sage_client *client,
+                                               struct private_problem *p,
+                                               const struct private_daemon *d)
+{
+    struct sage_job job;
+
+    assert_int_equal(sage_attn_submit(lane_of(client), &p->attn, 0, &job), 0);
+    usleep(300000);
+    assert_int_equal(send(connection_to(d->socket), "garbage", 7, MSG_NOSIGNAL), 7);
+    return job;
+}
+
+/* While the job runs the daemon takes the page of nobody. */
+static void hears_that_its_jobs_still_run(void **state)
+{
+    struct sage_buffer *buffer = NULL;
+    struct private_problem p;
+    struct private_daemon d;
+    (void)state;
+
+    private_init(&d);
+    private_start(&d, slower);
+    struct sage_client *client = private_connect(&d, 50);
+    private_problem_init(&p, client, 64, 9);
+    struct sage_job job = start_and_be_thrown_out(client, &p, &d);
+    assert_int_equal(sage_wait(job, 10000), SAGE_ELOST);
+    assert_non_null(strstr(sage_last_error(), "packet of 7 bytes"));
+    double start = now();
+    assert_int_equal(sage_buffer_alloc(client, 4096, &buffer), SAGE_EBUSY);
+    assert_non_null(strstr(sage_last_error(), "page"));
+    assert_true(now() - start < 0.5);
+    int rc;
+    while ((rc = sage_buffer_alloc(client, 4096, &buffer)) == SAGE_EBUSY && now() - start < 10)
+        usleep(10000);
+    assert_int_equal(rc, 0);
+    private_problem_finish(&p);
+    sage_disconnect(client);
+    private_finish(&d);
+}
+
+static void comes_back_when_its_jobs_are_over(void **state)
+{
+    struct sage_buffer *buffer = NULL;
+    struct private_problem p;
+    struct private_daemon d;
+    struct sage_times times;
+    (void)state;
+
+    private_init(&d);
+    private_start(&d, slower);
+    struct sage_client *client = private_connect(&d, 10000);
+    private_problem_init(&p, client, 64, 10);
+    struct sage_job job = start_and_be_thrown_out(client, &p, &d);
+    assert_int_equal(sage_buffer_alloc(client, 4096, &buffer), 0); /* by the next connection */
+    assert_int_equal(sage_wait(job, 0), 0); /* it was running, and so it was finished */
+    assert_computed(&p);
+    assert_int_equal(sage_job_times(job, &times), SAGE_ELOST);
     private_problem_finish(&p);
     sage_disconnect(client);
     private_finish(&d);
@@ -471,9 +750,12 @@ int main(void)
         cmocka_unit_test(refuses_what_is_wrong),
         cmocka_unit_test(buffers),
         cmocka_unit_test(holds_and_cancels),
+        cmocka_unit_test(knows_its_jobs),
+        cmocka_unit_test(tells_times),
         cmocka_unit_test(runs_out_of_entries),
         cmocka_unit_test(serves_threads),
         cmocka_unit_test(survives_a_fork),
+        cmocka_unit_test(leaves_a_grandchild_its_files),
     };
     const struct CMUnitTest without[] = {
         cmocka_unit_test(explains_that_there_is_none),
@@ -482,8 +764,12 @@ int main(void)
         cmocka_unit_test(outlives_a_lost_device),
         cmocka_unit_test(keeps_held_jobs_for_the_next_daemon),
         cmocka_unit_test(gives_up_without_a_successor),
+        cmocka_unit_test(gives_up_in_time),
         cmocka_unit_test(waits_for_a_stopped_daemon),
+        cmocka_unit_test(never_blocks_on_a_stopped_daemon),
         cmocka_unit_test(is_thrown_out_for_garbage),
+        cmocka_unit_test(hears_that_its_jobs_still_run),
+        cmocka_unit_test(comes_back_when_its_jobs_are_over),
     };
     int failed = cmocka_run_group_tests_name("libsageclient", with_daemon, setup, teardown);
 
