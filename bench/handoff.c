@@ -38,7 +38,7 @@ static double now(void)
     return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
 }
 
-static void die(const char *what)
+__attribute__((noreturn)) static void die(const char *what)
 {
     fprintf(stderr, "handoff: %s: %s\n", what, sage_last_error());
     exit(1);
@@ -235,7 +235,6 @@ static pid_t start_daemon(const char *program, const char *socket)
         usleep(50000);
     }
     die("sageattnd does not answer");
-    return -1;
 }
 
 /*
