@@ -155,14 +155,16 @@ static void *stream_main(void *arg)
     }
 }
 
-/* Signals are the loop's; sage_attn_cpu() wants 320 KiB of stack. */
+/*
+ * Signals are the loop's. sage_attn_cpu() wants 320 KiB of stack, sanitizers several times as much.
+ */
 static int start_thread(struct stream *s)
 {
     sigset_t all, old;
     pthread_attr_t attr;
 
     pthread_attr_init(&attr);
-    pthread_attr_setstacksize(&attr, 1 << 20);
+    pthread_attr_setstacksize(&attr, 8 << 20);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     int rc = pthread_create(&s->thread, &attr, stream_main, s);

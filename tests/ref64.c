@@ -4,6 +4,7 @@
 #include "ref64.h"
 
 #include <math.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -25,16 +26,21 @@ static double small_float(uint16_t h, int mantissa_bits)
 }
 
 /* The values of all 16-bit floats: looking them up is ten times as fast. */
-static const double *table(enum sage_dtype dtype)
-{
-    static double tables[2][65536];
-    static bool made;
+static double tables[2][65536];
 
-    for (int i = 0; i < 65536 && !made; i++) {
+static void make_tables(void)
+{
+    for (int i = 0; i < 65536; i++) {
         tables[0][i] = small_float((uint16_t)i, 10);
         tables[1][i] = small_float((uint16_t)i, 7);
     }
-    made = true;
+}
+
+static const double *table(enum sage_dtype dtype)
+{
+    static pthread_once_t made = PTHREAD_ONCE_INIT;
+
+    pthread_once(&made, make_tables);
     return tables[dtype == SAGE_BF16];
 }
 
