@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -38,6 +39,7 @@ static void run_daemon(const struct private_daemon *d, const char *const *flags)
     snprintf(flag, sizeof(flag), "--socket=%s", d->socket);
     for (int i = 0; flags && flags[i] && i < FLAGS_MAX; i++)
         argv[n++] = flags[i];
+    prctl(PR_SET_PDEATHSIG, SIGKILL); /* a test that is killed leaves no daemon behind */
     execv(program, (char *const *)argv);
     _exit(127);
 }
