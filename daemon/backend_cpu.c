@@ -15,8 +15,9 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
-#include <time.h>
 #include <unistd.h>
+
+#include "daemon/daemon.h"
 
 struct device {
     int threads;
@@ -36,14 +37,6 @@ struct stream {
     struct piece *ring[STREAM_DEPTH]; /* not owned; NULL asks the thread to end */
     unsigned in, out;
 };
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
-}
 
 int cpu_open(struct device **device, const struct config *config, void (*notify)(void *), void *arg,
              cpu_run *run)
@@ -131,9 +124,9 @@ int cpu_run_piece(struct sage_cpu *cpu, const struct piece *piece, void *workspa
 
 static void run(struct stream *s, struct sage_cpu *cpu, struct piece *piece)
 {
-    __atomic_store_n(&piece->start_ns, now_ns(), __ATOMIC_RELAXED); /* sched_is_hung() looks */
+    __atomic_store_n(&piece->start_ns, daemon_now(), __ATOMIC_RELAXED); /* sched_is_hung() looks */
     piece->status = s->device->run(cpu, piece, s->workspace, s->bytes);
-    piece->end_ns = now_ns();
+    piece->end_ns = daemon_now();
     if (piece->lane && piece->status != SAGE_EDEVICE)
         page_release(piece->lane, piece->number, piece->status);
     /* From here on the loop may free the piece and unmap the page. */

@@ -3,7 +3,6 @@
  */
 #include "proto/proto.h"
 
-#include <errno.h>
 #include <msgpack.h>
 #include <stdarg.h>
 #include <stdio.h>

@@ -122,24 +122,46 @@ def test_drain():
         drained(daemon, lambda client: client.call("DRAIN"))
 
 
-def test_drain_permission():
+def as_nobody(daemon, what):
+    """Let another user connect, and do something as that user in a process of its own."""
     if os.getuid() != 0:
         raise Skip("needs root, to be somebody else for a moment")
+    os.chmod(daemon.directory, 0o755)
+    os.chmod(daemon.path, 0o666)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setresuid(65534, 65534, 65534)
+            what()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_drain_permission():
     with Daemon() as daemon:
-        os.chmod(daemon.directory, 0o755)
-        os.chmod(daemon.path, 0o666)
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                os.setresuid(65534, 65534, 65534)
-                with daemon.client(page=False) as client, refused("EPERM"):
-                    client.call("DRAIN")
-                status = 0
-            finally:
-                os._exit(status)
-        assert os.waitpid(child, 0)[1] == 0
+        def drain():
+            with daemon.client(page=False) as client, refused("EPERM"):
+                client.call("DRAIN")
+
+        as_nobody(daemon, drain)
         assert daemon.stats()["state"] == "running"
+
+
+def test_priority_permission():
+    """High priority is for root and the daemon's user, unless max_priority says otherwise."""
+    with Daemon() as daemon:
+        def ask():
+            daemon.client(page=False, priority=1).close()
+            with refused("EPERM", "max_priority"):
+                daemon.client(page=False, priority=2)
+
+        as_nobody(daemon, ask)
+        daemon.client(page=False, priority=2).close()
+    with Daemon(max_priority=2) as daemon:
+        as_nobody(daemon, lambda: daemon.client(page=False, priority=2).close())
 
 
 def test_stops_quickly():
