@@ -65,7 +65,9 @@ static void after_unmap(uv_work_t *work, int status)
 
     s->mapped_bytes -= b->size;
     s->user->mapped_bytes -= b->size;
-    if (b->answer && !s->closing)
+    if (b->answer && !s->closing && b->status)
+        session_error(s, b->seq, b->status, b->why);
+    else if (b->answer && !s->closing)
         session_send(s, OP_UNREGISTER, b->seq, MSG_EMPTY, &(struct msg_empty){0});
     buffer_free(b);
 }
@@ -135,9 +137,9 @@ static void after_map(uv_work_t *work, int canceled)
         return;
     }
     b->status = check_size(b, b->why);
-    if (b->status) {
+    if (b->status) { /* answered when nothing of it is left */
+        b->answer = true;
         leave(b);
-        session_error(s, b->seq, b->status, b->why);
         unmap(b);
         return;
     }
