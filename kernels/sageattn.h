@@ -51,7 +51,8 @@ extern "C" {
     X(SAGE_EDEVICE, 18, 1, "device lost")                                                          \
     X(SAGE_EFORK, 19, 0, "handle belongs to the parent process")                                   \
     X(SAGE_EINTERNAL, 20, 0, "internal error")                                                     \
-    X(SAGE_ESTARTED, 21, 0, "job has started or is over")
+    X(SAGE_ESTARTED, 21, 0, "job has started or is over")                                          \
+    X(SAGE_ECAPTURE, 22, 0, "stream is being captured into a graph")
 
 enum sage_status {
     SAGE_OK = 0,
@@ -201,6 +202,45 @@ SAGE_API void sage_cpu_destroy(struct sage_cpu *cpu);
  */
 SAGE_API int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn,
                            const struct sage_part *part, void *workspace, size_t bytes);
+
+/* --- on a GPU ---
+ *
+ * Compute capability 8.0 or newer; int8_fp8 wants 8.9. A build without CUDA has these functions
+ * too: they return SAGE_EUNSUPPORTED and say so. Errors come with a text in why[len], which may be
+ * NULL. `why` says what a CUDA error was: SAGE_EDEVICE, where the context is unusable from then on,
+ * SAGE_ENOMEM or SAGE_EINTERNAL.
+ */
+
+/* CUstream and cudaStream_t point to this; NULL is the legacy default stream. */
+struct CUstream_st;
+
+/*
+ * Load all kernels on the calling thread's current device (made current by cudaSetDevice() or
+ * cuCtxSetCurrent(); else device 0). The first sage_attn_cuda() on a device does it; where the
+ * stream may be waiting for something by then, do it before: loading waits for the device.
+ * SAGE_EUNSUPPORTED: the device is too old.
+ */
+SAGE_API int sage_cuda_load(char *why, size_t len);
+
+/* Like sage_attn_workspace(), for sage_attn_cuda(). */
+SAGE_API size_t sage_attn_cuda_workspace(const struct sage_attn *attn,
+                                         const struct sage_part *part);
+
+/*
+ * Enqueue a part (NULL: all) of a problem that has passed sage_attn_check() on a stream of the
+ * current device, and return: at most two kernels that prepare K and V, then attention. Allocates
+ * nothing and waits for nothing. Tensors and workspace are memory that the device can access and
+ * the offsets are in host memory, of no interest once this returns. workspace: at least
+ * sage_attn_cuda_workspace() bytes, 256-byte aligned, for this call alone until the stream has
+ * passed it; parts of one group with `prepared` find it as the one before has left it. Kernels read
+ * only q, k, v, mask and write only o, lse and the workspace.
+ * SAGE_EINVAL (part, alignment), SAGE_ECAPTURE (n_seqs > 0 on a stream that is being captured),
+ * SAGE_EWORKSPACE, SAGE_EUNSUPPORTED (int8_fp8 before compute capability 8.9, more than 2^31 tiles
+ * of rows), and what sage_cuda_load() returns.
+ */
+SAGE_API int sage_attn_cuda(const struct sage_attn *attn, const struct sage_part *part,
+                            void *workspace, size_t bytes, struct CUstream_st *stream, char *why,
+                            size_t len);
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,6 @@
 # SAGE_CUDA(MINIMUM-VERSION)
 # --with-cuda=auto|yes|no and --with-cuda-arch=LIST. Sets NVCC, NVCC_VERSION and CUDA_GENCODE, the
-# conditional HAVE_CUDA, and cuda_summary for people to read.
+# CUDA_CFLAGS and CUDA_LIBS (the static runtime), HAVE_CUDA, and cuda_summary for people to read.
 AC_DEFUN([SAGE_CUDA], [
 AC_ARG_WITH([cuda],
     [AS_HELP_STRING([--with-cuda=auto|yes|no], [look for nvcc @<:@auto@:>@])],
@@ -48,9 +48,22 @@ AS_IF([test -n "$sage_cuda_why"], [
     cuda_summary="no ($sage_cuda_why)"
 ], [
     have_cuda=yes
+    # nvcc may be a link to its real place, beside which its headers and libraries are.
+    sage_cuda_root=`readlink -f "$NVCC"`
+    sage_cuda_root=${sage_cuda_root%/bin/nvcc}
+    for sage_dir in "$sage_cuda_root/lib64" "$sage_cuda_root/lib" \
+            "$sage_cuda_root/targets/$host_cpu-linux/lib"; do
+        AS_IF([test -f "$sage_dir/libcudart_static.a"],
+            [CUDA_LIBS="-L$sage_dir -lcudart_static -ldl -lrt -lpthread"])
+    done
+    CUDA_CFLAGS="-isystem $sage_cuda_root/include"
+    AC_DEFINE([HAVE_CUDA], [1], [there are GPU kernels and the CUDA backend])
     cuda_summary="nvcc $NVCC_VERSION for $with_cuda_arch, PTX $sage_ptx"
 ])
+AC_SUBST([have_cuda])
 AC_SUBST([NVCC_VERSION])
 AC_SUBST([CUDA_GENCODE])
+AC_SUBST([CUDA_CFLAGS])
+AC_SUBST([CUDA_LIBS])
 AM_CONDITIONAL([HAVE_CUDA], [test "$have_cuda" = yes])
 ])

@@ -1,0 +1,404 @@
+/*
+ * cuda.cu - sage_attn_cuda(): what goes where in the workspace, the arguments, the launches.
+ */
+#include "cuda_args.h"
+
+#include <atomic>
+#include <limits.h>
+#include <stdarg.h>
+#include <stdio.h>
+
+extern "C" {
+#include "problem.h"
+}
+
+namespace
+{
+
+enum { ALIGN = 256, DEVICES_MAX = 64 };
+
+__attribute__((format(printf, 4, 5))) int refuse(char *why, size_t len, int status,
+                                                 const char *format, ...)
+{
+    va_list args;
+
+    if (!why || !len)
+        return status;
+    va_start(args, format);
+    vsnprintf(why, len, format, args);
+    va_end(args);
+    return status;
+}
+
+/* Errors after which a context answers every call with the same error. */
+bool is_lost(cudaError_t error)
+{
+    switch (error) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchFailure:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorHardwareStackError:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorAssert:
+    case cudaErrorECCUncorrectable:
+    case cudaErrorMpsClientTerminated:
+    case cudaErrorContextIsDestroyed:
+    case cudaErrorDeviceUninitialized:
+    case cudaErrorCudartUnloading:
+        return true;
+    default:
+        return false;
+    }
+}
+
+int refuse_cuda(char *why, size_t len, const char *what, cudaError_t error)
+{
+    return refuse(why, len,
+                  is_lost(error)                       ? SAGE_EDEVICE
+                  : error == cudaErrorMemoryAllocation ? SAGE_ENOMEM
+                  : error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver
+                      ? SAGE_EUNSUPPORTED
+                      : SAGE_EINTERNAL,
+                  "%s: %s: %s", what, cudaGetErrorName(error), cudaGetErrorString(error));
+}
+
+/* --- loading --- */
+
+/* Compute capability of each device whose kernels are loaded, as 90; 0: not yet. */
+std::atomic<int> loaded[DEVICES_MAX];
+
+const struct cuda_kernel *kernel(int index)
+{
+    const struct cuda_kernel *tables[] = {cuda_attn_f16, cuda_attn_bf16, cuda_attn_fp8};
+
+    for (const auto *table : tables)
+        if (table[index].function)
+            return &table[index];
+    return nullptr;
+}
+
+cudaError_t load(const void *function)
+{
+    cudaFuncAttributes attributes;
+
+    return cudaFuncGetAttributes(&attributes, function);
+}
+
+cudaError_t load_all(int sm)
+{
+    cudaError_t error = cudaSuccess;
+
+    for (int i = 0; cuda_quant_functions[i] && !error; i++)
+        error = load(cuda_quant_functions[i]);
+    for (int i = 0; i < sage_n_kernels && !error; i++) {
+        if (sm < sage_kernels[i].min_sm)
+            continue;
+        const void *function = kernel(i)->function;
+        error = load(function);
+        if (!error)
+            error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         sage_kernels[i].smem_bytes);
+    }
+    return error;
+}
+
+/* The compute capability of the current device, its kernels loaded; or a status. */
+int ready(char *why, size_t len)
+{
+    int device, major, minor;
+    cudaError_t error = cudaGetDevice(&device);
+
+    if (error)
+        return refuse_cuda(why, len, "cudaGetDevice", error);
+    if (device < DEVICES_MAX && loaded[device].load(std::memory_order_acquire))
+        return loaded[device].load(std::memory_order_acquire);
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (!error)
+        error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (error)
+        return refuse_cuda(why, len, "cudaDeviceGetAttribute", error);
+    const int sm = 10 * major + minor;
+    if (sm < 80)
+        return refuse(why, len, SAGE_EUNSUPPORTED,
+                      "device %d has compute capability %d.%d, must be 8.0 or newer", device, major,
+                      minor);
+    error = load_all(sm);
+    if (error)
+        return refuse_cuda(why, len, "loading kernels", error);
+    if (device < DEVICES_MAX)
+        loaded[device].store(sm, std::memory_order_release);
+    return sm;
+}
+
+/* --- the workspace --- */
+
+struct layout {
+    size_t offsets, sums, means, k_max, k8, k_scale, v8, total;
+};
+
+bool place(struct layout *at, size_t *where, int64_t n, size_t size)
+{
+    size_t bytes;
+
+    *where = at->total;
+    return !__builtin_mul_overflow(static_cast<size_t>(n), size, &bytes) &&
+           !__builtin_add_overflow(bytes, static_cast<size_t>(ALIGN - 1), &bytes) &&
+           !__builtin_add_overflow(at->total, bytes / ALIGN * ALIGN, &at->total);
+}
+
+int64_t ceil_div(int64_t a, int64_t b)
+{
+    return a / b + (a % b > 0);
+}
+
+/* Units of all sequences of the part; `offsets` of host memory, NULL: batches of n tokens. */
+struct cuda_space space(const struct cuda_args *a, const int32_t *offsets, int64_t n, int64_t unit)
+{
+    if (!offsets)
+        return {a->n_seqs * ceil_div(n, unit), ceil_div(n, unit)};
+    return {(offsets[a->seq + a->n_seqs] - offsets[a->seq]) / unit + a->n_seqs, 0};
+}
+
+/* The part of the arguments that needs no address; the index of the kernel. */
+int describe(const struct sage_attn *attn, const struct sage_part *part, struct cuda_args *a)
+{
+    const int64_t kv_heads = attn->k.shape[1];
+    const int index =
+        sage_kernel_find(static_cast<int>(attn->q.shape[3]), attn->q.dtype == SAGE_BF16,
+                         sage_attn_variant(attn) == SAGE_INT8_FP8, attn->mask.dtype != SAGE_NONE);
+    const bool one_seq = part->n_groups == 0 ||
+                         part->group / kv_heads == (part->group + part->n_groups - 1) / kv_heads;
+
+    *a = cuda_args{};
+    a->d = static_cast<int>(attn->q.shape[3]);
+    a->d_padded = sage_kernels[index].max_head_dim;
+    a->bf16 = attn->q.dtype == SAGE_BF16;
+    a->fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8;
+    a->smooth_k = attn->smooth_k;
+    a->smooth_v = attn->smooth_v;
+    a->gqa = static_cast<int>(attn->q.shape[1] / kv_heads);
+    a->kv_heads = kv_heads;
+    a->group = part->group;
+    a->n_groups = part->n_groups;
+    a->seq = part->group / kv_heads;
+    a->n_seqs = part->n_groups ? (part->group + part->n_groups - 1) / kv_heads - a->seq + 1 : 0;
+    a->head = one_seq ? part->group % kv_heads : 0;
+    a->n_heads = one_seq ? part->n_groups : kv_heads;
+    a->q_head = part->head;
+    a->n_q_heads = sage_part_heads(attn, part);
+    a->row = part->row;
+    a->n_rows = part->n_rows;
+    a->nq = attn->q.shape[2];
+    a->nk = attn->k.shape[2];
+    const int32_t *q_offsets = attn->n_seqs > 0 ? attn->q_offsets : nullptr;
+    const int32_t *k_offsets = attn->n_seqs > 0 ? attn->k_offsets : nullptr;
+    a->q_first = q_offsets ? q_offsets[a->seq] : 0;
+    a->k_first = k_offsets ? k_offsets[a->seq] : 0;
+    a->chunk_keys = ceil_div(ceil_div(a->nk, QUANT_CHUNKS), KERNEL_TILE_K) * KERNEL_TILE_K;
+    if (a->chunk_keys < QUANT_CHUNK)
+        a->chunk_keys = QUANT_CHUNK;
+    const int tile_q = sage_kernels[index].tile_q;
+    a->chunks = space(a, k_offsets, a->nk, a->chunk_keys);
+    a->blocks = space(a, k_offsets, a->nk, KERNEL_TILE_K);
+    a->tiles = part->n_rows < 0
+                   ? space(a, q_offsets, a->nq, tile_q)
+                   : cuda_space{ceil_div(part->n_rows, tile_q), ceil_div(part->n_rows, tile_q)};
+    return index;
+}
+
+bool lay_out(const struct sage_attn *attn, const struct cuda_args *a, struct layout *at)
+{
+    const int64_t offsets = attn->n_seqs > 0 ? 2 * (attn->n_seqs + 1) : 0;
+    const size_t row = sizeof(float) * static_cast<size_t>(a->d);
+    const size_t block = static_cast<size_t>(KERNEL_TILE_K) * static_cast<size_t>(a->d_padded);
+    int64_t chunks, blocks, groups;
+
+    *at = layout{};
+    return !__builtin_mul_overflow(a->n_heads, a->chunks.total, &chunks) &&
+           !__builtin_mul_overflow(a->n_heads, a->blocks.total, &blocks) &&
+           !__builtin_mul_overflow(a->n_heads, a->n_seqs, &groups) &&
+           place(at, &at->offsets, offsets, sizeof(int32_t)) &&
+           place(at, &at->sums,
+                 a->fp8        ? chunks * N_SUMS
+                 : a->smooth_k ? chunks
+                               : 0,
+                 row) &&
+           place(at, &at->means, groups, 3 * sizeof(float) * static_cast<size_t>(a->d_padded)) &&
+           place(at, &at->k_max, chunks, sizeof(float)) && place(at, &at->k8, blocks, block) &&
+           place(at, &at->k_scale, blocks, 16 * sizeof(float)) &&
+           place(at, &at->v8, a->fp8 ? blocks : 0, block);
+}
+
+struct sage_part whole(const struct sage_attn *attn, const struct sage_part *part)
+{
+    struct sage_part all = {};
+
+    if (part)
+        return *part;
+    all.n_groups = sage_attn_groups(attn);
+    all.n_rows = -1;
+    return all;
+}
+
+/* --- the arguments --- */
+
+bool aligned(const struct cuda_tensor *t, const int64_t shape[4], uintptr_t to)
+{
+    uintptr_t bits = reinterpret_cast<uintptr_t>(t->data);
+
+    for (int i = 0; i < 3; i++)
+        if (shape[i] > 1)
+            bits |= static_cast<uintptr_t>(t->stride[i]);
+    return bits % to == 0;
+}
+
+struct cuda_tensor tensor(const struct sage_tensor *t, uintptr_t alignment)
+{
+    const int64_t size = static_cast<int64_t>(sage_dtype_size(t->dtype));
+    struct cuda_tensor to = {};
+
+    if (t->dtype == SAGE_NONE)
+        return to;
+    to.data = static_cast<char *>(t->data) + t->offset;
+    for (int i = 0; i < 3; i++) /* no step along a dimension of one element, whatever its stride */
+        to.stride[i] = t->shape[i] > 1 ? t->stride[i] * size : 0;
+    to.aligned = aligned(&to, t->shape, alignment);
+    return to;
+}
+
+/* A bound that no difference of two tokens reaches stands for none. */
+int64_t bound(int64_t x)
+{
+    const int64_t limit = INT64_C(1) << 40;
+
+    return x > limit ? limit : x < -limit ? -limit : x;
+}
+
+void fill(const struct sage_attn *attn, const struct layout *at, char *workspace,
+          struct cuda_args *a)
+{
+    const int64_t right = attn->causal ? 0 : attn->window_right;
+
+    a->q = tensor(&attn->q, 16);
+    a->k = tensor(&attn->k, 16);
+    a->v = tensor(&attn->v, 16);
+    a->o = tensor(&attn->o, 4);
+    a->lse = tensor(&attn->lse, 4);
+    a->mask = tensor(&attn->mask, 1);
+    a->mask_dtype = attn->mask.dtype;
+    a->mask_key = static_cast<int64_t>(sage_dtype_size(attn->mask.dtype));
+    a->scale_lse = sage_attn_scale(attn);
+    a->scale = a->scale_lse * 1.44269504f;
+    a->low = attn->window_left < 0 ? bound(INT64_MIN) : bound(-attn->window_left);
+    a->high = right < 0 ? bound(INT64_MAX) : bound(right);
+    a->bottom_right = attn->diagonal == SAGE_BOTTOM_RIGHT;
+    if (attn->n_seqs > 0) {
+        a->q_offsets = reinterpret_cast<const int32_t *>(workspace + at->offsets);
+        a->k_offsets = a->q_offsets + attn->n_seqs + 1;
+    }
+    for (int i = 0; i < 3; i++) { /* broadcast */
+        if (attn->mask.shape[i] == 1)
+            a->mask.stride[i] = 0;
+    }
+    a->sums = reinterpret_cast<float *>(workspace + at->sums);
+    a->means = reinterpret_cast<float *>(workspace + at->means);
+    a->k_max = reinterpret_cast<float *>(workspace + at->k_max);
+    a->k8 = reinterpret_cast<int8_t *>(workspace + at->k8);
+    a->k_scale = reinterpret_cast<float *>(workspace + at->k_scale);
+    a->v8 = reinterpret_cast<uint8_t *>(workspace + at->v8);
+}
+
+/* The offsets are the caller's: of pageable memory, copied before the call returns. */
+int copy_offsets(const struct sage_attn *attn, const struct cuda_args *a, cudaStream_t stream,
+                 char *why, size_t len)
+{
+    const size_t bytes = sizeof(int32_t) * static_cast<size_t>(attn->n_seqs + 1);
+    cudaStreamCaptureStatus capturing;
+    cudaError_t error = cudaStreamIsCapturing(stream, &capturing);
+
+    if (!error && capturing != cudaStreamCaptureStatusNone)
+        return refuse(why, len, SAGE_ECAPTURE,
+                      "n_seqs: a stream that is being captured would read the offsets later");
+    if (!error)
+        error = cudaMemcpyAsync(const_cast<int32_t *>(a->q_offsets), attn->q_offsets, bytes,
+                                cudaMemcpyHostToDevice, stream);
+    if (!error)
+        error = cudaMemcpyAsync(const_cast<int32_t *>(a->k_offsets), attn->k_offsets, bytes,
+                                cudaMemcpyHostToDevice, stream);
+    return error ? refuse_cuda(why, len, "cudaMemcpyAsync", error) : SAGE_OK;
+}
+
+} // namespace
+
+/* --- the calls --- */
+
+int sage_cuda_load(char *why, size_t len)
+{
+    const int sm = ready(why, len);
+
+    return sm < 0 ? sm : SAGE_OK;
+}
+
+size_t sage_attn_cuda_workspace(const struct sage_attn *attn, const struct sage_part *part)
+{
+    const struct sage_part p = whole(attn, part);
+    struct cuda_args a;
+    struct layout at;
+
+    if (!sage_part_is_legal(attn, &p))
+        return SIZE_MAX;
+    describe(attn, &p, &a);
+    return lay_out(attn, &a, &at) ? at.total : SIZE_MAX;
+}
+
+int sage_attn_cuda(const struct sage_attn *attn, const struct sage_part *part, void *workspace,
+                   size_t bytes, struct CUstream_st *stream, char *why, size_t len)
+{
+    const struct sage_part p = whole(attn, part);
+    struct cuda_args a;
+    struct layout at;
+    int64_t chunks, tiles;
+    cudaError_t error;
+    int status;
+
+    if (!sage_part_is_legal(attn, &p))
+        return refuse(why, len, SAGE_EINVAL, "part: is not in the problem");
+    const int sm = ready(why, len);
+    if (sm < 0)
+        return sm;
+    if (p.n_groups == 0)
+        return SAGE_OK;
+    const int index = describe(attn, &p, &a);
+    if (sm < sage_kernels[index].min_sm)
+        return refuse(why, len, SAGE_EUNSUPPORTED,
+                      "variant: %s wants compute capability %d.%d, the device has %d.%d",
+                      sage_kernels[index].variant, sage_kernels[index].min_sm / 10,
+                      sage_kernels[index].min_sm % 10, sm / 10, sm % 10);
+    if (!lay_out(attn, &a, &at) || bytes < at.total)
+        return refuse(why, len, SAGE_EWORKSPACE, "workspace: %zu bytes, must be %zu", bytes,
+                      at.total);
+    if (reinterpret_cast<uintptr_t>(workspace) % ALIGN)
+        return refuse(why, len, SAGE_EINVAL, "workspace: must be a multiple of %d", ALIGN);
+    if (__builtin_mul_overflow(a.n_heads, a.chunks.total, &chunks) || chunks > INT_MAX ||
+        __builtin_mul_overflow(a.n_heads * a.n_q_heads, a.tiles.total, &tiles) || tiles > INT_MAX)
+        return refuse(why, len, SAGE_EUNSUPPORTED,
+                      "q.shape: more than 2^31 tiles of %d rows; compute it in parts",
+                      sage_kernels[index].tile_q);
+    fill(attn, &at, static_cast<char *>(workspace), &a);
+    if (a.q_offsets && !p.prepared && (status = copy_offsets(attn, &a, stream, why, len)))
+        return status;
+    if (!p.prepared && chunks > 0) {
+        error = cuda_quant_launch(&a, static_cast<unsigned>(chunks), stream);
+        if (error)
+            return refuse_cuda(why, len, "launching the quantisation", error);
+    }
+    if (tiles > 0) {
+        error = kernel(index)->launch(&a, static_cast<unsigned>(tiles), stream);
+        if (error)
+            return refuse_cuda(why, len, "launching attention", error);
+    }
+    return SAGE_OK;
+}

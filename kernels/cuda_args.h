@@ -1,0 +1,156 @@
+/*
+ * cuda_args.h - what the files of the CUDA implementation share.
+ *
+ *   cuda.cu           sage_attn_cuda(): workspace, arguments, launches
+ *   cuda_quant.cu     the two kernels before attention: sums over the tokens, then K to INT8 and V
+ *                     to e4m3
+ *   cuda_attn.cuh     attention: one tile of query rows over the key blocks that it sees
+ *   cuda_attn_*.cu    its instantiations
+ *   cuda_mma.cuh      PTX
+ *
+ * Numerics are those of cpu.h but for two things: the maximum m that a row subtracts may lag behind
+ * the true one by up to MAX_LAG (16-bit P V), and sums are added up in another order.
+ */
+#ifndef SAGE_CUDA_ARGS_H
+#define SAGE_CUDA_ARGS_H
+
+#include <cuda_runtime_api.h>
+#include <stdint.h>
+
+#include "kernels.h"
+
+enum {
+    QUANT_THREADS = 256,
+    QUANT_CHUNK = 256, /* keys of a quantising block, or more: see chunk_keys */
+    QUANT_CHUNKS = 64, /* and about that many chunks at most in a sequence */
+    K_RUN = 16,        /* keys that have four scales, see cpu.h */
+};
+
+/* A tensor: address of [0, 0, 0, 0], strides in bytes of the first three dimensions. */
+struct cuda_tensor {
+    char *data;
+    int64_t stride[3];
+    int aligned; /* rows start at multiples of 16 bytes (q, k, v), of 4 (o) */
+};
+
+/*
+ * Where groups are in index spaces over all sequences of the part, in units of `unit` tokens: every
+ * sequence starts at a unit of its own. A batch is a sequence of its own, of the same length.
+ */
+struct cuda_space {
+    int64_t total; /* units of all sequences, with gaps */
+    int64_t each;  /* of one batch; plain batches only */
+};
+
+/* Arguments of all kernels, by value. */
+struct cuda_args {
+    struct cuda_tensor q, k, v, o, mask, lse; /* lse.data NULL: not wanted */
+    int64_t mask_key;                         /* bytes of a mask element */
+    int mask_dtype;
+    int d, d_padded; /* head dimension; that of the kernel */
+    int bf16, fp8, smooth_k, smooth_v;
+    int gqa;                                 /* query heads of a kv head */
+    int64_t kv_heads;                        /* of the problem */
+    int64_t group, n_groups;                 /* the part */
+    int64_t seq, n_seqs;                     /* the sequences that it touches */
+    int64_t head, n_heads;                   /* kv heads that have room in the workspace */
+    int64_t q_head, n_q_heads;               /* query heads of each group in the part */
+    int64_t row, n_rows;                     /* of the sequence; n_rows < 0: all */
+    int64_t nq, nk;                          /* tokens of a batch */
+    const int32_t *q_offsets, *k_offsets;    /* on the device; NULL: plain batches */
+    int64_t q_first, k_first;                /* offsets of sequence `seq` */
+    int64_t chunk_keys;                      /* of a chunk */
+    struct cuda_space chunks, blocks, tiles; /* of keys, of keys, of query rows */
+    float scale;                             /* with log2 e in it */
+    float scale_lse;                         /* without */
+    int64_t low, high;                       /* row i sees keys i + low ... i + high */
+    int bottom_right;                        /* and then both are nk - nq higher */
+    /* the workspace */
+    float *sums;    /* [n_heads][chunks.total][N_SUMS or 1][d] */
+    float *means;   /* [n_seqs][n_heads][3][d_padded]: K's mean, V's scale, V's mean */
+    float *k_max;   /* [n_heads][chunks.total]: largest scale of K */
+    int8_t *k8;     /* [n_heads][blocks.total][KERNEL_TILE_K][d_padded] */
+    float *k_scale; /* [n_heads][blocks.total][4][4]: of (key / 2) % 4, of run key / 16 */
+    uint8_t *v8;    /* [n_heads][blocks.total][d_padded][KERNEL_TILE_K], keys in v8_place() order */
+};
+
+/* Rows of a chunk's sums; without e4m3 only the first is there. */
+enum { SUM_K, SUM_V, MIN_V, MAX_V, BAD_V, N_SUMS };
+
+/* Magnitudes below count as zero: 256 divided by this is still finite. */
+#define QUANT_MIN 0x1p-117f
+
+/* The kernels of the table, by index; launch() only enqueues. */
+struct cuda_kernel {
+    const void *function;
+    cudaError_t (*launch)(const struct cuda_args *args, unsigned blocks, cudaStream_t stream);
+};
+extern "C" {
+extern const struct cuda_kernel cuda_attn_f16[], cuda_attn_bf16[], cuda_attn_fp8[];
+/* cuda_quant.cu: functions to be loaded, ended by NULL; both launches. */
+extern const void *const cuda_quant_functions[];
+cudaError_t cuda_quant_launch(const struct cuda_args *args, unsigned blocks, cudaStream_t stream);
+}
+
+#ifdef __CUDACC__
+/* One sequence, and where it starts in the index spaces. */
+struct cuda_seq {
+    int64_t batch, q0, k0;
+    int nq, nk;
+};
+
+/* Sequence number s (from args.seq on). */
+__device__ inline cuda_seq seq_of(const cuda_args &a, int64_t s)
+{
+    if (!a.q_offsets)
+        return {s, 0, 0, static_cast<int>(a.nq), static_cast<int>(a.nk)};
+    const int q0 = a.q_offsets[s], k0 = a.k_offsets[s];
+    return {0, q0, k0, a.q_offsets[s + 1] - q0, a.k_offsets[s + 1] - k0};
+}
+
+/* The first unit of sequence s: floor(tokens before / unit) + sequences before leaves room. */
+__device__ inline int64_t space_start(const cuda_args &a, const cuda_space &space,
+                                      const int32_t *offsets, int64_t first, int64_t unit,
+                                      int64_t s)
+{
+    if (!offsets)
+        return (s - a.seq) * space.each;
+    return (offsets[s] - first) / unit + (s - a.seq);
+}
+
+/* The sequence that unit i belongs to: the last that starts at or before it. */
+__device__ inline int64_t space_find(const cuda_args &a, const cuda_space &space,
+                                     const int32_t *offsets, int64_t first, int64_t unit, int64_t i)
+{
+    if (!offsets)
+        return a.seq + static_cast<unsigned>(i) / static_cast<unsigned>(space.each);
+    int64_t low = a.seq, high = a.seq + a.n_seqs;
+    while (high - low > 1) {
+        const int64_t middle = low + (high - low) / 2;
+        if (space_start(a, space, offsets, first, unit, middle) <= i)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+__device__ inline bool in_part(const cuda_args &a, int64_t s, int64_t kv_head)
+{
+    const int64_t group = s * a.kv_heads + kv_head;
+
+    return group >= a.group && group < a.group + a.n_groups;
+}
+
+/*
+ * Where key 0 ... 15 of a run lies in V's e4m3 rows: the columns that a thread holds of two of
+ * QK^T's accumulators, 2c, 2c + 1, 2c + 8 and 2c + 9, are then the four bytes that P's fragment
+ * wants at 4c.
+ */
+__device__ constexpr int v8_place(int key)
+{
+    return key % 8 / 2 * 4 + key / 8 * 2 + key % 2;
+}
+#endif
+
+#endif

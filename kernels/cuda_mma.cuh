@@ -1,0 +1,215 @@
+/*
+ * cuda_mma.cuh - the PTX that CUDA C++ has no name for: tensor cores from sm_80 on, their operands
+ * from shared memory, asynchronous copies. Fragment layouts: PTX ISA, "Matrix Fragments for
+ * mma.m16n8k16, m16n8k32"; in all of them lane l holds rows l/4 and l/4 + 8 of A and C, columns
+ * 2 * (l%4) and the next of C, and column l/4 of B.
+ */
+#ifndef SAGE_CUDA_MMA_CUH
+#define SAGE_CUDA_MMA_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+#include "cuda_args.h"
+
+namespace sage
+{
+
+__device__ __forceinline__ uint32_t shared_address(const void *p)
+{
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+/* Four 8 x 16-byte matrices; lane l gives the address of row l%8 of matrix l/8. */
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+}
+
+/* The same, each matrix of 16-bit elements transposed. */
+__device__ __forceinline__ void ldmatrix_trans(uint32_t (&r)[4], uint32_t address)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+}
+
+/* d = a b + c, INT8 with 32-bit sums: a 16 x 32, b 32 x 8. */
+__device__ __forceinline__ void mma_s8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                       uint32_t b1, const int *c)
+{
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]),
+                   "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
+/* c += a b, binary16 or bfloat16 with binary32 sums: a 16 x 16, b 16 x 8. */
+template <bool BF16>
+__device__ __forceinline__ void mma_16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                       uint32_t b1)
+{
+    if constexpr (BF16)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                     "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                     "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* c += a b, e4m3: a 16 x 32, b 32 x 8. Sums keep about 13 bits: few terms at a time. sm_89 on. */
+__device__ __forceinline__ void mma_e4m3(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1)
+{
+#if __CUDA_ARCH__ >= 890
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+/* Two numbers to the 16-bit type, the first one below. */
+template <bool BF16> __device__ __forceinline__ uint32_t pack_16(float low, float high)
+{
+    uint32_t r;
+
+    if constexpr (BF16)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+/* Two numbers to e4m3, saturating at 448, NaN to NaN, the first one below. sm_89 on. */
+__device__ __forceinline__ uint32_t pack_e4m3(float low, float high)
+{
+#if __CUDA_ARCH__ >= 890
+    uint16_t r;
+
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+    return r;
+#else
+    return 0;
+#endif
+}
+
+/*
+ * 2^x, to 2 units in the last place; exact at whole numbers, 0 below -126. Volatile for its place
+ * among the matrix products.
+ */
+__device__ __forceinline__ float exp2_fast(float x)
+{
+    float y;
+
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* 1/x, to 1 unit in the last place; 0 for x from 2^126 on, +inf for x below 2^-126. */
+__device__ __forceinline__ float reciprocal(float x)
+{
+    float y;
+
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* x/y, correctly rounded but for rare cases, for y from 2^-124 to 2^125; `up` is about 1/y. */
+__device__ __forceinline__ float divide(float x, float y, float up)
+{
+    const float quotient = x * up;
+
+    return fmaf(fmaf(-quotient, y, x), up, quotient);
+}
+
+/* 127 / amax for QUANT_MIN <= amax < Inf, and 0 for all others. */
+__device__ __forceinline__ float quant_up(float amax)
+{
+    const float y = amax * 0x1p-7f;
+
+    return amax > QUANT_MIN && amax <= 0x1.fffffep127f ? divide(127 / 128.0f, y, reciprocal(y)) : 0;
+}
+
+/* What one step of the integers stands for: amax / 127; NaN where amax is Inf or NaN. */
+__device__ __forceinline__ float quant_step(float amax)
+{
+    return divide(amax, 127, 1 / 127.0f);
+}
+
+/*
+ * Four floats times `up`, rounded as the CPU does it, to the nearest integers' lowest bytes: added
+ * to 1.5 * 2^23 a small binary32 is rounded to a whole number, whose bits are its mantissa's.
+ */
+__device__ __forceinline__ uint32_t to_bytes(const float *x, float up)
+{
+    uint32_t n[4];
+
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        n[i] = __float_as_uint(__fadd_rn(__fmul_rn(x[i], up), 12582912.0f));
+    return __byte_perm(__byte_perm(n[0], n[1], 0x0040), __byte_perm(n[2], n[3], 0x0040), 0x5410);
+}
+
+/* 16 bytes to shared memory, in the background; zeros if not `there`. */
+__device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool there)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"(to), "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_commit()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* All but the last N groups of copies of this thread are done. */
+template <int N> __device__ __forceinline__ void copy_wait()
+{
+    asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
+}
+
+/* Eight 16-bit numbers as floats. */
+template <bool BF16> __device__ __forceinline__ void unpack_16(float (&x)[8], const uint4 &raw)
+{
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float2 pair;
+        if constexpr (BF16)
+            pair = make_float2(__uint_as_float(words[i] << 16),
+                               __uint_as_float(words[i] & 0xffff0000u));
+        else
+            pair = __half22float2(*reinterpret_cast<const __half2 *>(&words[i]));
+        x[2 * i] = pair.x;
+        x[2 * i + 1] = pair.y;
+    }
+}
+
+/* Eight 16-bit numbers of global memory: at once if `aligned` to 16 bytes, else one by one. */
+__device__ __forceinline__ uint4 load_8(const char *p, bool aligned)
+{
+    if (aligned)
+        return __ldg(reinterpret_cast<const uint4 *>(p));
+    const uint16_t *h = reinterpret_cast<const uint16_t *>(p);
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        words[i] = __ldg(h + 2 * i) | static_cast<uint32_t>(__ldg(h + 2 * i + 1)) << 16;
+    return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+} // namespace sage
+
+#endif

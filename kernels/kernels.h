@@ -1,0 +1,94 @@
+/*
+ * kernels.h - every attention kernel for GPUs that there is, in one list: the table that people
+ * read (`sagectl kernels`), the instantiations and the choice among them all come from it.
+ * Internal to the project.
+ */
+#ifndef SAGE_KERNELS_H
+#define SAGE_KERNELS_H
+
+/*
+ * X(d, f16|bf16, fp16|fp8, band|mask): head dimensions up to d; P V in 16 bits or in e4m3. `band`
+ * is everything but a mask tensor: causal, windows, sequences, lse. Of those that can do a problem
+ * the first is taken, so they ascend in d.
+ */
+#define SAGE_KERNELS(X)                                                                            \
+    X(64, f16, fp16, band)                                                                         \
+    X(96, f16, fp16, band)                                                                         \
+    X(128, f16, fp16, band)                                                                        \
+    X(192, f16, fp16, band)                                                                        \
+    X(256, f16, fp16, band)                                                                        \
+    X(64, f16, fp16, mask)                                                                         \
+    X(128, f16, fp16, mask)                                                                        \
+    X(256, f16, fp16, mask)                                                                        \
+    X(64, bf16, fp16, band)                                                                        \
+    X(96, bf16, fp16, band)                                                                        \
+    X(128, bf16, fp16, band)                                                                       \
+    X(192, bf16, fp16, band)                                                                       \
+    X(256, bf16, fp16, band)                                                                       \
+    X(64, bf16, fp16, mask)                                                                        \
+    X(128, bf16, fp16, mask)                                                                       \
+    X(256, bf16, fp16, mask)                                                                       \
+    X(64, f16, fp8, band)                                                                          \
+    X(128, f16, fp8, band)                                                                         \
+    X(256, f16, fp8, band)                                                                         \
+    X(64, f16, fp8, mask)                                                                          \
+    X(128, f16, fp8, mask)                                                                         \
+    X(256, f16, fp8, mask)                                                                         \
+    X(64, bf16, fp8, band)                                                                         \
+    X(128, bf16, fp8, band)                                                                        \
+    X(256, bf16, fp8, band)                                                                        \
+    X(64, bf16, fp8, mask)                                                                         \
+    X(128, bf16, fp8, mask)                                                                        \
+    X(256, bf16, fp8, mask)
+
+/* What the words of the list stand for, as conditions. */
+#define SAGE_KERNEL_f16 0
+#define SAGE_KERNEL_bf16 1
+#define SAGE_KERNEL_fp16 0
+#define SAGE_KERNEL_fp8 1
+#define SAGE_KERNEL_band 0
+#define SAGE_KERNEL_mask 1
+
+enum {
+    KERNEL_WARPS = 4,
+    KERNEL_TILE_K = 64, /* keys of a step */
+};
+
+/*
+ * A warp has two slabs of 16 query rows, so that what it reads of K and V serves 32 rows; beyond
+ * d = 128 the registers are enough for one.
+ */
+#define KERNEL_SLABS(d) ((d) <= 128 ? 2 : 1)
+#define KERNEL_TILE_Q(d) (KERNEL_WARPS * 16 * KERNEL_SLABS(d))
+
+/* Rows in shared memory have 16 bytes more: 8 rows of 16 bytes then lie in 32 different banks. */
+#define KERNEL_PITCH(bytes) ((bytes) + 16)
+#define KERNEL_Q_BYTES(d) (KERNEL_TILE_Q(d) * KERNEL_PITCH(d))
+#define KERNEL_K_BYTES(d) (KERNEL_TILE_K * KERNEL_PITCH(d))
+#define KERNEL_V_BYTES(d, fp8)                                                                     \
+    ((fp8) ? KERNEL_PITCH(KERNEL_TILE_K) * (d) : KERNEL_TILE_K * KERNEL_PITCH(2 * (d)))
+/* and two floats for each query row */
+#define KERNEL_SMEM(d, fp8)                                                                        \
+    (KERNEL_Q_BYTES(d) + KERNEL_K_BYTES(d) + KERNEL_V_BYTES(d, fp8) + 8 * KERNEL_TILE_Q(d))
+
+struct sage_kernel {
+    const char *name;
+    int min_sm, max_head_dim;
+    const char *dtype, *variant, *features;
+    int tile_q, tile_k, threads, smem_bytes;
+};
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+extern const struct sage_kernel sage_kernels[];
+extern const int sage_n_kernels;
+
+/* The first kernel that can do it, or -1. */
+int sage_kernel_find(int head_dim, int bf16, int fp8, int mask);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
