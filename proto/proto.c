@@ -11,7 +11,21 @@
 
 /* --- the messages as tables --- */
 
-enum kind { K_BOOL, K_U32, K_U64, K_I64, K_F32, K_F64, K_STR, K_I64X4, K_OFFSETS, K_MAP, K_LIST };
+enum kind {
+    K_BOOL,
+    K_U32,
+    K_U64,
+    K_I64,
+    K_F32,
+    K_F64,
+    K_STR,
+    K_I64X4,
+    K_BYTES,   /* a bin */
+    K_OFFSETS, /* int32 in a bin */
+    K_U64S,    /* an array */
+    K_MAP,
+    K_LIST,
+};
 
 struct field {
     const char *key;
@@ -19,8 +33,8 @@ struct field {
     enum kind kind;
     bool required; /* otherwise absent stands for zero, and zero is not sent */
     size_t offset;
-    size_t capacity;         /* K_STR: bytes; K_OFFSETS, K_LIST: elements */
-    size_t count_offset;     /* K_OFFSETS, K_LIST: where the number of elements (uint32_t) is */
+    size_t capacity;         /* K_STR: bytes; K_BYTES and what follows: elements */
+    size_t count_offset;     /* K_BYTES and what follows: where their number (uint32_t) is */
     const struct table *sub; /* K_MAP, K_LIST */
 };
 
@@ -93,6 +107,9 @@ static const struct field register_fields[] = {
     REQ(msg_register, buffer, K_U32),
     REQ(msg_register, kind, K_U32),
     REQ(msg_register, size, K_U64),
+    ARRAY(msg_register, handle, K_BYTES, NULL),
+    ARRAY(msg_register, chunks, K_U64S, NULL),
+    OPT(msg_register, more, K_BOOL),
 };
 WHOLE(register);
 
@@ -103,6 +120,8 @@ static const struct field submit_fields[] = {
     REQ(msg_submit, lane, K_U32),
     REQ(msg_submit, number, K_U32),
     OPT(msg_submit, prompt, K_BOOL),
+    OPT(msg_submit, event, K_U32),
+    OPT(msg_submit, staged, K_U64),
     SUB(msg_submit, attn, true, attn_table),
     ARRAY(msg_submit, q_offsets, K_OFFSETS, NULL),
     ARRAY(msg_submit, k_offsets, K_OFFSETS, NULL),
@@ -115,6 +134,15 @@ static const struct field cancel_fields[] = {
 };
 WHOLE(cancel);
 
+static const struct field event_fields[] = {
+    REQ(msg_event, event, K_U32),
+    ARRAY(msg_event, handle, K_BYTES, NULL),
+};
+WHOLE(event);
+
+static const struct field waited_fields[] = {REQ(msg_waited, event, K_U32)};
+WHOLE(waited);
+
 static const struct field clients_fields[] = {OPT(msg_clients, after, K_U64)};
 WHOLE(clients);
 
@@ -126,7 +154,7 @@ static const struct field welcome_fields[] = {
     REQ(msg_welcome, buffers, K_U32), REQ(msg_welcome, pid, K_U64),
     REQ(msg_welcome, boot, K_U64),    REQ(msg_welcome, version, K_STR),
     REQ(msg_welcome, backend, K_STR), REQ(msg_welcome, device, K_STR),
-    OPT(msg_welcome, uuid, K_STR),
+    OPT(msg_welcome, uuid, K_STR),    OPT(msg_welcome, modes, K_U32),
 };
 WHOLE(welcome);
 
@@ -148,6 +176,14 @@ WHOLE(done_job);
 static const struct field done_fields[] = {ARRAY(msg_done, jobs, K_LIST, &done_job_table)};
 TABLE(done, offsetof(struct msg_done, jobs), false);
 
+static const struct field launched_fields[] = {
+    REQ(msg_launched, lane, K_U32),
+    REQ(msg_launched, number, K_U32),
+    REQ(msg_launched, event, K_U32),
+    ARRAY(msg_launched, handle, K_BYTES, NULL),
+};
+WHOLE(launched);
+
 static const struct field error_fields[] = {
     REQ(msg_error, status, K_U32),
     REQ(msg_error, text, K_STR),
@@ -162,6 +198,7 @@ static const struct field client_fields[] = {
     REQ(msg_client, done, K_U64),     REQ(msg_client, failed, K_U64),
     REQ(msg_client, ops, K_F64),      REQ(msg_client, run_ns, K_U64),
     REQ(msg_client, buffers, K_U32),  REQ(msg_client, mapped_bytes, K_U64),
+    OPT(msg_client, mode, K_STR),
 };
 WHOLE(client);
 static const struct field client_list_fields[] = {
@@ -439,6 +476,34 @@ static int decode_str(const struct field *f, const msgpack_object *o, char *to, 
     return 0;
 }
 
+static int decode_bytes(const struct field *f, const msgpack_object *o, char *to, uint32_t *count,
+                        char *why)
+{
+    if (o->type != MSGPACK_OBJECT_BIN || o->via.bin.size > f->capacity)
+        return fail(SAGE_EPROTO, why, "%s: must be a bin of at most %zu bytes", f->key,
+                    f->capacity);
+    memcpy(to, o->via.bin.ptr, o->via.bin.size);
+    *count = o->via.bin.size;
+    return 0;
+}
+
+static int decode_u64s(const struct field *f, const msgpack_object *o, uint64_t *to,
+                       uint32_t *count, char *why)
+{
+    bool good = o->type == MSGPACK_OBJECT_ARRAY && o->via.array.size <= f->capacity;
+    uint32_t n = good ? o->via.array.size : 0;
+
+    for (uint32_t i = 0; good && i < n; i++) {
+        good = o->via.array.ptr[i].type == MSGPACK_OBJECT_POSITIVE_INTEGER;
+        to[i] = o->via.array.ptr[i].via.u64;
+    }
+    if (!good)
+        return fail(SAGE_EPROTO, why, "%s: must be at most %zu non-negative integers", f->key,
+                    f->capacity);
+    *count = n;
+    return 0;
+}
+
 static int decode_offsets(const struct field *f, const msgpack_object *o, int32_t *to,
                           uint32_t *count, char *why)
 {
@@ -498,6 +563,10 @@ static int decode_value(const struct field *f, const msgpack_object *o, char *ms
         return decode_str(f, o, to, why);
     case K_I64X4:
         return decode_i64x4(f, o, (int64_t *)to, why);
+    case K_BYTES:
+        return decode_bytes(f, o, to, count, why);
+    case K_U64S:
+        return decode_u64s(f, o, (uint64_t *)to, count, why);
     case K_OFFSETS:
         return decode_offsets(f, o, (int32_t *)to, count, why);
     case K_MAP:
@@ -655,6 +724,15 @@ static void encode_value(msgpack_packer *pk, const struct field *f, const char *
         for (int i = 0; i < 4; i++)
             msgpack_pack_int64(pk, ((const int64_t *)from)[i]);
         break;
+    case K_BYTES:
+        msgpack_pack_bin(pk, *count);
+        msgpack_pack_bin_body(pk, from, *count);
+        break;
+    case K_U64S:
+        msgpack_pack_array(pk, *count);
+        for (uint32_t i = 0; i < *count; i++)
+            msgpack_pack_uint64(pk, ((const uint64_t *)from)[i]);
+        break;
     case K_OFFSETS:
         msgpack_pack_bin(pk, *count * 4);
         msgpack_pack_bin_body(pk, from, *count * 4);
@@ -678,7 +756,9 @@ static bool is_sent(const struct field *f, const char *msg)
     if (f->required)
         return true;
     switch (f->kind) {
+    case K_BYTES:
     case K_OFFSETS:
+    case K_U64S:
     case K_LIST:
         return *(const uint32_t *)(msg + f->count_offset) != 0;
     case K_STR:

@@ -13,10 +13,11 @@
 
 enum {
     PROTO_MAJOR = 1,          /* differs: refused */
-    PROTO_MINOR = 0,          /* differs: the older side's messages are understood */
+    PROTO_MINOR = 1,          /* differs: the older side's messages are understood */
     PROTO_PACKET_MAX = 65536, /* bytes of one packet */
     PROTO_DEPTH_MAX = 6,      /* nesting of one packet */
-    PROTO_FDS_MAX = 1,        /* descriptors that ride on one packet */
+    PROTO_FDS_MAX = 32,       /* descriptors that ride on one packet */
+    PROTO_HANDLE_MAX = 64,    /* bytes of a CUDA IPC handle */
     PROTO_NAME_MAX = 64,      /* bytes of a name, with its NUL */
     PROTO_TEXT_MAX = 192,     /* bytes of an error text, with its NUL */
 };
@@ -32,8 +33,11 @@ enum {
     X(CLIENTS, 7)                                                                                  \
     X(PING, 8)                                                                                     \
     X(DRAIN, 9)                                                                                    \
-    X(DONE, 32)  /* daemon to client: jobs that are over; seq is 0 */                              \
-    X(ERROR, 33) /* daemon to client: the request with this seq failed */
+    X(EVENT, 10)                                                                                   \
+    X(WAITED, 11)                                                                                  \
+    X(DONE, 32)     /* daemon to client: jobs that are over; seq is 0 */                           \
+    X(ERROR, 33)    /* daemon to client: the request with this seq failed */                       \
+    X(LAUNCHED, 34) /* daemon to client: an event is recorded behind the job; seq is 0 */
 
 enum proto_op {
 #define PROTO_OP_ENUM(name, number) OP_##name = number,
@@ -44,7 +48,16 @@ enum proto_op {
 const char *proto_op_name(uint32_t op);
 
 enum buffer_kind {
-    BUFFER_MEMFD = 1, /* a memfd sealed against shrinking; host memory */
+    BUFFER_MEMFD = 1,    /* a memfd sealed against shrinking; host memory */
+    BUFFER_CUDA_IPC = 2, /* a cudaIpcMemHandle_t: the whole allocation, from its base */
+    BUFFER_VMM = 3,      /* descriptors of cuMemExportToShareableHandle(), mapped in a row */
+};
+
+/* How a client may hand over its jobs: bits of msg_welcome.modes. */
+enum mode {
+    MODE_SYNC = 1,  /* the CPU sets acquire and waits for release */
+    MODE_EVENT = 2, /* CUDA IPC events before and behind the job */
+    MODE_LANES = 4, /* the client's stream writes acquire and waits for release */
 };
 
 enum priority { PRIORITY_LOW, PRIORITY_NORMAL, PRIORITY_HIGH };
@@ -62,9 +75,16 @@ struct msg_hello {
 
 struct msg_register {
     uint32_t buffer; /* the client's choice, not 0 */
-    uint32_t kind;   /* enum buffer_kind; the descriptor rides on the packet */
+    uint32_t kind;   /* enum buffer_kind; memfd and vmm: descriptors ride on the packet */
     uint64_t size;   /* bytes that the client means to use */
+    uint32_t n_handle;
+    uint8_t handle[PROTO_HANDLE_MAX]; /* cuda_ipc */
+    uint32_t n_chunks;
+    uint64_t chunks[PROTO_FDS_MAX]; /* vmm: bytes of each, in the order of their descriptors */
+    bool more;                      /* vmm: the next REGISTER of this buffer goes on */
 };
+
+enum { CHUNKS_MAX = 8192, EVENTS_MAX = 256 }; /* of one buffer; of one client */
 
 struct msg_unregister {
     uint32_t buffer;
@@ -72,7 +92,9 @@ struct msg_unregister {
 
 struct msg_submit {
     uint32_t lane, number;
-    bool prompt; /* report at once, not with the next DONE_BATCH jobs or after DONE_DELAY_MS */
+    bool prompt;     /* report at once, not with the next DONE_BATCH jobs or after DONE_DELAY_MS */
+    uint32_t event;  /* the inputs are ready when this event of the client's is done; 0: none */
+    uint64_t staged; /* bytes that the client copied, for their memory cannot be shared */
     struct sage_attn attn;             /* decoded: its offsets point to the arrays below */
     uint32_t n_q_offsets, n_k_offsets; /* elements used: attn.n_seqs + 1, or 0 */
     int32_t q_offsets[SAGE_MAX_SEQS + 1], k_offsets[SAGE_MAX_SEQS + 1];
@@ -80,6 +102,16 @@ struct msg_submit {
 
 struct msg_cancel {
     uint32_t lane, number;
+};
+
+struct msg_event {
+    uint32_t event; /* the client's choice, not 0 */
+    uint32_t n_handle;
+    uint8_t handle[PROTO_HANDLE_MAX]; /* cudaIpcEventHandle_t */
+};
+
+struct msg_waited {
+    uint32_t event; /* of msg_launched: the wait for it is queued, so it may be used again */
 };
 
 struct msg_clients {
@@ -101,7 +133,8 @@ struct msg_welcome {
     char version[PROTO_NAME_MAX];
     char backend[PROTO_NAME_MAX];
     char device[PROTO_NAME_MAX];
-    char uuid[PROTO_NAME_MAX]; /* empty on the CPU */
+    char uuid[PROTO_NAME_MAX]; /* "GPU-" and 36 characters; empty on the CPU */
+    uint32_t modes;            /* enum mode: those that this daemon can do */
 };
 
 struct msg_registered {
@@ -127,6 +160,13 @@ struct msg_done {
     struct msg_done_job jobs[DONE_MAX];
 };
 
+struct msg_launched {
+    uint32_t lane, number;
+    uint32_t event; /* the daemon's number for it, until WAITED */
+    uint32_t n_handle;
+    uint8_t handle[PROTO_HANDLE_MAX]; /* cudaIpcEventHandle_t */
+};
+
 struct msg_error {
     uint32_t status;
     char text[PROTO_TEXT_MAX];
@@ -143,6 +183,7 @@ struct msg_client {
     uint64_t run_ns;          /* measured time of its jobs */
     uint32_t buffers;
     uint64_t mapped_bytes;
+    char mode[PROTO_NAME_MAX]; /* of its last job: "cpu", "sync", "event"; empty before any */
 };
 
 struct msg_client_list {
@@ -218,11 +259,14 @@ struct msg_stats {
     X(SUBMIT, submit)                                                                              \
     X(CANCEL, cancel)                                                                              \
     X(CLIENTS, clients)                                                                            \
+    X(EVENT, event)                                                                                \
+    X(WAITED, waited)                                                                              \
     X(EMPTY, empty)                                                                                \
     X(WELCOME, welcome)                                                                            \
     X(REGISTERED, registered)                                                                      \
     X(CANCELED, canceled)                                                                          \
     X(DONE, done)                                                                                  \
+    X(LAUNCHED, launched)                                                                          \
     X(ERROR, error)                                                                                \
     X(CLIENT_LIST, client_list)                                                                    \
     X(STATS, stats)

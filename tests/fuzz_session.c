@@ -103,7 +103,7 @@ static bool connected(const struct peer *p)
     return false;
 }
 
-static void give(struct peer *p, const void *data, size_t len, const int *fds, int n)
+static void give(struct peer *p, const void *data, size_t len, const int *fds, unsigned n)
 {
     char *copy =
         malloc(len + !len); /* exactly as long, so that the sanitizer sees a byte too far */
@@ -113,15 +113,21 @@ static void give(struct peer *p, const void *data, size_t len, const int *fds, i
     free(copy);
 }
 
-static void give_message(struct peer *p, uint32_t op, enum msg_kind kind, const void *msg, int fd)
+static void give_fds(struct peer *p, uint32_t op, enum msg_kind kind, const void *msg,
+                     const int *fds, unsigned n)
 {
     static uint8_t buf[PROTO_PACKET_MAX];
     size_t len = packet_encode(buf, sizeof(buf), op, byte(), kind, msg);
 
     if (len)
-        give(p, buf, len, &fd, fd >= 0);
-    else if (fd >= 0)
-        close(fd);
+        give(p, buf, len, fds, n);
+    for (unsigned i = 0; !len && i < n; i++)
+        close(fds[i]);
+}
+
+static void give_message(struct peer *p, uint32_t op, enum msg_kind kind, const void *msg, int fd)
+{
+    give_fds(p, op, kind, msg, &fd, fd >= 0);
 }
 
 static void hang_up(struct peer *p)
@@ -154,9 +160,10 @@ static void raw_packet(struct peer *p)
 {
     uint8_t flags = byte();
     size_t len = byte() | (size_t)byte() << 8;
-    int fds[3], n = flags & 0x80 ? flags % 4 : 0;
+    int fds[3];
+    unsigned n = flags & 0x80 ? flags % 4 : 0;
 
-    for (int i = 0; i < n; i++)
+    for (unsigned i = 0; i < n; i++)
         fds[i] = some_fd(p, byte());
     if (len > in.left)
         len = in.left;
@@ -194,6 +201,8 @@ static void submit(struct peer *p)
     m.lane = (uint32_t)number(lane);
     m.number = (uint32_t)number(p->next[lane]++);
     m.prompt = options & 1;
+    m.event = (uint32_t)number(0);
+    m.staged = number(0);
     a->q = tensor(0, heads, tokens, dim);
     a->k = tensor(16384, heads, tokens, dim);
     a->v = tensor(32768, heads, tokens, dim);
@@ -228,8 +237,19 @@ static void registration(struct peer *p)
 {
     struct msg_register m = {
         .buffer = (uint32_t)number(1), .kind = (uint32_t)number(1), .size = number(1)};
+    int fds[4];
+    unsigned n = (unsigned)number(1) % 5;
 
-    give_message(p, OP_REGISTER, MSG_REGISTER, &m, some_fd(p, (uint8_t)number(0)));
+    if (m.kind != BUFFER_MEMFD) {
+        m.n_handle = (uint32_t)number(PROTO_HANDLE_MAX) % (PROTO_HANDLE_MAX + 1);
+        m.n_chunks = (uint32_t)number(n) % 5;
+        for (uint32_t i = 0; i < m.n_chunks; i++)
+            m.chunks[i] = number(4096);
+        m.more = byte() % 2;
+    }
+    for (unsigned i = 0; i < n; i++)
+        fds[i] = some_fd(p, (uint8_t)number(0));
+    give_fds(p, OP_REGISTER, MSG_REGISTER, &m, fds, n);
 }
 
 static void other_request(struct peer *p)
@@ -237,8 +257,11 @@ static void other_request(struct peer *p)
     struct msg_unregister unregister = {(uint32_t)number(1)};
     struct msg_cancel cancel = {byte() % 4, byte()};
     struct msg_clients clients = {number(0)};
+    struct msg_event event = {.event = byte() % 4, .n_handle = PROTO_HANDLE_MAX};
+    struct msg_waited waited = {byte() % 4};
 
-    switch (byte() % 5) {
+    event.handle[0] = event.event == 3 ? (uint8_t)number(1) : 1;
+    switch (byte() % 7) {
     case 0:
         give_message(p, OP_UNREGISTER, MSG_UNREGISTER, &unregister, -1);
         break;
@@ -250,6 +273,12 @@ static void other_request(struct peer *p)
         break;
     case 3:
         give_message(p, OP_STATS, MSG_EMPTY, &clients, -1);
+        break;
+    case 4:
+        give_message(p, OP_EVENT, MSG_EVENT, &event, -1);
+        break;
+    case 5:
+        give_message(p, OP_WAITED, MSG_WAITED, &waited, -1);
         break;
     default:
         give_message(p, byte(), MSG_EMPTY, &clients, -1);
@@ -313,12 +342,99 @@ static void command(void)
     }
 }
 
+/* --- what a GPU would share: lists of chunks, and events --- */
+
+static char shared_memory[MEMORY];
+static unsigned mapped, opened, recorded, given_back; /* by the pool: mapped and opened */
+
+static int share_map(struct device *device, const struct mapping *what, void **base, uint64_t *size,
+                     char *why)
+{
+    if (what->kind == BUFFER_MEMFD)
+        return backend_cpu.map(device, what, base, size, why);
+    *size = 0;
+    for (uint32_t i = 0; i < what->n; i++)
+        *size += what->sizes[i];
+    memcpy(why, "too large", 10);
+    if (*size > MEMORY)
+        return SAGE_EHANDLE;
+    __atomic_add_fetch(&mapped, 1, __ATOMIC_RELAXED);
+    *base = shared_memory;
+    return 0;
+}
+
+static void share_unmap(struct device *device, const struct mapping *what, void *base,
+                        uint64_t size)
+{
+    if (what->kind == BUFFER_MEMFD)
+        backend_cpu.unmap(device, what, base, size);
+    else
+        __atomic_sub_fetch(&mapped, 1, __ATOMIC_RELAXED);
+}
+
+static int share_event_open(struct device *device, const uint8_t *handle, void **event, char *why)
+{
+    (void)device;
+    memcpy(why, "no event", 9);
+    if (handle[0] > 100)
+        return SAGE_EHANDLE;
+    *event = (void *)((uintptr_t)handle[0] + 1);
+    __atomic_add_fetch(&opened, 1, __ATOMIC_RELAXED);
+    return 0;
+}
+
+static void share_event_close(struct device *device, void *event)
+{
+    (void)device;
+    require(event);
+    __atomic_sub_fetch(&opened, 1, __ATOMIC_RELAXED);
+}
+
+/* One event is never done, one always, one fails, the others take a while. */
+static int share_event_done(struct device *device, void *event)
+{
+    static unsigned looks;
+    (void)device;
+
+    switch ((uintptr_t)event) {
+    case 1:
+        return 0;
+    case 2:
+        return 1;
+    case 3:
+        return SAGE_EHANDLE;
+    default:
+        return ++looks % 3 == 0;
+    }
+}
+
+static int share_event_record(struct stream *stream, uint32_t *number, uint8_t *handle)
+{
+    static unsigned calls;
+    (void)stream;
+
+    memset(handle, 7, PROTO_HANDLE_MAX);
+    if (++calls % 5 == 0)
+        return SAGE_ENOMEM;
+    *number = ++recorded % 8 + 1; /* so that clients find them */
+    return 0;
+}
+
+static void share_event_put(struct device *device, uint32_t number)
+{
+    (void)device;
+    require(number >= 1 && number <= 8);
+    given_back++;
+}
+
 /* --- before and after --- */
 
 static void start(void)
 {
     struct config config;
     char why[PROTO_TEXT_MAX > 256 ? PROTO_TEXT_MAX : 256];
+
+    static struct backend shared;
 
     config_init(&config);
     strcpy(config.backend, "cpu");
@@ -332,6 +448,17 @@ static void start(void)
     /* Small jobs count as long ones, so that they are handed to threads and cut into pieces. */
     d.sched.ns_per_op = 1;
     d.sched.quantum_ns = 50000;
+    shared = *d.backend;
+    shared.kinds |= 1 << BUFFER_VMM;
+    shared.modes |= MODE_EVENT;
+    shared.map = share_map;
+    shared.unmap = share_unmap;
+    shared.event_open = share_event_open;
+    shared.event_close = share_event_close;
+    shared.event_done = share_event_done;
+    shared.event_record = share_event_record;
+    shared.event_put = share_event_put;
+    d.backend = &shared;
 }
 
 /* The next descriptor that is free: larger than at the start if one was left open. */
@@ -351,6 +478,7 @@ static void check_nothing_left(void)
     require(d.sched.n_held == 0 && d.sched.n_active == 0 && TAILQ_EMPTY(&d.sched.active));
     require(TAILQ_EMPTY(&d.watch.jobs) && TAILQ_EMPTY(&d.flushing));
     require(!d.device_lost);
+    require(mapped == 0 && opened == 0 && recorded == given_back);
     const struct stats *s = &d.stats;
     require(s->accepted == s->done + s->failed + s->canceled + s->dropped);
 }

@@ -95,9 +95,12 @@ def test_numbers():
     for text, number in (("at most 65,536 bytes", sage.PACKET_MAX),
                          ("69,632 bytes", sage.PAGE_BYTES)):
         assert text in DOC and int(re.sub(r"\D", "", text)) == number
-    for name, value in (("PROTO_PACKET_MAX", 65536), ("PROTO_DEPTH_MAX", 6), ("PROTO_FDS_MAX", 1)):
+    for name, value in (("PROTO_PACKET_MAX", 65536), ("PROTO_DEPTH_MAX", 6), ("PROTO_FDS_MAX", 32),
+                        ("PROTO_HANDLE_MAX", 64), ("CHUNKS_MAX", 8192), ("EVENTS_MAX", 256)):
         assert re.search(rf"{name} = {value}\b", PROTO), name
-    assert re.search(r"nesting at most 6 deep", DOC) and "at most one descriptor" in DOC
+    assert re.search(r"nesting at most 6 deep", DOC) and "at most 32 descriptors" in DOC
+    for text in ("at most 8,192 chunks", "at most 256 of them", "Protocol version **1.1**"):
+        assert text in DOC, text
 
 
 if __name__ == "__main__":

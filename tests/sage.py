@@ -23,12 +23,14 @@ import msgpack
 import numpy as np
 
 OPS = {"HELLO": 1, "REGISTER": 2, "UNREGISTER": 3, "SUBMIT": 4, "CANCEL": 5, "STATS": 6,
-       "CLIENTS": 7, "PING": 8, "DRAIN": 9, "DONE": 32, "ERROR": 33}
+       "CLIENTS": 7, "PING": 8, "DRAIN": 9, "EVENT": 10, "WAITED": 11, "DONE": 32, "ERROR": 33,
+       "LAUNCHED": 34}
 OP_NAMES = {number: name for name, number in OPS.items()}
 STATUSES = {"EINVAL": 1, "EUNSUPPORTED": 2, "ENOMEM": 3, "EWORKSPACE": 4, "EBUFFER": 5,
             "EBOUNDS": 6, "EHANDLE": 7, "EBUSY": 8, "EQUOTA": 9, "EDRAIN": 10, "EPROTO": 11,
             "EVERSION": 12, "EPERM": 13, "ENODAEMON": 14, "ELOST": 15, "ETIMEDOUT": 16,
-            "ECANCELED": 17, "EDEVICE": 18, "EFORK": 19, "EINTERNAL": 20, "ESTARTED": 21}
+            "ECANCELED": 17, "EDEVICE": 18, "EFORK": 19, "EINTERNAL": 20, "ESTARTED": 21,
+            "ECAPTURE": 22}
 STATUS_NAMES = {0: "OK", **{number: name for name, number in STATUSES.items()}}
 DTYPES = {"f16": (1, 2), "bf16": (2, 2), "f32": (3, 4), "bool": (4, 1)}
 PACKET_MAX = 65536
@@ -176,7 +178,7 @@ class Client:
             raise
 
     def hello(self, **keys):
-        body = {"major": 1, "minor": 0, "pid": os.getpid(), "name": "test", "library": "sage.py",
+        body = {"major": 1, "minor": 1, "pid": os.getpid(), "name": "test", "library": "sage.py",
                 "page": self.page is not None}
         body.update(keys)
         self.welcome = self.call("HELLO", body, [self.page.fd] if self.page else [])
@@ -230,7 +232,7 @@ class Client:
             op, got, body = self.receive()
             if op == "ERROR" and got in (seq, 0):
                 raise SageError(body["status"], body["text"])
-            if op != "DONE" and got == seq:
+            if op not in ("DONE", "LAUNCHED") and got == seq:
                 return body
 
     def call(self, op, body=None, fds=()):

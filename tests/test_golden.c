@@ -45,8 +45,61 @@ static const struct msg_welcome welcome = {
     .backend = "cpu",
     .device = "CPU, 8 threads",
 };
+static const struct msg_welcome welcome_gpu = {
+    .major = 1,
+    .minor = 1,
+    .jobs = 256,
+    .bytes = UINT64_C(1) << 36,
+    .buffers = 256,
+    .pid = 812,
+    .boot = 1,
+    .version = "0.1.0",
+    .backend = "cuda",
+    .device = "NVIDIA H100 80GB HBM3",
+    .uuid = "GPU-01234567-89ab-cdef-0123-456789abcdef",
+    .modes = MODE_SYNC | MODE_EVENT,
+};
 static const struct msg_register reg = {.buffer = 1, .kind = BUFFER_MEMFD, .size = 65536};
 static const struct msg_registered registered = {.buffer = 1, .size = 65536};
+#define HANDLE                                                                                     \
+    {                                                                                              \
+        0x10, 0x32, 0x54, 0x76, [PROTO_HANDLE_MAX - 1] = 0xfe                                      \
+    }
+static const struct msg_register register_ipc = {
+    .buffer = 2,
+    .kind = BUFFER_CUDA_IPC,
+    .size = 20971520,
+    .n_handle = PROTO_HANDLE_MAX,
+    .handle = HANDLE,
+};
+static const struct msg_register register_vmm = {
+    .buffer = 3,
+    .kind = BUFFER_VMM,
+    .size = 25165824,
+    .n_chunks = 2,
+    .chunks = {2097152, 20971520},
+    .more = true,
+};
+static const struct msg_register register_rest = {
+    .buffer = 3,
+    .kind = BUFFER_VMM,
+    .size = 25165824,
+    .n_chunks = 1,
+    .chunks = {2097152},
+};
+static const struct msg_event event = {
+    .event = 1,
+    .n_handle = PROTO_HANDLE_MAX,
+    .handle = HANDLE,
+};
+static const struct msg_launched launched = {
+    .lane = 1,
+    .number = 2,
+    .event = 7,
+    .n_handle = PROTO_HANDLE_MAX,
+    .handle = HANDLE,
+};
+static const struct msg_waited waited = {.event = 7};
 static const struct msg_unregister unregister = {.buffer = 70000};
 static const struct msg_submit submit = {
     .lane = 3,
@@ -102,6 +155,22 @@ static const struct msg_submit submit_varlen = {
     .q_offsets = {0, 5, 12},
     .k_offsets = {0, 12, 12},
 };
+static const struct msg_submit submit_event = {
+    .lane = 1,
+    .number = 2,
+    .event = 1,
+    .staged = 4096,
+    .attn =
+        {
+            .q = F16_TENSOR(2, 0, 1, 8),
+            .k = F16_TENSOR(2, 1024, 1, 8),
+            .v = F16_TENSOR(2, 2048, 1, 8),
+            .o = F16_TENSOR(2, 3072, 1, 8),
+            .smooth_k = true,
+            .window_left = SAGE_UNLIMITED,
+            .window_right = SAGE_UNLIMITED,
+        },
+};
 static const struct msg_cancel cancel = {.lane = 3, .number = 200};
 static const struct msg_canceled canceled = {.canceled = true};
 static const struct msg_empty empty;
@@ -123,6 +192,10 @@ static const struct msg_client_list client_list = {
                  .run_ns = 80000000,
                  .buffers = 2,
                  .mapped_bytes = 131072}},
+};
+static const struct msg_client_list client_modes = {
+    .n_clients = 1,
+    .clients = {{.id = 14, .pid = 1, .name = "", .mode = "event"}},
 };
 static const struct msg_done done = {
     .n_jobs = 2,
@@ -162,13 +235,18 @@ static const struct golden {
 } golden[] = {
     {"hello", OP_HELLO, 1, MSG_HELLO, sizeof(hello), &hello},
     {"welcome", OP_HELLO, 1, MSG_WELCOME, sizeof(welcome), &welcome},
+    {"welcome_gpu", OP_HELLO, 1, MSG_WELCOME, sizeof(welcome_gpu), &welcome_gpu},
     {"register", OP_REGISTER, 2, MSG_REGISTER, sizeof(reg), &reg},
     {"registered", OP_REGISTER, 2, MSG_REGISTERED, sizeof(registered), &registered},
+    {"register_ipc", OP_REGISTER, 3, MSG_REGISTER, sizeof(register_ipc), &register_ipc},
+    {"register_vmm", OP_REGISTER, 4, MSG_REGISTER, sizeof(register_vmm), &register_vmm},
+    {"register_rest", OP_REGISTER, 5, MSG_REGISTER, sizeof(register_rest), &register_rest},
     {"unregister", OP_UNREGISTER, 300, MSG_UNREGISTER, sizeof(unregister), &unregister},
     {"unregistered", OP_UNREGISTER, 300, MSG_EMPTY, sizeof(empty), &empty},
     {"submit", OP_SUBMIT, 4, MSG_SUBMIT, sizeof(submit), &submit},
     {"submit_mask", OP_SUBMIT, 5, MSG_SUBMIT, sizeof(submit_mask), &submit_mask},
     {"submit_varlen", OP_SUBMIT, 6, MSG_SUBMIT, sizeof(submit_varlen), &submit_varlen},
+    {"submit_event", OP_SUBMIT, 7, MSG_SUBMIT, sizeof(submit_event), &submit_event},
     {"cancel", OP_CANCEL, 7, MSG_CANCEL, sizeof(cancel), &cancel},
     {"canceled", OP_CANCEL, 7, MSG_CANCELED, sizeof(canceled), &canceled},
     {"stats", OP_STATS, 65536, MSG_EMPTY, sizeof(empty), &empty},
@@ -176,8 +254,12 @@ static const struct golden {
     {"clients", OP_CLIENTS, 8, MSG_CLIENTS, sizeof(clients), &clients},
     {"clients_first", OP_CLIENTS, 9, MSG_CLIENTS, sizeof(clients_first), &clients_first},
     {"client_list", OP_CLIENTS, 8, MSG_CLIENT_LIST, sizeof(client_list), &client_list},
+    {"client_modes", OP_CLIENTS, 9, MSG_CLIENT_LIST, sizeof(client_modes), &client_modes},
     {"ping", OP_PING, UINT32_MAX, MSG_EMPTY, sizeof(empty), &empty},
     {"drain", OP_DRAIN, 10, MSG_EMPTY, sizeof(empty), &empty},
+    {"event", OP_EVENT, 11, MSG_EVENT, sizeof(event), &event},
+    {"launched", OP_LAUNCHED, 0, MSG_LAUNCHED, sizeof(launched), &launched},
+    {"waited", OP_WAITED, 12, MSG_WAITED, sizeof(waited), &waited},
     {"done", OP_DONE, 0, MSG_DONE, sizeof(done), &done},
     {"error", OP_ERROR, 300, MSG_ERROR, sizeof(error), &error},
 };

@@ -268,6 +268,16 @@ static void random_str(struct rng *rng, char *to, size_t size)
     memset(to + len, 0, size - len);
 }
 
+/* As many as are set; behind them zeros. */
+static uint32_t random_bytes(struct rng *rng, uint8_t handle[PROTO_HANDLE_MAX])
+{
+    uint32_t n = (uint32_t)rng_below(rng, PROTO_HANDLE_MAX + 1);
+
+    for (uint32_t i = 0; i < n; i++)
+        handle[i] = (uint8_t)rng_bits(rng);
+    return n;
+}
+
 /* Of every size, so that every width on the wire occurs. */
 static uint64_t random_u64(struct rng *rng)
 {
@@ -302,6 +312,8 @@ static void random_submit(struct rng *rng, struct msg_submit *m)
 
     U32(m->lane);
     U32(m->number);
+    U32(m->event);
+    U64(m->staged);
     random_tensor(rng, &a->q);
     random_tensor(rng, &a->k);
     random_tensor(rng, &a->v);
@@ -340,6 +352,7 @@ static void random_client(struct rng *rng, struct msg_client *c)
     U64(c->run_ns);
     U32(c->buffers);
     U64(c->mapped_bytes);
+    STR(c->mode);
 }
 
 static void random_stats(struct rng *rng, struct msg_stats *m)
@@ -380,6 +393,11 @@ static void random_message(struct rng *rng, enum msg_kind kind, union message *m
     case MSG_REGISTER:
         U32(m->as_register.buffer), U32(m->as_register.kind);
         U64(m->as_register.size);
+        m->as_register.n_handle = random_bytes(rng, m->as_register.handle);
+        m->as_register.n_chunks = (uint32_t)rng_below(rng, PROTO_FDS_MAX + 1);
+        for (uint32_t i = 0; i < m->as_register.n_chunks; i++)
+            U64(m->as_register.chunks[i]);
+        BOOL(m->as_register.more);
         break;
     case MSG_UNREGISTER:
         U32(m->as_unregister.buffer);
@@ -389,6 +407,13 @@ static void random_message(struct rng *rng, enum msg_kind kind, union message *m
         break;
     case MSG_CANCEL:
         U32(m->as_cancel.lane), U32(m->as_cancel.number);
+        break;
+    case MSG_EVENT:
+        U32(m->as_event.event);
+        m->as_event.n_handle = random_bytes(rng, m->as_event.handle);
+        break;
+    case MSG_WAITED:
+        U32(m->as_waited.event);
         break;
     case MSG_CLIENTS:
         U64(m->as_clients.after);
@@ -401,6 +426,7 @@ static void random_message(struct rng *rng, enum msg_kind kind, union message *m
         U64(m->as_welcome.bytes), U64(m->as_welcome.pid), U64(m->as_welcome.boot);
         STR(m->as_welcome.version), STR(m->as_welcome.backend), STR(m->as_welcome.device);
         STR(m->as_welcome.uuid);
+        U32(m->as_welcome.modes);
         break;
     case MSG_REGISTERED:
         U32(m->as_registered.buffer);
@@ -411,6 +437,10 @@ static void random_message(struct rng *rng, enum msg_kind kind, union message *m
         break;
     case MSG_DONE:
         random_done(rng, &m->as_done);
+        break;
+    case MSG_LAUNCHED:
+        U32(m->as_launched.lane), U32(m->as_launched.number), U32(m->as_launched.event);
+        m->as_launched.n_handle = random_bytes(rng, m->as_launched.handle);
         break;
     case MSG_ERROR:
         U32(m->as_error.status);
@@ -502,8 +532,10 @@ static void test_sizes(void **state)
     assert_true(packet_encode(bytes, sizeof(bytes), OP_DONE, 0, MSG_DONE, &m));
     memset(&m, 0xff, sizeof(m));
     m.as_client_list.n_clients = CLIENTS_MAX;
-    for (int i = 0; i < CLIENTS_MAX; i++)
+    for (int i = 0; i < CLIENTS_MAX; i++) {
         m.as_client_list.clients[i].name[PROTO_NAME_MAX - 1] = '\0';
+        m.as_client_list.clients[i].mode[PROTO_NAME_MAX - 1] = '\0';
+    }
     m.as_client_list.more = true;
     assert_true(packet_encode(bytes, sizeof(bytes), OP_CLIENTS, 0, MSG_CLIENT_LIST, &m));
     memset(&m, 0, sizeof(m));
@@ -644,6 +676,67 @@ static void test_offsets(void **state)
     size_t len = packet_encode(bytes, sizeof(bytes), OP_SUBMIT, 1, MSG_SUBMIT, &m);
     assert_int_equal(packet_open(u, bytes, len, &packet, why), 0);
     assert_int_equal(packet_decode(&packet, MSG_SUBMIT, &got, why), SAGE_EPROTO);
+    unpacker_destroy(u);
+}
+
+/* Handles, as strings, and lists of sizes. */
+static void test_register(void **state)
+{
+    (void)state;
+#define REGISTER(more) "[2,1,{'buffer':1,'kind':3,'size':4096" more "}]"
+#define SIXTEEN "1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16"
+    static const struct {
+        const char *text, *why;
+        uint32_t n_chunks;
+    } cases[] = {
+        {REGISTER(""), NULL, 0},
+        {REGISTER(",'chunks':[]"), NULL, 0},
+        {REGISTER(",'chunks':[4096,18446744073709551615],'more':true"), NULL, 2},
+        {REGISTER(",'chunks':[" SIXTEEN "," SIXTEEN "]"), NULL, PROTO_FDS_MAX},
+        {REGISTER(",'chunks':[" SIXTEEN "," SIXTEEN ",33]"), "chunks: must be at most 32", 0},
+        {REGISTER(",'chunks':[-1]"), "chunks: must be", 0},
+        {REGISTER(",'chunks':[1,2.0]"), "chunks: must be", 0},
+        {REGISTER(",'chunks':4096"), "chunks: must be", 0},
+        {REGISTER(",'chunks':{}"), "chunks: must be", 0},
+        {REGISTER(",'more':1"), "more: must be", 0},
+        {REGISTER(",'handle':'abc'"), "handle: must be a bin", 0},
+        {REGISTER(",'handle':[]"), "handle: must be a bin", 0},
+        {"[10,1,{'event':1,'handle':5}]", "handle: must be a bin", 0},
+    };
+    static union message m;
+    char why[PROTO_TEXT_MAX];
+
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        bool is_event = !strncmp(cases[i].text, "[10", 3);
+        int rc = decode(cases[i].text, is_event ? MSG_EVENT : MSG_REGISTER, &m, why);
+        assert_int_equal(rc, cases[i].why ? SAGE_EPROTO : 0);
+        if (rc && strncmp(why, cases[i].why, strlen(cases[i].why)))
+            fail_msg("%s: '%s'", cases[i].text, why);
+        if (!is_event)
+            assert_int_equal(m.as_register.n_chunks, cases[i].n_chunks);
+    }
+}
+
+/* A handle longer than its array must not be written behind it. */
+static void test_long_handle(void **state)
+{
+    static uint8_t bytes[256];
+    static struct msg_register m;
+    struct unpacker *u = unpacker_create();
+    struct packet packet;
+    char why[PROTO_TEXT_MAX];
+    (void)state;
+
+    m.n_handle = PROTO_HANDLE_MAX;
+    size_t len = packet_encode(bytes, sizeof(bytes), OP_REGISTER, 1, MSG_REGISTER, &m);
+    uint8_t *head = memmem(bytes, len, "handle", 6);
+    assert_non_null(head);
+    assert_int_equal(head[7], PROTO_HANDLE_MAX); /* behind the type byte of a bin */
+    head[7]++;
+    memset(bytes + len, 0, 1);
+    assert_int_equal(packet_open(u, bytes, len + 1, &packet, why), 0);
+    assert_int_equal(packet_decode(&packet, MSG_REGISTER, &m, why), SAGE_EPROTO);
+    assert_int_equal(m.n_handle, 0);
     unpacker_destroy(u);
 }
 
@@ -792,6 +885,7 @@ int main(void)
         cmocka_unit_test(test_offsets),          cmocka_unit_test(test_strings),
         cmocka_unit_test(test_envelope),         cmocka_unit_test(test_others_are_lenient),
         cmocka_unit_test(test_long_lists),       cmocka_unit_test(test_long_text),
+        cmocka_unit_test(test_register),         cmocka_unit_test(test_long_handle),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
