@@ -7,26 +7,44 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "config.h"
 #include "kernels/problem.h"
 
+#ifdef HAVE_CUDA
+#define BACKENDS "auto, cpu, cuda, fault"
+static const struct backend *const backends[] = {&backend_cpu, &backend_cuda, &backend_fault};
+#else
+#define BACKENDS "auto, cpu, fault"
 static const struct backend *const backends[] = {&backend_cpu, &backend_fault};
+#endif
+
+/* The CPU never stands in for a GPU in silence: only where there is no driver at all. */
+static const char *automatic(char *why)
+{
+    if (access("/proc/driver/nvidia/version", F_OK) < 0)
+        return "cpu";
+#ifdef HAVE_CUDA
+    (void)why;
+    return "cuda";
+#else
+    snprintf(why, PROTO_TEXT_MAX,
+             "backend: there is an NVIDIA driver, but this sageattnd was built without CUDA; say "
+             "backend=cpu to compute on the CPU");
+    return NULL;
+#endif
+}
 
 const struct backend *backend_find(const char *name, char *why)
 {
     if (!strcmp(name, "auto")) {
-        /* The CPU never stands in for a GPU in silence: only where there is no driver at all. */
-        if (access("/proc/driver/nvidia/version", F_OK) == 0) {
-            snprintf(why, PROTO_TEXT_MAX,
-                     "backend: there is an NVIDIA driver, but this version has "
-                     "no CUDA backend; say backend=cpu to compute on the CPU");
+        name = automatic(why);
+        if (!name)
             return NULL;
-        }
-        name = "cpu";
     }
     for (size_t i = 0; i < sizeof(backends) / sizeof(backends[0]); i++)
         if (!strcmp(name, backends[i]->name))
             return backends[i];
-    snprintf(why, PROTO_TEXT_MAX, "backend: '%.64s' is none of auto, cpu, fault", name);
+    snprintf(why, PROTO_TEXT_MAX, "backend: '%.64s' is none of " BACKENDS, name);
     return NULL;
 }
 

@@ -71,16 +71,20 @@ void cpu_describe(struct device *device, char name[PROTO_NAME_MAX], char uuid[PR
     uuid[0] = '\0';
 }
 
-int cpu_map(struct device *device, uint32_t kind, int fd, void **base, uint64_t *size, char *why)
+void cpu_defaults(struct device *device, struct config *config)
+{
+    (void)device;
+    config_memory(config);
+}
+
+int cpu_map(struct device *device, const struct mapping *what, void **base, uint64_t *size,
+            char *why)
 {
     struct stat st;
     struct statfs fs;
+    int fd = what->fds[0];
     (void)device;
 
-    if (kind != BUFFER_MEMFD) {
-        snprintf(why, PROTO_TEXT_MAX, "kind: %u is not memfd, the only one on the CPU", kind);
-        return SAGE_EUNSUPPORTED;
-    }
     int seals = fcntl(fd, F_GET_SEALS);
     if (seals < 0) {
         snprintf(why, PROTO_TEXT_MAX, "descriptor: not a memfd");
@@ -111,10 +115,22 @@ int cpu_map(struct device *device, uint32_t kind, int fd, void **base, uint64_t 
     return 0;
 }
 
-void cpu_unmap(struct device *device, void *base, uint64_t size)
+void cpu_unmap(struct device *device, const struct mapping *what, void *base, uint64_t size)
+{
+    (void)device, (void)what;
+    munmap(base, size);
+}
+
+void *cpu_memory_get(struct device *device, size_t bytes)
 {
     (void)device;
-    munmap(base, size);
+    return calloc(1, bytes);
+}
+
+void cpu_memory_put(struct device *device, void *memory)
+{
+    (void)device;
+    free(memory);
 }
 
 int cpu_run_piece(struct sage_cpu *cpu, const struct piece *piece, void *workspace, size_t bytes)

@@ -1,16 +1,24 @@
 /*
- * buffer.c - registering, using and letting go of client memory.
+ * buffer.c - registering, using and letting go of what clients share: memory, and events.
  */
 #include "daemon/buffer.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "daemon/daemon.h"
 #include "daemon/discard.h"
 #include "daemon/log.h"
+
+enum {
+    USER_FDS_MAX = 2 * CHUNKS_MAX, /* descriptors that one user may have us keep, at most */
+    LIST_STEP = 256,               /* chunks by which the lists of a buffer grow */
+};
+
+/* --- memory --- */
 
 static struct buffer *find(struct session *s, uint32_t id)
 {
@@ -44,6 +52,8 @@ static void buffer_free(struct buffer *b)
 
     s->n_mappings--;
     s->user->n_mappings--;
+    free(b->mapping.fds);
+    free(b->mapping.sizes);
     free(b);
     if (s->closing)
         session_free_if_unused(s);
@@ -54,7 +64,7 @@ static void unmap_work(uv_work_t *work)
     struct buffer *b = work->data;
     struct daemon *d = b->session->daemon;
 
-    d->backend->unmap(d->device, b->base, b->size);
+    d->backend->unmap(d->device, &b->mapping, b->base, b->size);
 }
 
 static void after_unmap(uv_work_t *work, int status)
@@ -82,13 +92,21 @@ static void map_work(uv_work_t *work)
     struct buffer *b = work->data;
     struct daemon *d = b->session->daemon;
 
-    b->status = d->backend->map(d->device, b->kind, b->fd, &b->base, &b->size, b->why);
+    b->status = d->backend->map(d->device, &b->mapping, &b->base, &b->size, b->why);
     if (b->status) {
-        discard(b->fd);
+        discard(b->mapping.fds, b->n_fds);
         b->size = 0;
-    } else {
-        close(b->fd); /* a memfd that is mapped: nothing goes yet */
+        return;
     }
+    for (unsigned i = 0; i < b->n_fds; i++)
+        close(b->mapping.fds[i]); /* of memory that is mapped: nothing goes yet */
+}
+
+/* map_work() has closed the descriptors, or they have been discarded. */
+static void forget_fds(struct buffer *b)
+{
+    b->session->user->n_fds -= b->n_fds;
+    b->n_fds = 0;
 }
 
 /* What the client said and may have, against what there is. */
@@ -122,6 +140,11 @@ static void after_map(uv_work_t *work, int canceled)
     struct msg_registered msg = {.buffer = b->id, .size = b->size};
     (void)canceled;
 
+    forget_fds(b);
+    if (b->status == SAGE_EDEVICE) { /* not answered: the next daemon will map it */
+        s->daemon->device_lost = true;
+        return;
+    }
     if (b->status) {
         if (!b->leaving) {
             leave(b); /* first: an answer that cannot be sent closes the session */
@@ -147,20 +170,42 @@ static void after_map(uv_work_t *work, int canceled)
     session_send(s, OP_REGISTER, b->seq, MSG_REGISTERED, &msg);
 }
 
-static int check_register(struct session *s, const struct msg_register *msg, int fd, char *why)
+/* Is the packet what its kind must be? `n_fds` is not more than it may be. */
+static int check_kind(const struct session *s, const struct msg_register *msg, unsigned n_fds,
+                      char *why)
+{
+    bool is_ipc = msg->kind == BUFFER_CUDA_IPC, is_vmm = msg->kind == BUFFER_VMM;
+    unsigned wanted = is_ipc ? 0 : is_vmm ? msg->n_chunks : 1;
+
+    if (msg->kind > BUFFER_VMM || !(s->daemon->backend->kinds & 1u << msg->kind)) {
+        snprintf(why, PROTO_TEXT_MAX, "kind: %u cannot be mapped by backend %s", msg->kind,
+                 s->daemon->backend->name);
+        return SAGE_EUNSUPPORTED;
+    }
+    if (n_fds != wanted) {
+        snprintf(why, PROTO_TEXT_MAX, "descriptor: %s came with the packet, must be %u",
+                 n_fds ? "too few" : "none", wanted);
+        return SAGE_EHANDLE;
+    }
+    if (msg->n_handle != (is_ipc ? PROTO_HANDLE_MAX : 0)) {
+        snprintf(why, PROTO_TEXT_MAX, "handle: %u bytes, must be %d", msg->n_handle,
+                 is_ipc ? PROTO_HANDLE_MAX : 0);
+        return SAGE_EINVAL;
+    }
+    if (is_vmm ? msg->n_chunks == 0 : msg->n_chunks || msg->more) {
+        snprintf(why, PROTO_TEXT_MAX, is_vmm ? "chunks: none" : "chunks, more: only with vmm");
+        return SAGE_EINVAL;
+    }
+    return 0;
+}
+
+/* May there be one more buffer? */
+static int check_new(const struct session *s, const struct msg_register *msg, char *why)
 {
     uint64_t limit = s->daemon->config.client_buffers;
 
-    if (fd < 0) {
-        snprintf(why, PROTO_TEXT_MAX, "descriptor: none came with the packet");
-        return SAGE_EHANDLE;
-    }
     if (msg->buffer == 0) {
         snprintf(why, PROTO_TEXT_MAX, "buffer: must not be 0");
-        return SAGE_EINVAL;
-    }
-    if (find(s, msg->buffer)) {
-        snprintf(why, PROTO_TEXT_MAX, "buffer: %u is registered already", msg->buffer);
         return SAGE_EINVAL;
     }
     if (msg->size == 0) {
@@ -180,33 +225,148 @@ static int check_register(struct session *s, const struct msg_register *msg, int
     return 0;
 }
 
-void buffer_register(struct session *s, const struct msg_register *msg, int fd, uint32_t seq)
+/* Is the packet the next one of a buffer that was begun? */
+static int check_next(const struct buffer *b, const struct msg_register *msg, char *why)
 {
-    char why[PROTO_TEXT_MAX];
-    int rc = check_register(s, msg, fd, why);
-    struct buffer *b = rc ? NULL : calloc(1, sizeof(*b));
+    if (!b->partial) {
+        snprintf(why, PROTO_TEXT_MAX, "buffer: %u is registered already", b->id);
+        return SAGE_EINVAL;
+    }
+    if (msg->kind != b->mapping.kind || msg->size != b->wanted) {
+        snprintf(why, PROTO_TEXT_MAX, "kind, size: must be those that buffer %u was begun with",
+                 b->id);
+        return SAGE_EINVAL;
+    }
+    return 0;
+}
 
-    if (!rc && !b) {
-        snprintf(why, sizeof(why), "out of memory");
-        rc = SAGE_ENOMEM;
-    }
-    if (rc) {
-        if (fd >= 0)
-            discard(fd);
-        session_error(s, seq, rc, why);
-        return;
-    }
+static struct buffer *buffer_create(struct session *s, const struct msg_register *msg)
+{
+    struct buffer *b = calloc(1, sizeof(*b));
+
+    if (!b)
+        return NULL;
     b->session = s;
     b->id = msg->buffer;
-    b->kind = msg->kind;
+    b->mapping.kind = (enum buffer_kind)msg->kind;
+    memcpy(b->mapping.handle, msg->handle, msg->n_handle);
     b->wanted = msg->size;
-    b->fd = fd;
-    b->seq = seq;
     b->work.data = b;
     TAILQ_INSERT_TAIL(&s->buffers[b->id % SESSION_BUCKETS], b, link);
     s->n_buffers++;
     s->n_mappings++;
     s->user->n_mappings++;
+    return b;
+}
+
+/* One that is not mapped and not being mapped. */
+static void buffer_drop(struct buffer *b)
+{
+    discard(b->mapping.fds, b->n_fds);
+    forget_fds(b);
+    leave(b);
+    buffer_free(b);
+}
+
+/* Room for n more. */
+static bool grow(struct mapping *m, unsigned n)
+{
+    unsigned used = m->n % LIST_STEP; /* of the last step; 0: it is full */
+
+    if (n == 0 || (used && used + n <= LIST_STEP))
+        return true;
+    size_t room = (m->n + n + LIST_STEP - 1) / LIST_STEP * LIST_STEP;
+    int *fds = realloc(m->fds, room * sizeof(fds[0]));
+    if (fds)
+        m->fds = fds;
+    uint64_t *sizes = fds ? realloc(m->sizes, room * sizeof(sizes[0])) : NULL;
+    if (sizes)
+        m->sizes = sizes;
+    return sizes;
+}
+
+/*
+ * How many descriptors one user may have us keep. With none left the kernel would drop those of the
+ * next packets, whoever sends them.
+ */
+static unsigned user_fds_max(void)
+{
+    struct rlimit limit;
+
+    if (getrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur / 2 > USER_FDS_MAX)
+        return USER_FDS_MAX;
+    return (unsigned)(limit.rlim_cur / 2);
+}
+
+/* What the packet brings; the descriptors are the buffer's where this says 0. */
+static int add_chunks(struct buffer *b, const struct msg_register *msg, const int *fds,
+                      unsigned n_fds, char *why)
+{
+    struct user *user = b->session->user;
+    struct mapping *m = &b->mapping;
+    uint64_t size = b->size;
+
+    if (m->n + n_fds > CHUNKS_MAX) {
+        snprintf(why, PROTO_TEXT_MAX, "chunks: more than %d in buffer %u", CHUNKS_MAX, b->id);
+        return SAGE_EQUOTA;
+    }
+    if (user->n_fds + n_fds > user_fds_max()) {
+        snprintf(why, PROTO_TEXT_MAX,
+                 "descriptor: %u of this user wait to be mapped, the limit is %u", user->n_fds,
+                 user_fds_max());
+        return SAGE_EBUSY;
+    }
+    for (unsigned i = 0; i < msg->n_chunks; i++)
+        if (msg->chunks[i] == 0 || __builtin_add_overflow(size, msg->chunks[i], &size)) {
+            snprintf(why, PROTO_TEXT_MAX, "chunks: %llu bytes is no size",
+                     (unsigned long long)msg->chunks[i]);
+            return SAGE_EINVAL;
+        }
+    if (!grow(m, n_fds)) {
+        snprintf(why, PROTO_TEXT_MAX, "out of memory");
+        return SAGE_ENOMEM;
+    }
+    for (unsigned i = 0; i < n_fds; i++) {
+        m->fds[m->n] = fds[i];
+        m->sizes[m->n++] = msg->chunks[i]; /* 0 for a memfd */
+    }
+    b->size = size;
+    b->n_fds += n_fds;
+    user->n_fds += n_fds;
+    return 0;
+}
+
+void buffer_register(struct session *s, const struct msg_register *msg, const int *fds,
+                     unsigned n_fds, uint32_t seq)
+{
+    char why[PROTO_TEXT_MAX] = "out of memory";
+    struct buffer *b = find(s, msg->buffer);
+    bool begun = b && b->partial;
+    int rc = check_kind(s, msg, n_fds, why);
+
+    if (!rc)
+        rc = b ? check_next(b, msg, why) : check_new(s, msg, why);
+    if (!rc && !b) {
+        b = buffer_create(s, msg);
+        rc = b ? 0 : SAGE_ENOMEM;
+        begun = b;
+    }
+    if (!rc)
+        rc = add_chunks(b, msg, fds, n_fds, why);
+    if (rc) {
+        discard(fds, n_fds);
+        if (begun)
+            buffer_drop(b);
+        session_error(s, seq, rc, why);
+        return;
+    }
+    b->seq = seq;
+    b->partial = msg->more;
+    if (b->partial) {
+        struct msg_registered reply = {.buffer = b->id, .size = b->size};
+        session_send(s, OP_REGISTER, seq, MSG_REGISTERED, &reply);
+        return;
+    }
     uv_queue_work(&s->daemon->loop, &b->work, map_work, after_map);
 }
 
@@ -234,6 +394,10 @@ void buffer_leave_all(struct session *s)
     for (int i = 0; i < SESSION_BUCKETS; i++) {
         for (b = TAILQ_FIRST(&s->buffers[i]); b; b = next) {
             next = TAILQ_NEXT(b, link);
+            if (b->partial) {
+                buffer_drop(b);
+                continue;
+            }
             bool idle = b->open && b->jobs == 0; /* one that is being mapped goes in after_map() */
             leave(b);
             if (idle)
@@ -251,4 +415,139 @@ void buffer_unref(struct buffer *b)
 {
     if (--b->jobs == 0 && b->leaving)
         unmap(b);
+}
+
+/* --- events --- */
+
+static void event_free(struct event *e)
+{
+    struct session *s = e->session;
+
+    s->n_events--;
+    free(e);
+    if (s->closing)
+        session_free_if_unused(s);
+}
+
+static void close_work(uv_work_t *work)
+{
+    struct event *e = work->data;
+    struct daemon *d = e->session->daemon;
+
+    d->backend->event_close(d->device, e->opened);
+}
+
+static void after_close(uv_work_t *work, int status)
+{
+    (void)status;
+    event_free(work->data);
+}
+
+static void event_leave(struct event *e)
+{
+    LIST_REMOVE(e, link);
+    uv_queue_work(&e->session->daemon->loop, &e->work, close_work, after_close);
+}
+
+static void open_work(uv_work_t *work)
+{
+    struct event *e = work->data;
+    struct daemon *d = e->session->daemon;
+
+    e->status = d->backend->event_open(d->device, e->handle, &e->opened, e->why);
+}
+
+static void after_open(uv_work_t *work, int status)
+{
+    struct event *e = work->data;
+    struct session *s = e->session;
+    (void)status;
+
+    if (e->status == SAGE_EDEVICE) { /* like after_map() */
+        s->daemon->device_lost = true;
+        return;
+    }
+    if (e->status) {
+        LIST_REMOVE(e, link);
+        if (!s->closing)
+            session_error(s, e->seq, e->status, e->why);
+        event_free(e);
+        return;
+    }
+    if (s->closing)
+        event_leave(e);
+    else {
+        e->ready = true;
+        session_send(s, OP_EVENT, e->seq, MSG_EMPTY, &(struct msg_empty){0});
+    }
+}
+
+static struct event *find_event(struct session *s, uint32_t id)
+{
+    struct event *e;
+
+    LIST_FOREACH(e, &s->events, link)
+    if (e->id == id)
+        return e;
+    return NULL;
+}
+
+struct event *event_find(struct session *s, uint32_t id)
+{
+    struct event *e = find_event(s, id);
+
+    return e && e->ready ? e : NULL;
+}
+
+static int check_event(struct session *s, const struct msg_event *msg, char *why)
+{
+    if (!(s->daemon->backend->modes & MODE_EVENT)) {
+        snprintf(why, PROTO_TEXT_MAX, "backend %s has no events", s->daemon->backend->name);
+        return SAGE_EUNSUPPORTED;
+    }
+    if (msg->event == 0 || find_event(s, msg->event)) {
+        snprintf(why, PROTO_TEXT_MAX, "event: %u is 0 or registered already", msg->event);
+        return SAGE_EINVAL;
+    }
+    if (msg->n_handle != PROTO_HANDLE_MAX) {
+        snprintf(why, PROTO_TEXT_MAX, "handle: %u bytes, must be %d", msg->n_handle,
+                 PROTO_HANDLE_MAX);
+        return SAGE_EINVAL;
+    }
+    if (s->n_events >= EVENTS_MAX) {
+        snprintf(why, PROTO_TEXT_MAX, "event: %d are registered, which is the limit", EVENTS_MAX);
+        return SAGE_EQUOTA;
+    }
+    return 0;
+}
+
+void event_register(struct session *s, const struct msg_event *msg, uint32_t seq)
+{
+    char why[PROTO_TEXT_MAX] = "out of memory";
+    int rc = check_event(s, msg, why);
+    struct event *e = rc ? NULL : calloc(1, sizeof(*e));
+
+    if (!e) {
+        session_error(s, seq, rc ? rc : SAGE_ENOMEM, why);
+        return;
+    }
+    e->session = s;
+    e->id = msg->event;
+    e->seq = seq;
+    e->work.data = e;
+    memcpy(e->handle, msg->handle, PROTO_HANDLE_MAX);
+    LIST_INSERT_HEAD(&s->events, e, link);
+    s->n_events++;
+    uv_queue_work(&s->daemon->loop, &e->work, open_work, after_open);
+}
+
+void event_leave_all(struct session *s)
+{
+    struct event *e, *next;
+
+    for (e = LIST_FIRST(&s->events); e; e = next) {
+        next = LIST_NEXT(e, link);
+        if (e->ready) /* one that is being opened goes in after_open() */
+            event_leave(e);
+    }
 }

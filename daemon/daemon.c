@@ -11,6 +11,7 @@
 #include <time.h>
 
 #include "daemon/log.h"
+#include "kernels/problem.h"
 
 enum {
     TICK_MS = 500,
@@ -135,6 +136,11 @@ static void on_tick(uv_timer_t *timer)
         uv_stop(&d->loop);
         return;
     }
+    if (d->backend->is_lost && d->backend->is_lost(d->device)) {
+        d->device_lost = true;
+        notify(d); /* on_turn() ends it, and does not sleep first */
+        return;
+    }
     if (d->on_tick)
         d->on_tick(d);
 }
@@ -157,55 +163,73 @@ static int run_and_wait(struct daemon *d, struct stream *stream, const struct sa
     struct piece piece = {
         .attn = attn,
         .part = {.n_groups = sage_attn_groups(attn), .n_rows = -1},
+        .launch_ns = daemon_now(),
     };
 
     d->backend->start(stream, &piece);
-    while (!__atomic_load_n(&piece.done, __ATOMIC_ACQUIRE))
+    while (!__atomic_load_n(&piece.done, __ATOMIC_ACQUIRE)) {
+        if (d->backend->poll)
+            d->backend->poll(stream);
         sched_yield();
+    }
     return piece.status;
 }
 
 /*
  * One small job of a kind on every slot: what is loaded late or cannot run is known before READY.
  */
-static int warm_up_kind(struct daemon *d, enum sage_variant variant, enum sage_dtype dtype)
+static int warm_up_kind(struct daemon *d, enum sage_variant variant, enum sage_dtype dtype,
+                        int64_t dim, char *why)
 {
-    enum { HEADS = 2, TOKENS = 128, DIM = 64, ELEMENTS = HEADS * TOKENS * DIM };
+    enum { HEADS = 2, TOKENS = 128 };
+    const int64_t elements = HEADS * TOKENS * dim;
     struct sage_attn attn = SAGE_ATTN_INIT;
-    struct sage_tensor t = {
-        .dtype = dtype,
-        .shape = {1, HEADS, TOKENS, DIM},
-        .stride = {ELEMENTS, TOKENS * DIM, DIM, 1},
-    };
-    /* Host memory: a backend for a device brings its own way to warm up. */
-    uint16_t *memory = calloc(4 * ELEMENTS, sizeof(*memory));
-    int rc = memory ? 0 : SAGE_ENOMEM;
 
     attn.variant = variant;
-    attn.q = attn.k = attn.v = attn.o = t;
-    attn.q.data = memory;
+    attn.q = attn.k = attn.v = attn.o = (struct sage_tensor){
+        .dtype = dtype,
+        .shape = {1, HEADS, TOKENS, dim},
+        .stride = {elements, TOKENS * dim, dim, 1},
+    };
+    if (d->backend->supports && d->backend->supports(d->device, &attn, why))
+        return 0;
+    if (dim > 64 && d->backend->workspace(&attn, NULL) > d->sched.workspace)
+        return 0; /* nor will it for a client */
+    uint16_t *memory = d->backend->memory_get(d->device, 4 * (size_t)elements * sizeof(*memory));
+    int rc = memory ? 0 : SAGE_ENOMEM;
     if (memory) {
-        attn.k.data = memory + ELEMENTS;
-        attn.v.data = memory + 2 * ELEMENTS;
-        attn.o.data = memory + 3 * ELEMENTS;
+        attn.q.data = memory;
+        attn.k.data = memory + elements;
+        attn.v.data = memory + 2 * elements;
+        attn.o.data = memory + 3 * elements;
     }
     for (unsigned i = 0; !rc && i < d->sched.n_slots; i++)
         rc = run_and_wait(d, d->sched.slots[i].stream, &attn);
-    free(memory);
+    if (memory)
+        d->backend->memory_put(d->device, memory);
+    snprintf(why, PROTO_TEXT_MAX, "warm-up of %s %s d%d: %s", sage_variant_name(variant),
+             sage_dtype_name(dtype), (int)dim, sage_strerror(rc));
     return rc;
 }
 
 static int warm_up(struct daemon *d, char *why)
 {
-    static const enum sage_dtype dtypes[] = {SAGE_F16, SAGE_BF16};
+    static const int64_t dims[] = {64, 96, 128, 192, SAGE_MAX_HEAD_DIM}; /* as many kernels */
+    static const struct {
+        enum sage_variant variant;
+        enum sage_dtype dtype;
+    } kinds[] = {
+        {SAGE_INT8_FP16, SAGE_F16},
+        {SAGE_INT8_FP16, SAGE_BF16},
+        {SAGE_INT8_FP8, SAGE_F16},
+        {SAGE_INT8_FP8, SAGE_BF16},
+    };
 
-    for (int i = 0; i < 2; i++) {
-        for (int v = SAGE_INT8_FP16; v <= SAGE_INT8_FP8; v++) {
-            int rc = warm_up_kind(d, (enum sage_variant)v, dtypes[i]);
-            if (!rc)
-                continue;
-            snprintf(why, PROTO_TEXT_MAX, "warm-up: %s", sage_strerror(rc));
-            return rc;
+    for (size_t i = 0; i < sizeof(kinds) / sizeof(kinds[0]); i++) {
+        for (size_t j = 0; j < sizeof(dims) / sizeof(dims[0]); j++) {
+            int rc = warm_up_kind(d, kinds[i].variant, kinds[i].dtype, dims[j], why);
+            if (rc)
+                return rc;
         }
     }
     return 0;
@@ -225,6 +249,7 @@ static int open_device(struct daemon *d, char *why)
     if (rc)
         return rc;
     d->backend->describe(d->device, d->device_name, d->device_uuid);
+    d->backend->defaults(d->device, &d->config);
     rc = sched_init(d, why);
     if (rc)
         goto err_device;
@@ -277,7 +302,7 @@ int daemon_init(struct daemon *d, const struct config *config, char *why)
     TAILQ_INIT(&d->closing);
     TAILQ_INIT(&d->flushing);
     TAILQ_INIT(&d->users);
-    d->stats.started_ns = d->idle_since_ns = d->last_tick_ns = daemon_now();
+    d->stats.started_ns = daemon_now();
     snprintf(why, PROTO_TEXT_MAX, "out of memory or descriptors");
     if (getrandom(&d->boot, sizeof(d->boot), 0) != sizeof(d->boot))
         return SAGE_EINTERNAL;
@@ -298,6 +323,7 @@ int daemon_init(struct daemon *d, const struct config *config, char *why)
         return rc;
     }
     start_handles(d);
+    d->idle_since_ns = d->last_tick_ns = daemon_now(); /* opening may have taken long */
     return 0;
 }
 

@@ -5,8 +5,8 @@
 #ifndef SAGE_DISCARD_H
 #define SAGE_DISCARD_H
 
-/* Close a descriptor on a thread of its own. */
-void discard(int fd);
+/* Close descriptors one after the other on a thread of their own. */
+void discard(const int *fds, unsigned n);
 /* Close a socket: on a thread if packets, which may carry descriptors, are waiting in it unread. */
 void discard_socket(int fd);
 

@@ -120,6 +120,22 @@ static int check_workspace(const struct daemon *d, const struct sage_attn *attn,
     return 0;
 }
 
+static int check_event(struct session *s, const struct msg_submit *msg, char *why)
+{
+    if (!msg->event)
+        return 0;
+    if (!event_find(s, msg->event)) {
+        snprintf(why, PROTO_TEXT_MAX, "event: %u is not registered", msg->event);
+        return SAGE_EHANDLE;
+    }
+    if (s->n_pledged >= EVENTS_MAX) {
+        snprintf(why, PROTO_TEXT_MAX, "event: %d jobs are not WAITED for, which is the limit",
+                 EVENTS_MAX);
+        return SAGE_EBUSY;
+    }
+    return 0;
+}
+
 static int check(struct session *s, const struct msg_submit *msg, char *why)
 {
     struct sage_attn attn = msg->attn;
@@ -142,8 +158,13 @@ static int check(struct session *s, const struct msg_submit *msg, char *why)
     }
     for (int i = 0; i < JOB_TENSORS; i++)
         tensor_of(&attn, i)->data = NULL;
+    const struct daemon *d = s->daemon;
     rc = sage_attn_check(&attn, why, PROTO_TEXT_MAX);
-    return rc ? rc : check_workspace(s->daemon, &attn, why);
+    if (!rc && d->backend->supports)
+        rc = d->backend->supports(d->device, &attn, why);
+    if (!rc)
+        rc = check_event(s, msg, why);
+    return rc ? rc : check_workspace(d, &attn, why);
 }
 
 static struct job *job_create(struct session *s, const struct msg_submit *msg)
@@ -158,6 +179,8 @@ static struct job *job_create(struct session *s, const struct msg_submit *msg)
     job->number = msg->number;
     job->prompt = msg->prompt;
     job->attn = msg->attn;
+    job->event = msg->event ? event_find(s, msg->event) : NULL;
+    job->by_event = job->event;
     if (n) {
         int32_t *offsets = (int32_t *)(job + 1);
         memcpy(offsets, msg->q_offsets, n * sizeof(int32_t));
@@ -178,6 +201,8 @@ static void accept_job(struct session *s, struct job *job)
     TAILQ_INSERT_TAIL(&s->lanes[job->lane].jobs, job, lane_link);
     s->n_jobs++;
     s->user->n_jobs++;
+    s->n_pledged += job->by_event;
+    s->mode = job->by_event ? "event" : s->daemon->backend->client_mode;
     s->daemon->stats.accepted++;
     sched_lane(s, job->lane);
 }
@@ -197,12 +222,61 @@ bool job_submit(struct session *s, const struct msg_submit *msg, char *why)
     if (!rc)
         rc = bind_tensors(s, job, why);
     if (!rc) {
+        /* Its word alone; but staged is only what lies in memory that is mapped here. */
+        s->daemon->stats.staged_bytes +=
+            msg->staged < s->mapped_bytes ? msg->staged : s->mapped_bytes;
         accept_job(s, job);
         return true;
     }
     free(job);
     refuse(s, msg->lane, msg->number, rc, why);
     return true;
+}
+
+/* --- inputs, and who waits for outputs --- */
+
+int job_is_ready(const struct job *job)
+{
+    const struct daemon *d = job->session->daemon;
+    const uint32_t *acquire = job->session->page->lane[job->lane].acquire;
+
+    if (!page_reached(page_load(&acquire[job->number % SAGE_ENTRIES]), job->number))
+        return 0;
+    return job->event ? d->backend->event_done(d->device, job->event->opened) : 1;
+}
+
+void job_launched(struct job *job, struct stream *stream)
+{
+    struct msg_launched msg = {
+        .lane = job->lane, .number = job->number, .n_handle = PROTO_HANDLE_MAX};
+    struct session *s = job->session;
+
+    if (s->daemon->backend->event_record(stream, &msg.event, msg.handle))
+        return;            /* its release tells */
+    job->by_event = false; /* the pledge goes with WAITED from now on */
+    s->launched[s->n_launched++] = msg.event;
+    session_send(s, OP_LAUNCHED, 0, MSG_LAUNCHED, &msg);
+}
+
+bool job_waited(struct session *s, uint32_t event)
+{
+    const struct daemon *d = s->daemon;
+
+    for (unsigned i = 0; i < s->n_launched; i++) {
+        if (s->launched[i] != event)
+            continue;
+        s->launched[i] = s->launched[--s->n_launched];
+        s->n_pledged--;
+        d->backend->event_put(d->device, event);
+        return true;
+    }
+    return false;
+}
+
+void job_put_events(struct session *s)
+{
+    while (s->n_launched)
+        job_waited(s, s->launched[0]);
 }
 
 /* --- pieces --- */
@@ -219,6 +293,7 @@ static void estimate(struct job *job, const struct backend *backend, double ns_p
     if (job->piece_est_ns < memory_ns)
         job->piece_est_ns = memory_ns;
     job->piece_est_ns += heads * (double)job->attn.q.shape[3] * backend->ns_per_channel;
+    job->piece_est_ns += backend->ns_per_piece;
 }
 
 /* Its next piece goes on with a group whose K and V are in its slot. */
@@ -349,6 +424,7 @@ static void job_free(struct job *job)
     TAILQ_REMOVE(&lane->jobs, job, lane_link);
     s->n_jobs--;
     s->user->n_jobs--;
+    s->n_pledged -= job->by_event;
     uint32_t lane_index = job->lane;
     free(job);
     if (s->closing)
@@ -410,6 +486,21 @@ void job_drop(struct job *job)
     job->session->daemon->stats.dropped++;
     sched_forget(job);
     job_free(job);
+}
+
+void job_fail(struct job *job, int status, const char *text)
+{
+    struct msg_done_job report = {
+        .lane = job->lane, .number = job->number, .status = (uint32_t)-status};
+    struct session *s = job->session;
+
+    snprintf(report.text, sizeof(report.text), "%s", text);
+    page_release(&s->page->lane[job->lane], job->number, status);
+    s->failed++;
+    s->daemon->stats.failed++;
+    sched_forget(job);
+    job_free(job);
+    session_report(s, &report, true); /* last, as in job_cancel() */
 }
 
 bool job_cancel(struct session *s, uint32_t lane, uint32_t number)

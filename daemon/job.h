@@ -10,6 +10,7 @@
 
 struct session;
 struct buffer;
+struct event;
 
 enum job_state {
     JOB_WAITING, /* behind another of its lane, or its inputs are not ready */
@@ -23,13 +24,15 @@ struct job {
     struct session *session;
     uint32_t lane, number;
     enum job_state state;
-    bool started; /* a piece of it has run */
-    bool prompt;  /* its client waits for the report */
-    bool dropped; /* its session is closing: no further piece, no word to anybody */
-    bool watched; /* in watch.jobs */
-    bool holds;   /* one of its groups is longer than a quantum: keeps its slot between pieces */
+    bool started;  /* a piece of it has run */
+    bool prompt;   /* its client waits for the report */
+    bool dropped;  /* its session is closing: no further piece, no word to anybody */
+    bool watched;  /* in watch.jobs */
+    bool by_event; /* its client wants to be told of an event behind it */
+    bool holds;    /* one of its groups is longer than a quantum: keeps its slot between pieces */
     struct sage_attn attn; /* data pointers into the buffers; offsets behind this struct */
     struct buffer *buffers[JOB_TENSORS]; /* referenced; NULL where the tensor is absent */
+    struct event *event;                 /* of the session's, that the inputs are behind, or NULL */
     int64_t groups;                      /* how many there are */
     int64_t group, row,
         head;           /* the next piece starts here; only a job that holds is within a group */
@@ -56,6 +59,18 @@ bool job_refuse(struct session *s, uint32_t lane, uint32_t number, int status, c
 
 /* Cancel if it has not started. false: it has, or it is unknown. */
 bool job_cancel(struct session *s, uint32_t lane, uint32_t number);
+
+/* Are its inputs ready? 1, 0 or SAGE_E*: they never will be. */
+int job_is_ready(const struct job *job);
+/* It never will be ready: release and report it with this status. Frees it. */
+void job_fail(struct job *job, int status, const char *text);
+
+/* All of it has been started on the stream: tell its client of an event behind it. */
+void job_launched(struct job *job, struct stream *stream);
+/* WAITED. false: the session knows of no such event. */
+bool job_waited(struct session *s, uint32_t event);
+/* A closing session waits for nothing more. */
+void job_put_events(struct session *s);
 
 /* Make up the next piece: about quantum_ns long, within the workspace. */
 void job_next_piece(struct job *job, const struct backend *backend, double quantum_ns,

@@ -94,9 +94,10 @@ static int serve(const struct config *config)
     static struct server server;
     char why[PROTO_TEXT_MAX];
 
-    if (daemon_init(&daemon, config, why)) {
+    int rc = daemon_init(&daemon, config, why);
+    if (rc) {
         log_error("start_failed", "reason=\"%s\"", why);
-        return EXIT_FAILURE;
+        return rc == SAGE_EDEVICE ? EXIT_DEVICE_LOST : EXIT_FAILURE;
     }
     if (server_open(&server, &daemon, why)) {
         log_error("start_failed", "reason=\"%s\"", why);

@@ -135,9 +135,24 @@ static bool default_socket(struct config *config, char *why)
     return true;
 }
 
-bool config_finish(struct config *config, char *why)
+void config_memory(struct config *config)
 {
     uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+
+    /*
+     * 64 MiB hold the INT8 K of 500,000 tokens of D = 128; a small machine gives 1/64 of its
+     * memory.
+     */
+    if (!config->slot_bytes)
+        config->slot_bytes = memory / 64 < 64 << 20 ? memory / 64 : 64 << 20;
+    if (!config->client_bytes)
+        config->client_bytes = memory / 2;
+    if (!config->user_bytes)
+        config->user_bytes = memory / 4 * 3;
+}
+
+bool config_finish(struct config *config, char *why)
+{
     static const struct {
         const char *key;
         size_t offset;
@@ -172,16 +187,8 @@ bool config_finish(struct config *config, char *why)
     }
     if (!config->threads)
         config->threads = (uint64_t)sysconf(_SC_NPROCESSORS_ONLN);
-    /*
-     * 64 MiB hold the INT8 K of 500,000 tokens of D = 128; a small machine gives 1/64 of its
-     * memory.
-     */
-    if (!config->slot_bytes)
-        config->slot_bytes = memory / 64 < 64 << 20 ? memory / 64 : 64 << 20;
-    if (!config->client_bytes)
-        config->client_bytes = memory / 2;
-    if (!config->user_bytes)
-        config->user_bytes = memory / 4 * 3;
+    if (strcmp(config->backend, "auto") && strcmp(config->backend, "cuda"))
+        config_memory(config);
     return default_socket(config, why);
 }
 

@@ -20,7 +20,8 @@ enum { CONFIG_STR_MAX = 256 };
       "otherwise $XDG_RUNTIME_DIR/sageattnd.sock)")                                                \
     X(STR, group, "sageattnd", "group that may connect, if it exists (socket mode 0660)")          \
     X(STR, backend, "auto",                                                                        \
-      "cpu, fault (for tests), or auto: cpu where there is no NVIDIA driver")                      \
+      "cpu, cuda, fault (for tests), or auto: cpu where there is no NVIDIA driver, cuda else")     \
+    X(STR, gpu, "0", "GPU of backend=cuda: its number, as CUDA counts, or its UUID (GPU-...)")     \
     X(STR, fault, "", "faults of backend=fault: delay_ms=N,fail=N,lose=N,hang=N (the Nth piece)")  \
     X(U64, threads, 0, "CPU threads for one job; 0: one for each processor")                       \
     X(U64, slots, 3, "slots: jobs, or pieces of jobs, that are in the device at once")             \
@@ -35,8 +36,8 @@ enum { CONFIG_STR_MAX = 256 };
     X(U64, max_priority, 1,                                                                        \
       "highest priority for others than root and the daemon's user: "                              \
       "0 low, 1 normal, 2 high")                                                                   \
-    X(U64, client_bytes, 0, "memory mapped for one client; 0: half of the machine's")              \
-    X(U64, user_bytes, 0, "memory mapped for one user; 0: three quarters of the machine's")        \
+    X(U64, client_bytes, 0, "memory mapped for one client; 0: half of the device's")               \
+    X(U64, user_bytes, 0, "memory mapped for one user; 0: three quarters of the device's")         \
     X(U64, backlog_ms, 5000, "drop a client that does not read its replies for so long")           \
     X(U64, idle_exit, 0, "seconds: exit when no client was connected for so long; 0: never")       \
     X(STR, log_level, "info", "err, warning, notice, info or debug")
@@ -58,8 +59,13 @@ void config_init(struct config *config);
 bool config_set(struct config *config, const char *key, const char *value, char *why);
 /* Read an INI file, section [sageattnd]. */
 bool config_read(struct config *config, const char *path, char *why);
-/* What the options leave open, from this machine; checks what can only be checked together. */
+/*
+ * What the options leave open, from this machine; checks what can only be checked together. Sizes
+ * stay 0 where the device has to be opened first: backend=auto and backend=cuda.
+ */
 bool config_finish(struct config *config, char *why);
+/* slot_bytes, client_bytes and user_bytes that are 0, from the memory of this machine. */
+void config_memory(struct config *config);
 /* Print as an INI file that config_read() takes. */
 void config_print(const struct config *config);
 /* The flags, for --help. */

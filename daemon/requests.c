@@ -1,6 +1,6 @@
 /*
- * requests.c - one function for each request: decode, check, act, answer. A function that keeps the
- * descriptor sets *fd to -1.
+ * requests.c - one function for each request: decode, check, act, answer. A function that takes the
+ * descriptors over sets their number to 0.
  */
 #include "daemon/requests.h"
 
@@ -13,6 +13,12 @@
 #include "daemon/daemon.h"
 #include "daemon/discard.h"
 #include "daemon/log.h"
+
+/* The descriptors that came with a packet. */
+struct fds {
+    const int *fd;
+    unsigned n;
+};
 
 static bool broken(char *why, const char *text)
 {
@@ -32,6 +38,7 @@ static void welcome(struct session *s, uint32_t seq)
         .pid = (uint64_t)getpid(),
         .boot = d->boot,
         .version = PACKAGE_VERSION,
+        .modes = d->backend->modes,
     };
 
     snprintf(msg.backend, sizeof(msg.backend), "%s", d->backend->name);
@@ -61,7 +68,7 @@ static bool turn_away(struct session *s, uint32_t seq, int status, const char *t
     return true;
 }
 
-static bool serve_hello(struct session *s, const struct packet *packet, int *fd, char *why)
+static bool serve_hello(struct session *s, const struct packet *packet, struct fds *fds, char *why)
 {
     struct msg_hello msg;
     const char *page_why = "page: no descriptor came with the packet";
@@ -83,9 +90,9 @@ static bool serve_hello(struct session *s, const struct packet *packet, int *fd,
                  (unsigned long long)s->daemon->config.max_priority);
         return turn_away(s, packet->seq, SAGE_EPERM, text);
     }
-    if (msg.page != (*fd >= 0))
+    if (msg.page != (fds->n > 0))
         return broken(why, msg.page ? page_why : "descriptor: none was announced");
-    int rc = msg.page ? session_set_page(s, *fd, &page_why) : 0;
+    int rc = msg.page ? session_set_page(s, fds->fd[0], &page_why) : 0;
     if (rc == SAGE_EBUSY)
         return turn_away(s, packet->seq, rc, page_why);
     if (rc)
@@ -103,21 +110,27 @@ static bool serve_hello(struct session *s, const struct packet *packet, int *fd,
     return true;
 }
 
-static bool serve_register(struct session *s, const struct packet *packet, int *fd, char *why)
+static bool serve_register(struct session *s, const struct packet *packet, struct fds *fds,
+                           char *why)
 {
     struct msg_register msg;
 
     if (packet_decode(packet, MSG_REGISTER, &msg, why))
         return false;
-    buffer_register(s, &msg, *fd, packet->seq);
-    *fd = -1;
+    unsigned most = msg.kind == BUFFER_MEMFD ? 1 : msg.kind == BUFFER_VMM ? msg.n_chunks : 0;
+    bool known = msg.kind >= BUFFER_MEMFD && msg.kind <= BUFFER_VMM; /* others are refused later */
+    if (known && fds->n > most)
+        return broken(why, "descriptors: more than the buffer's kind and chunks need");
+    buffer_register(s, &msg, fds->fd, fds->n, packet->seq);
+    fds->n = 0;
     return true;
 }
 
-static bool serve_unregister(struct session *s, const struct packet *packet, int *fd, char *why)
+static bool serve_unregister(struct session *s, const struct packet *packet, struct fds *fds,
+                             char *why)
 {
     struct msg_unregister msg;
-    (void)fd;
+    (void)fds;
 
     if (packet_decode(packet, MSG_UNREGISTER, &msg, why))
         return false;
@@ -125,11 +138,39 @@ static bool serve_unregister(struct session *s, const struct packet *packet, int
     return true;
 }
 
-static bool serve_submit(struct session *s, const struct packet *packet, int *fd, char *why)
+static bool serve_event(struct session *s, const struct packet *packet, struct fds *fds, char *why)
+{
+    struct msg_event msg;
+    (void)fds;
+
+    if (packet_decode(packet, MSG_EVENT, &msg, why))
+        return false;
+    event_register(s, &msg, packet->seq);
+    return true;
+}
+
+static bool serve_waited(struct session *s, const struct packet *packet, struct fds *fds, char *why)
+{
+    struct msg_waited msg;
+    char text[PROTO_TEXT_MAX];
+    (void)fds;
+
+    if (packet_decode(packet, MSG_WAITED, &msg, why))
+        return false;
+    if (job_waited(s, msg.event)) {
+        session_send(s, OP_WAITED, packet->seq, MSG_EMPTY, &(struct msg_empty){0});
+        return true;
+    }
+    snprintf(text, sizeof(text), "event: %u is none that was LAUNCHED and not WAITED", msg.event);
+    session_error(s, packet->seq, SAGE_EINVAL, text);
+    return true;
+}
+
+static bool serve_submit(struct session *s, const struct packet *packet, struct fds *fds, char *why)
 {
     struct msg_submit msg;
     char text[PROTO_TEXT_MAX];
-    (void)fd;
+    (void)fds;
 
     int rc = packet_decode(packet, MSG_SUBMIT, &msg, text);
     if (rc == 0)
@@ -139,10 +180,10 @@ static bool serve_submit(struct session *s, const struct packet *packet, int *fd
     return broken(why, text);
 }
 
-static bool serve_cancel(struct session *s, const struct packet *packet, int *fd, char *why)
+static bool serve_cancel(struct session *s, const struct packet *packet, struct fds *fds, char *why)
 {
     struct msg_cancel msg;
-    (void)fd;
+    (void)fds;
 
     if (packet_decode(packet, MSG_CANCEL, &msg, why))
         return false;
@@ -151,10 +192,10 @@ static bool serve_cancel(struct session *s, const struct packet *packet, int *fd
     return true;
 }
 
-static bool serve_stats(struct session *s, const struct packet *packet, int *fd, char *why)
+static bool serve_stats(struct session *s, const struct packet *packet, struct fds *fds, char *why)
 {
     struct msg_stats reply = {0};
-    (void)fd, (void)why;
+    (void)fds, (void)why;
 
     daemon_stats(s->daemon, &reply);
     session_send(s, OP_STATS, packet->seq, MSG_STATS, &reply);
@@ -177,15 +218,17 @@ static void describe(const struct session *s, uint64_t now, struct msg_client *c
     client->run_ns = s->run_ns;
     client->buffers = s->n_buffers;
     client->mapped_bytes = s->mapped_bytes;
+    snprintf(client->mode, sizeof(client->mode), "%s", s->mode);
 }
 
-static bool serve_clients(struct session *s, const struct packet *packet, int *fd, char *why)
+static bool serve_clients(struct session *s, const struct packet *packet, struct fds *fds,
+                          char *why)
 {
     struct msg_clients msg;
     struct msg_client_list reply = {0};
     const struct session *other;
     uint64_t now = daemon_now();
-    (void)fd;
+    (void)fds;
 
     if (packet_decode(packet, MSG_CLIENTS, &msg, why))
         return false;
@@ -201,16 +244,16 @@ static bool serve_clients(struct session *s, const struct packet *packet, int *f
     return true;
 }
 
-static bool serve_ping(struct session *s, const struct packet *packet, int *fd, char *why)
+static bool serve_ping(struct session *s, const struct packet *packet, struct fds *fds, char *why)
 {
-    (void)fd, (void)why;
+    (void)fds, (void)why;
     session_send(s, OP_PING, packet->seq, MSG_EMPTY, &(struct msg_empty){0});
     return true;
 }
 
-static bool serve_drain(struct session *s, const struct packet *packet, int *fd, char *why)
+static bool serve_drain(struct session *s, const struct packet *packet, struct fds *fds, char *why)
 {
-    (void)fd, (void)why;
+    (void)fds, (void)why;
     if (!is_trusted(s)) {
         session_error(s, packet->seq, SAGE_EPERM, "only root and the daemon's user may drain it");
         return true;
@@ -222,39 +265,38 @@ static bool serve_drain(struct session *s, const struct packet *packet, int *fd,
 }
 
 static const struct {
-    bool (*serve)(struct session *, const struct packet *, int *fd, char *why);
-    bool takes_fd;
+    bool (*serve)(struct session *, const struct packet *, struct fds *fds, char *why);
+    unsigned max_fds;
 } requests[] = {
-    [OP_HELLO] = {serve_hello, true},
-    [OP_REGISTER] = {serve_register, true},
-    [OP_UNREGISTER] = {serve_unregister, false},
-    [OP_SUBMIT] = {serve_submit, false},
-    [OP_CANCEL] = {serve_cancel, false},
-    [OP_STATS] = {serve_stats, false},
-    [OP_CLIENTS] = {serve_clients, false},
-    [OP_PING] = {serve_ping, false},
-    [OP_DRAIN] = {serve_drain, false},
+    [OP_HELLO] = {serve_hello, 1},           [OP_REGISTER] = {serve_register, PROTO_FDS_MAX},
+    [OP_UNREGISTER] = {serve_unregister, 0}, [OP_SUBMIT] = {serve_submit, 0},
+    [OP_CANCEL] = {serve_cancel, 0},         [OP_STATS] = {serve_stats, 0},
+    [OP_CLIENTS] = {serve_clients, 0},       [OP_PING] = {serve_ping, 0},
+    [OP_DRAIN] = {serve_drain, 0},           [OP_EVENT] = {serve_event, 0},
+    [OP_WAITED] = {serve_waited, 0},
 };
 
-bool request(struct session *s, const struct packet *packet, int fd, char *why)
+bool request(struct session *s, const struct packet *packet, const int *fd, unsigned n_fds,
+             char *why)
 {
     bool known = packet->op < sizeof(requests) / sizeof(requests[0]) && requests[packet->op].serve;
+    struct fds fds = {fd, n_fds};
     bool good;
 
     if (!s->welcome && packet->op != OP_HELLO)
         good = broken(why, "the first packet must be HELLO");
-    else if (fd >= 0 && !(known && requests[packet->op].takes_fd))
-        good = broken(why, "descriptor: this request takes none");
+    else if (n_fds > (known ? requests[packet->op].max_fds : 0))
+        good = broken(why, "descriptor: this request takes none, or fewer");
     else if (known)
-        good = requests[packet->op].serve(s, packet, &fd, why);
+        good = requests[packet->op].serve(s, packet, &fds, why);
     else {
         snprintf(why, PROTO_TEXT_MAX, "op: %u is unknown", packet->op);
         session_error(s, packet->seq, SAGE_EUNSUPPORTED, why); /* of a newer minor version */
         good = true;
     }
-    if (fd >= 0 && packet->op == OP_HELLO && good && s->page)
-        close(fd); /* the page's, which is mapped */
-    else if (fd >= 0)
-        discard(fd);
+    if (fds.n == 1 && packet->op == OP_HELLO && good && s->page)
+        close(fd[0]); /* the page's, which is mapped */
+    else
+        discard(fds.fd, fds.n);
     return good;
 }

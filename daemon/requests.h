@@ -9,9 +9,10 @@
 struct session;
 
 /*
- * Serve one request, with the descriptor that came with it or -1: takes it over. false: the
- * protocol is broken, with a text in why[PROTO_TEXT_MAX].
+ * Serve one request, with the descriptors that came with it: takes them over. false: the protocol
+ * is broken, with a text in why[PROTO_TEXT_MAX].
  */
-bool request(struct session *s, const struct packet *packet, int fd, char *why);
+bool request(struct session *s, const struct packet *packet, const int *fds, unsigned n_fds,
+             char *why);
 
 #endif

@@ -14,6 +14,11 @@ enum {
     BRIEF_NS =
         20 * 1000, /* about half of what handing a piece to a thread and hearing of it costs */
     BRIEF_TURN_NS = 200 * 1000, /* of brief pieces computed by the loop in one turn */
+    MEASURED_NS = 500 * 1000,   /* shorter pieces are no measurement of ns_per_op */
+    /* When to look for the end of a piece that is polled for: see look_in(). */
+    LOOK_EARLY_NS = 100 * 1000,
+    LOOK_MIN_NS = 50 * 1000,
+    LOOK_MAX_NS = 1000 * 1000,
 };
 
 /* Ratio of a priority's device time to that of the next lower one. */
@@ -124,8 +129,7 @@ void sched_lane(struct session *s, uint32_t lane)
 
     if (!job || job->state != JOB_WAITING || job->watched)
         return;
-    if (page_reached(page_load(&s->page->lane[lane].acquire[job->number % SAGE_ENTRIES]),
-                     job->number))
+    if (!job->event && job_is_ready(job)) /* an event is asked for in watch_turn() */
         sched_ready(job);
     else
         watch_add(s->daemon, job);
@@ -184,7 +188,8 @@ static void piece_done(struct daemon *d, struct slot *slot)
         d->device_lost = true;
         return;
     }
-    if (job->piece_ops > 1e7) /* small ones say more about overheads than about speed */
+    /* Small ones say more about overheads than about speed. */
+    if (job->piece_ops * d->backend->ns_per_op > MEASURED_NS)
         sc->ns_per_op += (took / job->piece_ops - sc->ns_per_op) / 8;
 
     bool last = piece->status || job_is_last_piece(job) || job->dropped;
@@ -224,8 +229,13 @@ static void start(struct daemon *d, struct slot *slot, struct job *job)
     size_t bytes = d->backend->workspace(&job->attn, &job->piece.part);
     if (bytes > d->stats.workspace_peak)
         d->stats.workspace_peak = bytes;
-    job->piece.brief = slot->n == 1 && job->piece_est_ns < BRIEF_NS;
+    job->piece.brief = slot->n == 1 && job->piece_est_ns < BRIEF_NS && !d->backend->poll;
+    job->piece.launch_ns = d->backend->poll ? daemon_now() : 0;
     d->backend->start(slot->stream, &job->piece);
+    if (d->backend->poll)
+        watch_again(d); /* this turn has been polled already */
+    if (job->by_event && job->piece.lane)
+        job_launched(job, slot->stream);
     if (job->piece.brief && __atomic_load_n(&job->piece.done, __ATOMIC_ACQUIRE))
         piece_done(d, slot);
 }
@@ -234,10 +244,40 @@ void sched_reap(struct daemon *d)
 {
     for (unsigned i = 0; i < d->sched.n_slots && !d->device_lost; i++) {
         struct slot *slot = &d->sched.slots[i];
+        if (slot->n && d->backend->poll)
+            d->backend->poll(slot->stream);
         while (slot->n && !d->device_lost &&
                __atomic_load_n(&slot->jobs[slot->first]->piece.done, __ATOMIC_ACQUIRE))
             piece_done(d, slot);
     }
+}
+
+/*
+ * Of a piece that runs: sleep until shortly before it should end, then look all the time; when that
+ * was no good guess, so that what it is late by is a sixteenth of its time.
+ */
+static uint64_t look_in(const struct job *job, uint64_t now)
+{
+    uint64_t start = job->piece.start_ns ? job->piece.start_ns : job->piece.launch_ns;
+    double age = now > start ? (double)(now - start) : 0, left = job->piece_est_ns - age;
+    double wait = left > 0 ? left - LOOK_EARLY_NS : age / 16;
+
+    if (left > -LOOK_EARLY_NS - job->piece_est_ns / 4 && left < LOOK_EARLY_NS + LOOK_MIN_NS)
+        return 0;
+    return (uint64_t)fmin(fmax(wait, LOOK_MIN_NS), LOOK_MAX_NS);
+}
+
+uint64_t sched_look_in(const struct daemon *d, uint64_t now)
+{
+    uint64_t least = UINT64_MAX;
+
+    for (unsigned i = 0; d->backend->poll && i < d->sched.n_slots; i++) {
+        const struct slot *slot = &d->sched.slots[i];
+        uint64_t wait = slot->n ? look_in(slot->jobs[slot->first], now) : UINT64_MAX;
+        if (wait < least)
+            least = wait;
+    }
+    return least;
 }
 
 /* --- turns --- */

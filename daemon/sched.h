@@ -47,6 +47,8 @@ void sched_forget(struct job *job);
 
 /* Take note of the pieces that are done. */
 void sched_reap(struct daemon *d);
+/* Nanoseconds until the pieces that run have to be polled for again; UINT64_MAX: never. */
+uint64_t sched_look_in(const struct daemon *d, uint64_t now);
 /* Fill the free slots. */
 void sched_dispatch(struct daemon *d);
 /* A piece that has been running for far too long? */

@@ -23,8 +23,8 @@
 #endif
 
 enum {
-    CALLS_PER_TURN = 8, /* to receive from one session, before the others are heard */
-    FDS_ROOM = 8,       /* received at once, so that surplus ones can be closed */
+    CALLS_PER_TURN = 8,           /* to receive from one session, before the others are heard */
+    FDS_ROOM = PROTO_FDS_MAX + 2, /* so that surplus ones are seen, and can be closed */
 };
 
 static void update_poll(struct session *s);
@@ -138,6 +138,8 @@ struct session *session_create(struct daemon *d, int fd)
         TAILQ_INIT(&s->lanes[i].jobs);
     for (int i = 0; i < SESSION_BUCKETS; i++)
         TAILQ_INIT(&s->buffers[i]);
+    LIST_INIT(&s->events);
+    s->mode = "";
     TAILQ_INIT(&s->ready);
     STAILQ_INIT(&s->backlog);
     s->poll.data = s;
@@ -156,7 +158,7 @@ void session_free_if_unused(struct session *s)
 {
     struct daemon *d = s->daemon;
 
-    if (s->handles || s->n_jobs || s->n_mappings)
+    if (s->handles || s->n_jobs || s->n_mappings || s->n_events)
         return;
     TAILQ_REMOVE(&d->closing, s, link);
     user_put(d, s->user);
@@ -241,6 +243,8 @@ void session_close(struct session *s, const char *reason)
     }
     drop_jobs(s);
     buffer_leave_all(s);
+    event_leave_all(s);
+    job_put_events(s);
     uv_close((uv_handle_t *)&s->poll, on_closed);
     if (s->pidfd >= 0)
         uv_close((uv_handle_t *)&s->pid_poll, on_closed);
@@ -373,33 +377,27 @@ static bool violate(struct session *s, const char *why)
     return false;
 }
 
-static void discard_all(const int *fds, int n)
-{
-    for (int i = 0; i < n; i++)
-        discard(fds[i]);
-}
-
-bool session_packet(struct session *s, const void *data, size_t len, const int *fds, int n_fds)
+bool session_packet(struct session *s, const void *data, size_t len, const int *fds, unsigned n_fds)
 {
     char why[PROTO_TEXT_MAX];
     struct packet packet;
 
     if (n_fds > PROTO_FDS_MAX) {
-        discard_all(fds, n_fds);
-        return violate(s, "more than one descriptor on a packet");
+        discard(fds, n_fds);
+        return violate(s, "descriptors on a packet: too many");
     }
     if (packet_open(s->daemon->unpacker, data, len, &packet, why)) {
-        discard_all(fds, n_fds);
+        discard(fds, n_fds);
         return violate(s, why);
     }
-    if (!request(s, &packet, n_fds ? fds[0] : -1, why))
+    if (!request(s, &packet, fds, n_fds, why))
         return violate(s, why);
     return !s->closing;
 }
 
-static int take_fds(struct msghdr *msg, int fds[FDS_ROOM])
+static unsigned take_fds(struct msghdr *msg, int fds[FDS_ROOM])
 {
-    int n = 0;
+    unsigned n = 0;
 
     for (struct cmsghdr *c = CMSG_FIRSTHDR(msg); c; c = CMSG_NXTHDR(msg, c)) {
         if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
@@ -414,10 +412,10 @@ static int take_fds(struct msghdr *msg, int fds[FDS_ROOM])
 static bool take_packet(struct session *s, struct msghdr *msg, const void *data, size_t len)
 {
     int fds[FDS_ROOM];
-    int n_fds = take_fds(msg, fds);
+    unsigned n_fds = take_fds(msg, fds);
 
     if (s->closing) { /* an earlier packet of the same call was too bad */
-        discard_all(fds, n_fds);
+        discard(fds, n_fds);
         return false;
     }
     if (len == 0 && n_fds == 0) {
@@ -425,8 +423,8 @@ static bool take_packet(struct session *s, struct msghdr *msg, const void *data,
         return false;
     }
     if (msg->msg_flags & (MSG_TRUNC | MSG_CTRUNC) || len > PROTO_PACKET_MAX) {
-        discard_all(fds, n_fds);
-        return violate(s, "packet or descriptors too many");
+        discard(fds, n_fds);
+        return violate(s, "packet too long or too many descriptors");
     }
     return session_packet(s, data, len, fds, n_fds);
 }

@@ -19,6 +19,7 @@ struct daemon;
 struct user {
     uid_t uid;
     unsigned sessions, n_jobs, n_mappings;
+    unsigned n_fds; /* of buffers that are not mapped yet */
     uint64_t mapped_bytes;
     TAILQ_ENTRY(user) link; /* daemon.users */
 };
@@ -59,6 +60,10 @@ struct session {
     unsigned n_buffers; /* registered; with those being opened or closed: */
     unsigned n_mappings;
     uint64_t mapped_bytes;
+    LIST_HEAD(, event) events;      /* the client's. Owned */
+    unsigned n_events;              /* with those being closed */
+    uint32_t launched[EVENTS_MAX];  /* events of the device that wait for their WAITED */
+    unsigned n_launched, n_pledged; /* of these; with those of jobs that are not launched yet */
 
     TAILQ_HEAD(, job) ready; /* runnable jobs; owned by their lanes */
     unsigned n_jobs;         /* in lanes */
@@ -68,6 +73,7 @@ struct session {
     TAILQ_ENTRY(session) active_link;
     uint64_t done, failed, run_ns;
     double ops;
+    const char *mode; /* of the last job; "" before any */
 
     STAILQ_HEAD(, outgoing) backlog; /* packets that the socket did not take yet. Owned */
     size_t backlog_bytes;
@@ -86,7 +92,8 @@ struct session *session_create(struct daemon *d, int fd);
  * One packet came, with `n_fds` descriptors: takes them over. false: the session is closing, for
  * it has broken the protocol. (Also the fuzzer's way in.)
  */
-bool session_packet(struct session *s, const void *data, size_t len, const int *fds, int n_fds);
+bool session_packet(struct session *s, const void *data, size_t len, const int *fds,
+                    unsigned n_fds);
 
 /*
  * Map the page that came with HELLO. SAGE_EBUSY: another session has it, perhaps a closed one whose

@@ -77,6 +77,7 @@ void stats_fill(const struct stats *stats, uint64_t now_ns, struct msg_stats *ms
     msg->failed = stats->failed;
     msg->ops = stats->ops;
     msg->run_ns = stats->run_ns;
+    msg->staged_bytes = stats->staged_bytes;
     msg->slots_peak = stats->slots_peak;
     msg->workspace_peak = stats->workspace_peak;
     fill_times(&stats->queue, &msg->queue_p50_us, &msg->queue_p99_us, &msg->queue_p999_us);

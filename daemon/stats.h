@@ -29,7 +29,7 @@ struct stats {
     uint64_t clients_total, clients_dropped;
     uint64_t accepted, done, refused, canceled, dropped, failed;
     double ops;
-    uint64_t run_ns;
+    uint64_t run_ns, staged_bytes;
     uint64_t workspace_peak;
     uint32_t slots_peak;
     struct hist queue, run, total;

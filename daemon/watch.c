@@ -1,5 +1,5 @@
 /*
- * watch.c - polling of acquire words.
+ * watch.c - polling of acquire words and events.
  */
 #include "daemon/watch.h"
 
@@ -16,6 +16,7 @@ enum {
      */
     HOT_NS = 100 * 1000,
     SCAN_MAX = 512,           /* words looked at in one turn */
+    EVENTS_TURN = 64,         /* events asked for in one turn: about 1 us each */
     DELAY_MIN_NS = 50 * 1000, /* about what a wake-up costs */
     DELAY_MAX_NS = 1000 * 1000,
 };
@@ -88,30 +89,41 @@ static void sleep_for(struct watch *w, uint64_t ns)
     timerfd_settime(w->timer_fd, 0, &when, NULL);
 }
 
-static bool is_acquired(const struct job *job)
+static void scan_job(struct daemon *d, struct job *job)
 {
-    const struct sage_page_lane *lane = &job->session->page->lane[job->lane];
+    struct watch *w = &d->watch;
+    int ready = job_is_ready(job);
 
-    return page_reached(page_load(&lane->acquire[job->number % SAGE_ENTRIES]), job->number);
+    if (ready == 0) {
+        TAILQ_REMOVE(&w->jobs, job, watch_link);
+        TAILQ_INSERT_TAIL(&w->jobs, job, watch_link);
+        return;
+    }
+    watch_stir(d);
+    if (ready == SAGE_EDEVICE) {
+        d->device_lost = true;
+    } else if (ready < 0) {
+        job_fail(job, ready, "event: cannot be asked for, or what it is behind has failed");
+    } else {
+        watch_remove(d, job);
+        sched_ready(job);
+    }
 }
 
 /* The first SCAN_MAX jobs; those that have to wait on go to the end. */
 static void scan(struct daemon *d)
 {
     struct watch *w = &d->watch;
-    struct job *last = TAILQ_LAST(&w->jobs, watched);
+    const struct job *last = TAILQ_LAST(&w->jobs, watched); /* only compared: it may be freed */
+    struct job *job;
+    int events = 0;
 
-    for (int i = 0; last && i < SCAN_MAX; i++) {
-        struct job *job = TAILQ_FIRST(&w->jobs);
+    for (int i = 0; i < SCAN_MAX && (job = TAILQ_FIRST(&w->jobs)); i++) {
         bool is_last = job == last;
-        if (is_acquired(job)) {
-            watch_remove(d, job);
-            sched_ready(job);
-            watch_stir(d);
-        } else {
-            TAILQ_REMOVE(&w->jobs, job, watch_link);
-            TAILQ_INSERT_TAIL(&w->jobs, job, watch_link);
-        }
+        events += job->event != NULL;
+        if (events > EVENTS_TURN || d->device_lost)
+            return;
+        scan_job(d, job);
         if (is_last)
             return;
     }
@@ -122,13 +134,16 @@ void watch_turn(struct daemon *d)
     struct watch *w = &d->watch;
 
     scan(d);
-    if (daemon_now() < w->hot_until_ns) {
+    uint64_t now = daemon_now(), wait = sched_look_in(d, now);
+    if (now < w->hot_until_ns || wait == 0) {
         uv_idle_start(&w->hot, on_hot);
         return;
     }
     uv_idle_stop(&w->hot);
-    if (TAILQ_EMPTY(&w->jobs))
-        return;
-    sleep_for(w, w->delay_ns);
-    w->delay_ns = w->delay_ns * 2 < DELAY_MAX_NS ? w->delay_ns * 2 : DELAY_MAX_NS;
+    if (!TAILQ_EMPTY(&w->jobs)) {
+        wait = wait < w->delay_ns ? wait : w->delay_ns;
+        w->delay_ns = w->delay_ns * 2 < DELAY_MAX_NS ? w->delay_ns * 2 : DELAY_MAX_NS;
+    }
+    if (wait != UINT64_MAX)
+        sleep_for(w, wait);
 }

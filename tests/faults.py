@@ -152,8 +152,22 @@ def test_register():
             register(memfd(4096), size=0)
         with refused("EINVAL", "buffer"):
             register(memfd(4096), buffer=0)
-        with refused("EUNSUPPORTED", "kind"):
-            register(memfd(4096), kind=2)
+        for kind in (0, 2, 3, 4, 2**32 - 1):
+            with refused("EUNSUPPORTED" if kind > 3 or not kind else "EPROTO", "kind"), \
+                    daemon.client() as other:
+                fd = memfd(4096)
+                try:
+                    other.call("REGISTER", {"buffer": 9, "kind": kind, "size": 4096}, [fd])
+                finally:
+                    os.close(fd)
+        for more in ({"kind": 2, "handle": bytes(64)}, {"kind": 3}):
+            with refused("EUNSUPPORTED", "kind"):
+                client.call("REGISTER", {"buffer": 9, "kind": 1, "size": 4096, **more})
+        for more in ({"handle": bytes(64)}, {"chunks": [4096]}, {"more": True}):
+            fd = memfd(4096)
+            with refused("EINVAL", next(iter(more))):
+                client.call("REGISTER", {"buffer": 9, "kind": 1, "size": 4096, **more}, [fd])
+            os.close(fd)
         with refused("EQUOTA", "size"):
             register(memfd(2 << 20))
         with refused("EBUFFER"):
@@ -186,9 +200,25 @@ def test_unregister_in_use():
         sage.Buffer(client, 4096, number=p.buffer.id)
 
 
+def test_events():
+    """There are none on the CPU; every way to ask for one is told so."""
+    with served() as (daemon, _), daemon.client() as client:
+        assert client.welcome["modes"] == 1
+        with refused("EUNSUPPORTED", "events"):
+            client.call("EVENT", {"event": 1, "handle": bytes(64)})
+        with refused("EINVAL", "event: 7"):
+            client.call("WAITED", {"event": 7})
+        p = Problem(client)
+        done = client.wait_done(client.submit(p.attn, event=1))
+        assert done["status"] == sage.STATUSES["EHANDLE"] and "event: 1" in done["text"]
+        client.run(p.attn, event=0, staged=4096)
+        assert client.stats()["staged_bytes"] == 4096
+        assert client.call("CLIENTS")["clients"][-1]["mode"] == "cpu"
+
+
 def test_unknown_requests():
     with served() as (daemon, _), daemon.client() as client:
-        for op in (0, 10, 32, 33, 255, 2**32 - 1):
+        for op in (0, 12, 32, 33, 34, 255, 2**32 - 1):
             with refused("EUNSUPPORTED", "op", str(op)):
                 client.call(op)
         client.call("PING", {"colour": "blue"})  # keys of other requests are ignored
@@ -252,7 +282,7 @@ def test_hello():
             hello("EPROTO", "page", fd=fd, page=True)
             os.close(fd)
         with daemon.client(minor=7, page=False) as client:  # a newer minor version is welcome
-            assert client.welcome["minor"] == 0
+            assert client.welcome["minor"] == 1
         with daemon.client(hello=False) as client, refused("EPROTO", "HELLO"):
             client.ping()
 

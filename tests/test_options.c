@@ -44,6 +44,9 @@ static void test_defaults(void **state)
     assert_true(config_finish(&c, why));
     assert_true(c.socket[0] == '/');
     assert_true(c.threads >= 1);
+    assert_int_equal(c.slot_bytes, 0); /* of the device, which is not known yet */
+    assert_int_equal(c.client_bytes, 0);
+    assert_true(config_set(&c, "backend", "cpu", why) && config_finish(&c, why));
     assert_true(c.slot_bytes > 0 && c.slot_bytes <= 64 << 20);
     assert_true(c.client_bytes > 0 && c.user_bytes >= c.client_bytes);
 }

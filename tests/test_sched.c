@@ -528,6 +528,354 @@ static void test_close_anywhere(void **state)
     }
 }
 
+/* --- events, lists of chunks, pieces that are polled for --- */
+
+/* A device that shares events and memory as CUDA does; a handle's first byte is its number. */
+static struct shared {
+    int ready[8];         /* of clients' events, as event_done() says */
+    unsigned n_open;      /* of these */
+    unsigned recorded;    /* events of ours */
+    unsigned given_back;  /* of these */
+    unsigned n_mapped;    /* chunks */
+    unsigned polls, last; /* the piece that runs is over when `polls` comes to `last` */
+    char memory[MEMORY];
+} shared;
+
+static int shared_open(struct device *device, const uint8_t *handle, void **event, char *why)
+{
+    (void)device, (void)why;
+    *event = &shared.ready[handle[0]];
+    shared.n_open++;
+    return 0;
+}
+
+static void shared_close(struct device *device, void *event)
+{
+    (void)device, (void)event;
+    shared.n_open--;
+}
+
+static int shared_done(struct device *device, void *event)
+{
+    (void)device;
+    return *(const int *)event;
+}
+
+static int shared_record(struct stream *stream, uint32_t *number, uint8_t *handle)
+{
+    (void)stream;
+    *number = ++shared.recorded;
+    memset(handle, (int)*number, PROTO_HANDLE_MAX);
+    return 0;
+}
+
+static void shared_put(struct device *device, uint32_t number)
+{
+    (void)device;
+    assert_in_range(number, 1, shared.recorded);
+    shared.given_back++;
+}
+
+static int shared_map(struct device *device, const struct mapping *what, void **base,
+                      uint64_t *size, char *why)
+{
+    (void)device, (void)why;
+    *size = 0;
+    for (uint32_t i = 0; i < what->n; i++)
+        *size += what->sizes[i];
+    shared.n_mapped += what->n;
+    *base = shared.memory;
+    return 0;
+}
+
+static void shared_unmap(struct device *device, const struct mapping *what, void *base,
+                         uint64_t size)
+{
+    if (what->kind == BUFFER_VMM)
+        shared.n_mapped -= what->n;
+    else
+        backend_cpu.unmap(device, what, base, size);
+}
+
+static void start_shared(struct peer *p)
+{
+    char answer[256];
+
+    start_daemon(2, 500);
+    memset(&shared, 0, sizeof(shared));
+    fake.kinds = 1 << BUFFER_VMM | 1 << BUFFER_MEMFD;
+    fake.modes = MODE_SYNC | MODE_EVENT;
+    fake.event_open = shared_open;
+    fake.event_close = shared_close;
+    fake.event_done = shared_done;
+    fake.event_record = shared_record;
+    fake.event_put = shared_put;
+    connect_peer(p, PRIORITY_NORMAL);
+    while (recv(p->fd, answer, sizeof(answer), MSG_DONTWAIT) > 0)
+        continue;
+}
+
+/* What the daemon says next, of this kind; its op must be `op`. */
+static void hear(struct peer *p, uint32_t op, enum msg_kind kind, void *msg)
+{
+    static struct unpacker *unpacker;
+    static char data[PROTO_PACKET_MAX];
+    struct packet got;
+    char why[PROTO_TEXT_MAX];
+    ssize_t n;
+
+    unpacker = unpacker ? unpacker : unpacker_create();
+    while ((n = recv(p->fd, data, sizeof(data), MSG_DONTWAIT)) < 0)
+        uv_run(&d.loop, UV_RUN_ONCE);
+    assert_int_equal(packet_open(unpacker, data, (size_t)n, &got, why), 0);
+    assert_int_equal(got.op, op);
+    assert_int_equal(packet_decode(&got, kind, msg, why), 0);
+}
+
+/* Like packet(), but what is answered stays to be heard. */
+static void say(struct peer *p, uint32_t op, enum msg_kind kind, const void *msg, unsigned n_fds)
+{
+    static char data[PROTO_PACKET_MAX];
+    int fds[PROTO_FDS_MAX];
+    size_t len = packet_encode(data, sizeof(data), op, 1, kind, msg);
+
+    for (unsigned i = 0; i < n_fds; i++)
+        fds[i] = dup(STDERR_FILENO);
+    assert_true(len > 0);
+    assert_true(session_packet(p->s, data, len, fds, n_fds));
+}
+
+static void submit_event(struct peer *p, uint32_t lane, uint32_t event)
+{
+    static struct msg_submit msg;
+
+    msg.lane = lane;
+    msg.number = ++p->last[lane];
+    msg.event = event;
+    msg.prompt = true;
+    msg.attn = problem(1, 64, 64);
+    page_store(&p->page->lane[lane].acquire[msg.number % SAGE_ENTRIES], msg.number);
+    say(p, OP_SUBMIT, MSG_SUBMIT, &msg, 0);
+}
+
+/* A job waits for its event, is launched, and its client gives the daemon's event back. */
+static void test_events(void **state)
+{
+    struct msg_event event = {.event = 5, .n_handle = PROTO_HANDLE_MAX, .handle = {3}};
+    static struct msg_done done;
+    struct msg_launched launched;
+    struct msg_waited waited;
+    struct msg_error error;
+    struct msg_empty empty;
+    struct peer *p = &peers[0];
+    (void)state;
+
+    start_shared(p);
+    say(p, OP_EVENT, MSG_EVENT, &event, 0);
+    hear(p, OP_EVENT, MSG_EMPTY, &empty);
+    say(p, OP_EVENT, MSG_EVENT, &event, 0); /* twice */
+    hear(p, OP_ERROR, MSG_ERROR, &error);
+    assert_int_equal(error.status, -SAGE_EINVAL);
+
+    submit_event(p, 0, 5);
+    for (int i = 0; i < 100; i++)
+        uv_run(&d.loop, UV_RUN_NOWAIT);
+    assert_int_equal(sched_slots_used(&d), 0);
+    shared.ready[3] = 1;
+    hear(p, OP_LAUNCHED, MSG_LAUNCHED, &launched);
+    assert_int_equal(launched.number, p->last[0]);
+    assert_int_equal(launched.handle[0], launched.event);
+    assert_false(released(p, 0));
+    assert_true(step());
+    assert_true(released(p, 0));
+    assert_string_equal(p->s->mode, "event");
+
+    waited.event = launched.event + 1;
+    say(p, OP_WAITED, MSG_WAITED, &waited, 0);
+    hear(p, OP_DONE, MSG_DONE, &done);
+    hear(p, OP_ERROR, MSG_ERROR, &error);
+    waited.event = launched.event;
+    say(p, OP_WAITED, MSG_WAITED, &waited, 0);
+    hear(p, OP_WAITED, MSG_EMPTY, &empty);
+    assert_int_equal(shared.given_back, 1);
+    assert_int_equal(p->s->n_pledged, 0);
+    say(p, OP_WAITED, MSG_WAITED, &waited, 0);
+    hear(p, OP_ERROR, MSG_ERROR, &error);
+
+    shared.ready[3] = SAGE_EHANDLE; /* it cannot be asked for any more */
+    submit_event(p, 1, 5);
+    hear(p, OP_DONE, MSG_DONE, &done);
+    assert_int_equal(done.jobs[0].status, -SAGE_EHANDLE);
+    assert_true(released(p, 1));
+    assert_int_equal(p->s->n_pledged, 0);
+
+    shared.ready[3] = 0; /* the session ends with jobs of all kinds */
+    submit_event(p, 2, 5);
+    shared.ready[3] = 1;
+    submit_event(p, 3, 5);
+    hear(p, OP_LAUNCHED, MSG_LAUNCHED, &launched);
+    stop_daemon();
+    assert_int_equal(shared.n_open, 0);
+    assert_int_equal(shared.given_back, shared.recorded);
+    disconnect(p);
+}
+
+/* No more than EVENTS_MAX jobs wait for their WAITED. */
+static void test_event_limit(void **state)
+{
+    struct msg_event event = {.event = 1, .n_handle = PROTO_HANDLE_MAX};
+    static struct msg_done done;
+    struct msg_launched launched;
+    struct msg_empty empty;
+    struct peer *p = &peers[0];
+    (void)state;
+
+    start_shared(p);
+    say(p, OP_EVENT, MSG_EVENT, &event, 0);
+    hear(p, OP_EVENT, MSG_EMPTY, &empty);
+    shared.ready[0] = 1;
+    for (int i = 0; i < EVENTS_MAX; i++) {
+        submit_event(p, 0, 1);
+        hear(p, OP_LAUNCHED, MSG_LAUNCHED, &launched);
+        assert_true(step());
+        hear(p, OP_DONE, MSG_DONE, &done);
+    }
+    assert_int_equal(shared.recorded, EVENTS_MAX);
+    submit_event(p, 0, 1);
+    hear(p, OP_DONE, MSG_DONE, &done);
+    assert_int_equal(done.jobs[0].status, -SAGE_EBUSY);
+    stop_daemon();
+    assert_int_equal(shared.given_back, EVENTS_MAX);
+    disconnect(p);
+}
+
+static int lowest_fd(void)
+{
+    int fd = dup(STDERR_FILENO);
+
+    close(fd);
+    return fd;
+}
+
+/* A list of chunks over several packets, in every way that it can end. */
+static void test_chunks(void **state)
+{
+    struct msg_register msg = {.buffer = 2,
+                               .kind = BUFFER_VMM,
+                               .size = 3 * 4096,
+                               .n_chunks = 2,
+                               .chunks = {4096, 4096},
+                               .more = true};
+    struct msg_registered reply;
+    struct msg_error error;
+    struct peer *p = &peers[0];
+    (void)state;
+
+    start_shared(p);
+    fake.map = shared_map;
+    fake.unmap = shared_unmap;
+    int fd = lowest_fd();
+
+    say(p, OP_REGISTER, MSG_REGISTER, &msg, 2);
+    hear(p, OP_REGISTER, MSG_REGISTERED, &reply);
+    assert_int_equal(reply.size, 8192);
+    assert_null(buffer_find(p->s, 2));
+    assert_int_equal(p->s->user->n_fds, 2);
+    msg.n_chunks = 1;
+    msg.more = false;
+    say(p, OP_REGISTER, MSG_REGISTER, &msg, 1);
+    hear(p, OP_REGISTER, MSG_REGISTERED, &reply);
+    assert_int_equal(reply.size, 3 * 4096);
+    assert_non_null(buffer_find(p->s, 2));
+    assert_int_equal(shared.n_mapped, 3);
+    assert_int_equal(p->s->user->n_fds, 0);
+    assert_int_equal(lowest_fd(), fd);
+
+    msg.buffer = 3; /* less than what was said */
+    say(p, OP_REGISTER, MSG_REGISTER, &msg, 1);
+    hear(p, OP_ERROR, MSG_ERROR, &error);
+    assert_int_equal(error.status, -SAGE_EBOUNDS);
+    msg.more = true;
+    say(p, OP_REGISTER, MSG_REGISTER, &msg, 1);
+    hear(p, OP_REGISTER, MSG_REGISTERED, &reply);
+    msg.size++; /* another buffer */
+    say(p, OP_REGISTER, MSG_REGISTER, &msg, 1);
+    hear(p, OP_ERROR, MSG_ERROR, &error);
+    assert_int_equal(error.status, -SAGE_EINVAL);
+    msg.chunks[0] = UINT64_MAX; /* a sum beyond 64 bits; too few descriptors; no size */
+    say(p, OP_REGISTER, MSG_REGISTER, &msg, 1);
+    hear(p, OP_REGISTER, MSG_REGISTERED, &reply);
+    say(p, OP_REGISTER, MSG_REGISTER, &msg, 1);
+    hear(p, OP_ERROR, MSG_ERROR, &error);
+    assert_int_equal(error.status, -SAGE_EINVAL);
+    say(p, OP_REGISTER, MSG_REGISTER, &msg, 0);
+    hear(p, OP_ERROR, MSG_ERROR, &error);
+    assert_int_equal(error.status, -SAGE_EHANDLE);
+    msg.chunks[0] = 0;
+    say(p, OP_REGISTER, MSG_REGISTER, &msg, 1);
+    hear(p, OP_ERROR, MSG_ERROR, &error);
+    assert_int_equal(p->s->user->n_fds, 0);
+    assert_int_equal(p->s->n_mappings, 2);
+
+    msg.n_chunks = PROTO_FDS_MAX; /* one packet too many */
+    for (int i = 0; i < PROTO_FDS_MAX; i++)
+        msg.chunks[i] = 4096;
+    for (int i = 0; i < CHUNKS_MAX / PROTO_FDS_MAX && i < 8; i++) {
+        say(p, OP_REGISTER, MSG_REGISTER, &msg, PROTO_FDS_MAX);
+        hear(p, OP_REGISTER, MSG_REGISTERED, &reply);
+    }
+    assert_int_equal(p->s->user->n_fds, 8 * PROTO_FDS_MAX);
+    p->s->user->n_fds += 2 * CHUNKS_MAX; /* others of this user have as many as there may be */
+    say(p, OP_REGISTER, MSG_REGISTER, &msg, PROTO_FDS_MAX);
+    hear(p, OP_ERROR, MSG_ERROR, &error);
+    assert_int_equal(error.status, -SAGE_EBUSY);
+    p->s->user->n_fds -= 2 * CHUNKS_MAX;
+    assert_int_equal(p->s->user->n_fds, 0);
+    say(p, OP_REGISTER, MSG_REGISTER, &msg, PROTO_FDS_MAX); /* goes with the session */
+    hear(p, OP_REGISTER, MSG_REGISTERED, &reply);
+
+    session_close(p->s, "test");
+    assert_true(TAILQ_EMPTY(&d.sessions));
+    while (shared.n_mapped)
+        uv_run(&d.loop, UV_RUN_ONCE);
+    stop_daemon();
+    disconnect(p);
+}
+
+static void count_poll(struct stream *stream)
+{
+    struct slot_model *slot = slot_of(stream);
+
+    if (slot->n == 0 || ++shared.polls < shared.last)
+        return;
+    struct piece *piece = slot->queue[0].piece;
+    piece->start_ns = piece->launch_ns;
+    piece->end_ns = daemon_now();
+    memmove(slot->queue, slot->queue + 1, --slot->n * sizeof(slot->queue[0]));
+    page_release(piece->lane, piece->number, 0);
+    piece->done = 1;
+    shared.polls = 0;
+}
+
+/* Nobody tells the loop that a piece is over: it looks by itself, also when it has slept. */
+static void test_polled(void **state)
+{
+    (void)state;
+
+    start_shared(&peers[0]);
+    fake.poll = count_poll;
+    for (unsigned last = 1; last <= 4096; last *= 8) {
+        shared.last = last;
+        for (int i = 0; i < 3; i++)
+            submit(&peers[0], 0, problem(1, 64, 64));
+        while (!released(&peers[0], 0))
+            uv_run(&d.loop, UV_RUN_ONCE); /* sleeps, if nothing is to be done */
+        assert_int_equal(sched_look_in(&d, daemon_now()), UINT64_MAX);
+    }
+    stop_daemon();
+    disconnect(&peers[0]);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -535,6 +883,8 @@ int main(void)
         cmocka_unit_test(test_priorities), cmocka_unit_test(test_work_conserving),
         cmocka_unit_test(test_pieces),     cmocka_unit_test(test_held_slots),
         cmocka_unit_test(test_lanes),      cmocka_unit_test(test_close_anywhere),
+        cmocka_unit_test(test_events),     cmocka_unit_test(test_event_limit),
+        cmocka_unit_test(test_chunks),     cmocka_unit_test(test_polled),
     };
     log_set_level(3);
     alarm(120); /* a scheduler that stalls or spins does not do so for ever */

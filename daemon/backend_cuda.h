@@ -1,0 +1,80 @@
+/*
+ * backend_cuda.h - what the two files of the CUDA backend share.
+ *
+ *   backend_cuda.c   the device, its streams, pieces
+ *   cuda_share.c     memory and events of other processes
+ */
+#ifndef SAGE_BACKEND_CUDA_H
+#define SAGE_BACKEND_CUDA_H
+
+#include <cuda.h>
+#include <cudaTypedefs.h>
+#include <cuda_runtime_api.h>
+#include <sys/queue.h>
+
+#include "daemon/backend.h"
+
+/* Of the driver, by name and type of version 12.0; nothing here is linked against libcuda. */
+#define CUDA_DRIVER(X)                                                                             \
+    X(cuGetErrorName, PFN_cuGetErrorName_v6000)                                                    \
+    X(cuMemAddressFree, PFN_cuMemAddressFree_v10020)                                               \
+    X(cuMemAddressReserve, PFN_cuMemAddressReserve_v10020)                                         \
+    X(cuMemGetAddressRange, PFN_cuMemGetAddressRange_v3020)                                        \
+    X(cuMemGetAllocationGranularity, PFN_cuMemGetAllocationGranularity_v10020)                     \
+    X(cuMemImportFromShareableHandle, PFN_cuMemImportFromShareableHandle_v10020)                   \
+    X(cuMemMap, PFN_cuMemMap_v10020)                                                               \
+    X(cuMemRelease, PFN_cuMemRelease_v10020)                                                       \
+    X(cuMemSetAccess, PFN_cuMemSetAccess_v10020)                                                   \
+    X(cuMemUnmap, PFN_cuMemUnmap_v10020)
+
+/* cuda.h makes macros of some of these names, so members are called otherwise. */
+struct cuda_driver {
+#define CUDA_DRIVER_MEMBER(name, type) type p_##name;
+    CUDA_DRIVER(CUDA_DRIVER_MEMBER)
+#undef CUDA_DRIVER_MEMBER
+};
+
+struct completion;
+
+struct device {
+    int ordinal; /* as this process counts */
+    int compute; /* capability: 10 * major + minor */
+    char name[PROTO_NAME_MAX], uuid[PROTO_NAME_MAX];
+    size_t total, free; /* bytes; free: before anything was allocated */
+    size_t granularity; /* of chunks */
+    uint64_t slots;     /* that there will be */
+    cudaStream_t probe; /* always empty: what a query says of it is said of the context */
+    bool lost;          /* set by any thread, atomically; stays */
+    int64_t clock_ns;   /* CLOCK_MONOTONIC - %globaltimer; INT64_MAX: not known */
+    struct cuda_driver cu;
+    /* Events of ours: by their numbers, from 1; and those that nobody waits for. Both owned. */
+    struct completion **completions;
+    uint32_t n_completions;
+    STAILQ_HEAD(, completion) idle;
+};
+
+/*
+ * Has the context been lost? Any thread on which the device is current. Logs the error, once.
+ */
+bool cuda_is_lost(struct device *d);
+/*
+ * A call has failed: a text, and SAGE_EDEVICE if the context was lost by it, SAGE_ENOMEM, or
+ * `status`. Forgets CUDA's last error.
+ */
+int cuda_error(struct device *d, cudaError_t rc, int status, const char *what, char *why);
+
+/* cuda_share.c: members of backend_cuda, and what open() and close() have to do for them. */
+int share_open(struct device *d, char *why);
+void share_close(struct device *d);
+int share_map(struct device *d, const struct mapping *what, void **base, uint64_t *size, char *why);
+void share_unmap(struct device *d, const struct mapping *what, void *base, uint64_t size);
+int share_event_open(struct device *d, const uint8_t handle[PROTO_HANDLE_MAX], void **event,
+                     char *why);
+void share_event_close(struct device *d, void *event);
+int share_event_done(struct device *d, void *event);
+/* event_record(), for a stream that all was launched on. */
+int share_event_record(struct device *d, cudaStream_t stream, uint32_t *number,
+                       uint8_t handle[PROTO_HANDLE_MAX]);
+void share_event_put(struct device *d, uint32_t number);
+
+#endif
