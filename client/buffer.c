@@ -15,7 +15,7 @@
 
 /* --- the list --- */
 
-/* Where a buffer at `data` is in the list, or belongs. */
+/* Where a buffer at `data` is in the list, or belongs: device memory's, at NULL, come first. */
 static uint32_t position(const struct sage_client *c, const void *data)
 {
     uint32_t low = 0, high = c->n_buffers;
@@ -54,7 +54,9 @@ void buffer_unlist(struct sage_buffer *buffer)
     struct sage_client *c = buffer->client;
     uint32_t at = position(c, buffer->data);
 
-    if (at == c->n_buffers || c->buffers[at] != buffer)
+    while (at < c->n_buffers && c->buffers[at] != buffer)
+        at++;
+    if (at == c->n_buffers)
         return;
     c->n_buffers--;
     memmove(c->buffers + at, c->buffers + at + 1, (c->n_buffers - at) * sizeof(*c->buffers));
@@ -72,11 +74,39 @@ struct sage_buffer *buffer_after(struct sage_client *c, uint32_t id)
     return best;
 }
 
-int buffer_resolve(struct sage_client *c, const char *name, struct sage_tensor *t)
+/* With `lock` held. The buffer that may have this address in its mapping. */
+static const struct sage_buffer *find(const struct sage_client *c, const unsigned char *data)
+{
+    uint32_t at = position(c, data);
+
+    if (at == c->n_buffers || c->buffers[at]->data != data)
+        at--; /* the last one that begins below; of none, UINT32_MAX */
+    const struct sage_buffer *b = at < c->n_buffers ? c->buffers[at] : NULL;
+    return b && b->data && !b->closing && (size_t)(data - b->data) < b->size ? b : NULL;
+}
+
+bool buffer_is_host(struct sage_client *c, const void *data)
+{
+    pthread_mutex_lock(&c->lock);
+    bool found = find(c, data) != NULL;
+    pthread_mutex_unlock(&c->lock);
+    return found;
+}
+
+static int check_bounds(const char *name, const struct sage_tensor *t, int64_t bytes, uint64_t size)
+{
+    if (t->offset <= size && (uint64_t)bytes <= size - t->offset)
+        return 0;
+    return error_set(SAGE_EBOUNDS, "%s: %lld bytes at offset %llu of a buffer of %llu", name,
+                     (long long)bytes, (unsigned long long)t->offset, (unsigned long long)size);
+}
+
+int buffer_resolve(struct sage_client *c, const char *name, const struct place *place,
+                   struct sage_tensor *t)
 {
     const unsigned char *data = t->data;
+    uint64_t size = 0;
     int64_t bytes;
-    int rc = 0;
 
     t->data = NULL;
     t->buffer = 0;
@@ -85,21 +115,111 @@ int buffer_resolve(struct sage_client *c, const char *name, struct sage_tensor *
         return 0; /* nowhere; what is wrong with such a tensor sage_attn_check() says */
 
     pthread_mutex_lock(&c->lock);
-    uint32_t at = position(c, data);
-    if (at == c->n_buffers || c->buffers[at]->data != data)
-        at--; /* the last one that begins below; of none, UINT32_MAX */
-    const struct sage_buffer *b = at < c->n_buffers ? c->buffers[at] : NULL;
-    if (!b || b->closing || (size_t)(data - b->data) >= b->size) {
-        rc = error_set(SAGE_EBUFFER, "%s: %p is in no registered buffer", name, (const void *)data);
-    } else {
+    const struct sage_buffer *b = place ? NULL : find(c, data);
+    if (b) {
         t->buffer = b->id;
         t->offset = (uint64_t)(data - b->data);
-        if ((uint64_t)bytes > b->size - t->offset)
-            rc = error_set(SAGE_EBOUNDS, "%s: %lld bytes at offset %llu of a buffer of %zu", name,
-                           (long long)bytes, (unsigned long long)t->offset, b->size);
+        size = b->size;
     }
     pthread_mutex_unlock(&c->lock);
+    if (place) {
+        t->buffer = place->buffer;
+        t->offset = place->offset;
+        size = place->size;
+    }
+    if (!t->buffer)
+        return error_set(SAGE_EBUFFER, "%s: %p is in no registered buffer", name,
+                         (const void *)data);
+    return check_bounds(name, t, bytes, size);
+}
+
+/* --- registering --- */
+
+void part_take(const struct sage_buffer *b, uint32_t first, struct part *part)
+{
+    struct msg_register *m = &part->msg;
+
+    *m = (struct msg_register){.buffer = b->id, .kind = b->kind, .size = b->size};
+    part->next = first;
+    part->fds.n = 0;
+    if (b->kind == BUFFER_MEMFD)
+        part->fds.fd[part->fds.n++] = fcntl(b->fd, F_DUPFD_CLOEXEC, 0);
+    if (b->kind == BUFFER_CUDA_IPC) {
+        m->n_handle = sizeof(b->handle.bytes);
+        memcpy(m->handle, b->handle.bytes, sizeof(b->handle.bytes));
+    }
+    while (part->next < b->n_spans && m->n_chunks < PROTO_FDS_MAX) {
+        part->spans[m->n_chunks] = b->spans[part->next++];
+        m->chunks[m->n_chunks] = part->spans[m->n_chunks].size;
+        m->n_chunks++;
+    }
+    m->more = part->next < b->n_spans;
+}
+
+int part_open(struct part *part)
+{
+    if (part->msg.kind == BUFFER_MEMFD && part->fds.fd[0] < 0)
+        return error_set(SAGE_ENOMEM, "no descriptor left");
+    for (uint32_t i = 0; i < part->msg.n_chunks; i++) {
+        int rc = gpu_export(&part->spans[i], &part->fds.fd[i]);
+        if (rc)
+            return rc;
+        part->fds.n++;
+    }
+    return 0;
+}
+
+void part_close(struct part *part)
+{
+    for (uint32_t i = 0; i < part->fds.n; i++)
+        if (part->fds.fd[i] >= 0)
+            close(part->fds.fd[i]);
+    part->fds.n = 0;
+}
+
+/* One packet, and its answer. only: 0, or the connection that got the ones before. */
+static int add_part(struct sage_buffer *b, struct part *part, uint64_t *only)
+{
+    struct msg_registered reply;
+    struct request request = {.op = OP_REGISTER,
+                              .reply_kind = MSG_REGISTERED,
+                              .reply = &reply,
+                              .buffer = b,
+                              .more = part->msg.more,
+                              .only = *only};
+    int rc = part_open(part);
+
+    if (!rc)
+        rc = client_call(b->client, MSG_REGISTER, &part->msg, &part->fds, &request);
+    part_close(part);
+    *only = request.epoch;
     return rc;
+}
+
+int buffer_add(struct sage_buffer *b)
+{
+    struct sage_client *c = b->client;
+    struct part part;
+    uint64_t only = 0;
+    int rc;
+
+    pthread_mutex_lock(&c->lock);
+    b->id = ++c->last_buffer;
+    part_take(b, 0, &part);
+    pthread_mutex_unlock(&c->lock);
+    for (;;) {
+        rc = add_part(b, &part, &only);
+        if (rc || !part.msg.more)
+            break;
+        part_take(b, part.next, &part); /* a memfd, which needs the lock, is one part */
+    }
+    if (rc != SAGE_ELOST)
+        return rc;
+    /* The reader has offered it to the next daemon, if there is one. */
+    pthread_mutex_lock(&c->lock);
+    bool registered = client_state(c) == LINK_LIVE && b->epoch == c->epoch;
+    pthread_mutex_unlock(&c->lock);
+    return registered ? 0 : rc;
 }
 
 /* --- the calls --- */
@@ -116,27 +236,6 @@ void buffer_discard(struct sage_buffer *buffer)
     if (buffer->fd >= 0 && !c->forked)
         close(buffer->fd);
     free(buffer);
-}
-
-static int do_register(struct sage_buffer *b)
-{
-    struct sage_client *c = b->client;
-    struct msg_register msg = {.kind = b->kind, .size = b->size};
-    struct msg_registered reply;
-    struct request request = {
-        .op = OP_REGISTER, .reply_kind = MSG_REGISTERED, .reply = &reply, .buffer = b};
-
-    pthread_mutex_lock(&c->lock);
-    msg.buffer = b->id = ++c->last_buffer;
-    pthread_mutex_unlock(&c->lock);
-    int rc = client_call(c, MSG_REGISTER, &msg, b->fd, &request);
-    if (rc != SAGE_ELOST)
-        return rc;
-    pthread_mutex_lock(
-        &c->lock); /* the reader has offered it to the next daemon, if there is one */
-    bool registered = client_state(c) == LINK_LIVE && b->epoch == c->epoch;
-    pthread_mutex_unlock(&c->lock);
-    return registered ? 0 : rc;
 }
 
 /* Map and register. Takes the descriptor over, also when it fails. */
@@ -157,7 +256,7 @@ static int create(struct sage_client *c, int fd, size_t size, struct sage_buffer
     else
         b->data = data;
     if (!rc)
-        rc = do_register(b);
+        rc = buffer_add(b);
     if (rc)
         buffer_discard(b);
     else
@@ -248,7 +347,7 @@ int sage_buffer_free(struct sage_buffer *buffer)
     pthread_mutex_unlock(&c->lock);
     /* Until it is answered the reader registers the buffer anew: jobs under way still need it. */
     while (!rc && client_state(c) != LINK_LOST) {
-        rc = client_call(c, MSG_UNREGISTER, &msg, -1, &request);
+        rc = client_call(c, MSG_UNREGISTER, &msg, NULL, &request);
         if (rc != SAGE_ELOST)
             break;
         rc = 0;

@@ -51,7 +51,8 @@ static void after_fork_in_child(void)
         close(c->event);
         close(c->page_fd);
         for (uint32_t i = 0; i < c->n_buffers; i++)
-            close(c->buffers[i]->fd);
+            if (c->buffers[i]->fd >= 0)
+                close(c->buffers[i]->fd);
     }
     unlock_clients();
 }
@@ -102,18 +103,12 @@ static void set_name(struct sage_client *c, const char *name)
 
 static int set_options(struct sage_client *c, const struct sage_connect_options *options)
 {
-    static const struct sage_connect_options defaults;
-    char path[4096];
-
-    if (!options)
-        options = &defaults;
     if (options->priority < SAGE_LOW || options->priority > SAGE_HIGH)
         return error_set(SAGE_EINVAL, "priority: %d, must be from -1 to 1", options->priority);
     c->priority = (uint32_t)(PRIORITY_NORMAL + (int)options->priority);
     c->retry_ms = options->retry_ms ? options->retry_ms : RETRY_MS;
     set_name(c, options->name);
-    c->path = strdup(conn_path(options->socket, path, sizeof(path)));
-    return c->path ? 0 : error_set(SAGE_ENOMEM, "out of memory");
+    return gpu_init(c, options);
 }
 
 static struct sage_client *create(void)
@@ -128,6 +123,7 @@ static struct sage_client *create(void)
     pthread_condattr_init(&attr);
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
     pthread_cond_init(&c->changed, &attr);
+    pthread_cond_init(&c->gpu.tick, &attr);
     pthread_condattr_destroy(&attr);
     pthread_mutex_init(&c->submit_lock, NULL);
     pthread_mutex_init(&c->lock, NULL);
@@ -136,8 +132,11 @@ static struct sage_client *create(void)
 
 static int init(struct sage_client *c, const struct sage_connect_options *options)
 {
-    int rc = set_options(c, options);
+    static const struct sage_connect_options defaults;
 
+    if (!options)
+        options = &defaults;
+    int rc = set_options(c, options);
     if (rc)
         return rc;
     c->page = page_create(&c->page_fd);
@@ -146,7 +145,8 @@ static int init(struct sage_client *c, const struct sage_connect_options *option
     c->event = eventfd(0, EFD_CLOEXEC);
     if (c->event < 0)
         return error_set(SAGE_ENOMEM, "eventfd: %s", strerror(errno));
-    return conn_init(&c->conn, c->event);
+    rc = conn_init(&c->conn, c->event);
+    return rc ? rc : gpu_choose(c, options);
 }
 
 /* The reader takes no signals: they are the program's. */
@@ -164,6 +164,7 @@ static int start_reader(struct sage_client *c)
 /* Memory; and the locks, except in a fork child, where another thread may have held them. */
 static void destroy(struct sage_client *c)
 {
+    gpu_destroy(c);
     while (c->n_buffers > 0)
         buffer_discard(c->buffers[c->n_buffers - 1]);
     free(c->buffers);
@@ -175,6 +176,7 @@ static void destroy(struct sage_client *c)
     }
     page_unmap(c->page);
     if (!c->forked) {
+        pthread_cond_destroy(&c->gpu.tick);
         pthread_cond_destroy(&c->changed);
         pthread_mutex_destroy(&c->lock);
         pthread_mutex_destroy(&c->submit_lock);
@@ -221,6 +223,22 @@ int sage_connect(const struct sage_connect_options *options, struct sage_client 
     return 0;
 }
 
+/* The watcher may be waiting for an answer, and nobody reads any more; new requests see `stop`. */
+static void abandon_requests(struct sage_client *c)
+{
+    if (c->fd >= 0)
+        shutdown(c->fd, SHUT_RDWR);
+    pthread_mutex_lock(&c->lock);
+    for (struct request *r = c->requests; r; r = r->next) {
+        r->status = SAGE_ECANCELED;
+        strcpy(r->text, "the client is being closed");
+        r->over = true;
+    }
+    c->requests = NULL;
+    pthread_cond_broadcast(&c->changed);
+    pthread_mutex_unlock(&c->lock);
+}
+
 void sage_disconnect(struct sage_client *client)
 {
     if (!client)
@@ -230,6 +248,8 @@ void sage_disconnect(struct sage_client *client)
         atomic_store(&client->stop, true);
         eventfd_write(client->event, 1);
         pthread_join(client->reader, NULL);
+        abandon_requests(client);
+        gpu_finish(client);
         close_all(client);
     } else if (!client->conn.unpacking) {
         unpacker_destroy(client->conn.unpacker);
@@ -262,6 +282,8 @@ int client_revive(struct sage_client *c)
 {
     if (client_state(c) != LINK_LOST)
         return 0;
+    if (c->stop)
+        return error_set(SAGE_ECANCELED, "the client is being closed");
     int rc = reader_attach(c);
     if (!rc)
         rc = reader_install(c);
@@ -284,10 +306,15 @@ static int enter_request(struct sage_client *c, struct request *r)
 {
     int rc = 0;
 
-    if (r->op == OP_REGISTER)
+    if (c->stop)
+        return error_set(SAGE_ECANCELED, "the client is being closed");
+    if (r->only && r->only != c->epoch)
+        return error_set(SAGE_ELOST, "the connection to the daemon broke");
+    if (r->op == OP_REGISTER && !r->only)
         rc = buffer_list(r->buffer);
     if (rc)
         return rc;
+    r->epoch = c->epoch;
     r->seq = ++c->seq;
     r->next = c->requests;
     c->requests = r;
@@ -304,8 +331,8 @@ static void remove_request(struct sage_client *c, struct request *r)
 }
 
 /* Enter the request and send it. NOT_NOW: the reader is replacing the connection, or it is full. */
-static int send_request(struct sage_client *c, enum msg_kind kind, const void *msg, int pass,
-                        struct request *r)
+static int send_request(struct sage_client *c, enum msg_kind kind, const void *msg,
+                        const struct conn_fds *fds, struct request *r)
 {
     int rc = client_revive(c);
 
@@ -320,7 +347,7 @@ static int send_request(struct sage_client *c, enum msg_kind kind, const void *m
         return rc;
 
     size_t len = packet_encode(c->out, sizeof(c->out), r->op, r->seq, kind, msg);
-    rc = conn_send(c->fd, c->out, len, pass);
+    rc = conn_send(c->fd, c->out, len, fds);
     if (!rc || rc == SAGE_ELOST) /* the reader will see the end and say so */
         return 0;
     pthread_mutex_lock(&c->lock);
@@ -345,15 +372,15 @@ static void await_link(struct sage_client *c)
         poll(&p, 1, FULL_MS);
 }
 
-int client_call(struct sage_client *c, enum msg_kind kind, const void *msg, int pass,
-                struct request *r)
+int client_call(struct sage_client *c, enum msg_kind kind, const void *msg,
+                const struct conn_fds *fds, struct request *r)
 {
     int rc;
 
     r->over = false;
     do {
         pthread_mutex_lock(&c->submit_lock);
-        rc = send_request(c, kind, msg, pass, r);
+        rc = send_request(c, kind, msg, fds, r);
         pthread_mutex_unlock(&c->submit_lock);
         if (rc == NOT_NOW)
             await_link(c);

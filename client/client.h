@@ -19,6 +19,7 @@
 #include <stdatomic.h>
 
 #include "client/conn.h"
+#include "client/gpu.h"
 #include "client/sageclient.h"
 #include "proto/page.h"
 
@@ -34,8 +35,10 @@ enum link_state { LINK_DOWN, LINK_LIVE, LINK_LOST };
 struct entry {
     uint32_t number;
     uint32_t len, capacity;
-    unsigned char *packet;    /* its SUBMIT, ready to be sent again */
-    struct msg_done_job done; /* of job done.number; status SAGE_ELOST: it will not be told */
+    unsigned char *packet;        /* its SUBMIT, ready to be sent again */
+    struct msg_done_job done;     /* of job done.number; status SAGE_ELOST: it will not be told */
+    struct msg_launched launched; /* of job launched.number */
+    uint64_t launched_epoch;      /* by the daemon of this connection */
 };
 
 /* Made at first use and kept until the client goes: numbers are never used again. */
@@ -43,23 +46,37 @@ struct sage_lane {
     struct sage_client *client;
     struct sage_page_lane *words;
     uint32_t index;
-    bool used;             /* under `lock` */
+    bool used;             /* under `lock`, as the next three */
+    uint64_t stream;       /* whose jobs these are: see stream_key(); 0: of no one stream */
+    uint32_t looked;       /* the last job whose status was looked at for sage_stream_error() */
+    int error;             /* and what it is going to say */
     _Atomic uint64_t tail; /* jobs published, and the number of the last; under submit_lock */
     uint32_t head;         /* the first job not known to be over; under submit_lock */
     uint32_t sent;         /* the last job sent again on a new connection; the reader's */
     struct entry entry[SAGE_ENTRIES];
 };
 
-/* Memory that the daemon can reach. So far there is one kind: a memfd that both sides map. */
+/* Memory that the daemon can reach: a memfd that both sides map, or device memory. */
 struct sage_buffer {
     struct sage_client *client;
     uint32_t id; /* our choice, so that the packets we keep stay good for a new daemon */
     enum buffer_kind kind;
-    int fd;
-    unsigned char *data;
+    int fd;              /* memfd; otherwise -1 */
+    unsigned char *data; /* where a memfd is mapped; NULL: device memory */
     size_t size;
+    struct cu_handle handle;  /* cuda_ipc */
+    const struct span *spans; /* vmm: the chunks; they belong to whoever owns the buffer */
+    uint32_t n_spans;
     bool closing;   /* under `lock`: new jobs are refused it */
     uint64_t epoch; /* under `lock`: the connection on which it is registered */
+};
+
+/* One packet of a registration. Taken under `lock`, opened and closed without. */
+struct part {
+    struct msg_register msg;
+    uint32_t next; /* the chunk that the next one begins with */
+    struct span spans[PROTO_FDS_MAX];
+    struct conn_fds fds;
 };
 
 /* Somebody who waits for a reply, on the waiter's stack; listed in `requests`, under `lock`. */
@@ -69,7 +86,10 @@ struct request {
     enum msg_kind reply_kind;
     void *reply;
     struct sage_buffer
-        *buffer; /* REGISTER, UNREGISTER: listed and unlisted along with the request */
+        *buffer;    /* REGISTER, UNREGISTER: listed and unlisted along with the request */
+    bool more;      /* REGISTER: it takes another packet, */
+    uint64_t only;  /* and that one goes to the connection of the first; 0: to any */
+    uint64_t epoch; /* the connection on which it was sent */
     bool over;
     int status;
     char text[PROTO_TEXT_MAX];
@@ -113,6 +133,7 @@ struct sage_client {
     uint32_t runners; /* threads in sage_attn_run() that hold a lane */
     uint64_t epoch;   /* counts connections */
     struct msg_welcome welcome;
+    struct gpu gpu;
 };
 
 static inline enum link_state client_state(const struct sage_client *client)
@@ -148,8 +169,8 @@ int client_alien(void); /* SAGE_EFORK, with its text */
  * Send a request and wait for its reply. SAGE_ELOST: it was sent, and the connection broke before
  * the reply came; by now there is a new one, or none (LINK_LOST).
  */
-int client_call(struct sage_client *client, enum msg_kind kind, const void *msg, int pass,
-                struct request *request);
+int client_call(struct sage_client *client, enum msg_kind kind, const void *msg,
+                const struct conn_fds *fds, struct request *request);
 
 /* With submit_lock held: in state LOST, try once to connect. SAGE_EBUSY: the daemon still runs jobs
  * of this client's last connection. */
@@ -173,10 +194,53 @@ void buffer_unlist(struct sage_buffer *buffer);
 /* The listed buffer with the least id above `id`, or NULL. */
 struct sage_buffer *buffer_after(struct sage_client *client, uint32_t id);
 
-/* Replace the address of a tensor by buffer and offset. SAGE_EBUFFER, SAGE_EBOUNDS. */
-int buffer_resolve(struct sage_client *client, const char *name, struct sage_tensor *tensor);
+/*
+ * Replace the address of a tensor by buffer and offset: by what `place` says if it is set,
+ * otherwise by looking for it. SAGE_EBUFFER, SAGE_EBOUNDS.
+ */
+int buffer_resolve(struct sage_client *client, const char *name, const struct place *place,
+                   struct sage_tensor *tensor);
+/* Is this address in memory that is mapped here and registered? */
+bool buffer_is_host(struct sage_client *client, const void *data);
+
+/* Register it under a new id. When that fails the caller discards the buffer. */
+int buffer_add(struct sage_buffer *buffer);
 
 /* Unmap and free, without telling anybody. */
 void buffer_discard(struct sage_buffer *buffer);
+
+/* The packet that begins with chunk `first`; with `lock` held. */
+void part_take(const struct sage_buffer *buffer, uint32_t first, struct part *part);
+int part_open(struct part *part);
+void part_close(struct part *part);
+
+/* --- lane.c --- */
+
+/* With `lock` held: note the first error among jobs that are over, up to the last one of these. */
+void lane_look(struct sage_lane *lane, uint32_t last);
+
+/*
+ * A lane for one call: the stream's, or any (0). If other calls have them all, the next that comes
+ * free.
+ */
+int lane_take(struct sage_client *client, uint64_t stream, struct sage_lane **lane);
+void lane_put(struct sage_lane *lane);
+
+/* Submit; gpu: NULL, or where the tensors are. */
+int lane_submit(struct sage_lane *lane, const struct sage_attn *attn, unsigned flags,
+                struct gpu_job *gpu, struct sage_job *job);
+
+/* Until when a call tries again, and the time until its next try. */
+struct patience {
+    int64_t deadline;
+    long nap_us;
+};
+struct patience patience_begin(const struct sage_client *client);
+/* May it, after this status? Then it has slept. */
+bool patience_lasts(struct patience *patience, int status);
+
+/* Submit and wait for it, again and again while that helps. */
+int lane_run(struct sage_client *client, const struct sage_attn *attn, struct gpu_job *gpu,
+             struct sage_times *times, struct patience *patience);
 
 #endif

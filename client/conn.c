@@ -20,13 +20,14 @@
 #include <time.h>
 #include <unistd.h>
 
-#define SYSTEM_SOCKET "/run/sageattnd/sageattnd.sock"
+#define SYSTEM_DIR "/run/sageattnd"
 
 /*
  * Asked for; the kernel doubles it, and allows no more than net.core.wmem_max. It charges a SUBMIT
  * of one plain problem with about 2.3 KiB: room for the 256 that a daemon allows by default.
  */
 enum { SEND_BUFFER = 512 * 1024 };
+enum { GPUS_MAX = 32 }; /* of one host: sockets gpu0.sock, gpu1.sock, ... */
 
 static _Thread_local char last_error[2 * PROTO_TEXT_MAX];
 
@@ -58,23 +59,40 @@ int64_t clock_ns(void)
     return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
 }
 
-const char *conn_path(const char *given, char *buf, size_t size)
+/* A socket that we may not look at is there too: who is refused gets told why. */
+static bool is_there(const char *path)
+{
+    return access(path, F_OK) == 0 || errno == EACCES;
+}
+
+/* The GPUs after the default one have sockets of their own beside its. */
+bool conn_default(int i, char *buf, size_t size)
 {
     const char *dir = secure_getenv("XDG_RUNTIME_DIR");
 
+    for (int k = 0; k < GPUS_MAX + 2; k++) {
+        if (k == 0)
+            snprintf(buf, size, SYSTEM_DIR "/sageattnd.sock");
+        else if (k <= GPUS_MAX)
+            snprintf(buf, size, SYSTEM_DIR "/gpu%d.sock", k - 1);
+        else if (dir && *dir)
+            snprintf(buf, size, "%s/sageattnd.sock", dir);
+        else
+            break;
+        if (is_there(buf) && i-- == 0)
+            return true;
+    }
+    return false;
+}
+
+const char *conn_path(const char *given, char *buf, size_t size)
+{
     if (!given)
         given = secure_getenv("SAGEATTND_SOCKET");
-    if (given && *given) {
+    if (given && *given)
         snprintf(buf, size, "%s", given);
-        return buf;
-    }
-    /* A socket that we may not look at is there too: who is refused gets told why. */
-    if (dir && *dir && access(SYSTEM_SOCKET, F_OK) < 0 && errno == ENOENT) {
-        snprintf(buf, size, "%s/sageattnd.sock", dir);
-        if (access(buf, F_OK) == 0)
-            return buf;
-    }
-    snprintf(buf, size, "%s", SYSTEM_SOCKET);
+    else if (!conn_default(0, buf, size))
+        snprintf(buf, size, SYSTEM_DIR "/sageattnd.sock");
     return buf;
 }
 
@@ -174,23 +192,23 @@ int conn_open(struct conn *conn, const char *path)
     return rc;
 }
 
-int conn_push(int fd, const void *data, size_t len, int pass)
+int conn_push(int fd, const void *data, size_t len, const struct conn_fds *fds)
 {
     struct iovec iov = {.iov_base = (void *)data, .iov_len = len};
     union {
-        char buf[CMSG_SPACE(sizeof(int))];
+        char buf[CMSG_SPACE(PROTO_FDS_MAX * sizeof(int))];
         struct cmsghdr align;
     } control;
     struct msghdr msg = {.msg_iov = &iov, .msg_iovlen = 1};
-    if (pass >= 0) {
+    if (fds && fds->n > 0) {
         memset(&control, 0, sizeof(control));
         msg.msg_control = control.buf;
-        msg.msg_controllen = sizeof(control.buf);
+        msg.msg_controllen = CMSG_SPACE(fds->n * sizeof(int));
         struct cmsghdr *cmsg = CMSG_FIRSTHDR(&msg);
         cmsg->cmsg_level = SOL_SOCKET;
         cmsg->cmsg_type = SCM_RIGHTS;
-        cmsg->cmsg_len = CMSG_LEN(sizeof(int));
-        memcpy(CMSG_DATA(cmsg), &pass, sizeof(int));
+        cmsg->cmsg_len = CMSG_LEN(fds->n * sizeof(int));
+        memcpy(CMSG_DATA(cmsg), fds->fd, fds->n * sizeof(int));
     }
     for (;;) {
         if (sendmsg(fd, &msg, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0)
@@ -225,10 +243,10 @@ bool conn_has_room(int fd)
            getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, &len) == 0 && used < size;
 }
 
-int conn_send(int fd, const void *data, size_t len, int pass)
+int conn_send(int fd, const void *data, size_t len, const struct conn_fds *fds)
 {
     for (;;) {
-        int rc = conn_push(fd, data, len, pass);
+        int rc = conn_push(fd, data, len, fds);
         if (rc != SAGE_EBUSY && rc != SAGE_ENOMEM)
             return rc;
         struct pollfd p = {.fd = fd, .events = rc == SAGE_EBUSY ? POLLOUT : 0};
@@ -282,8 +300,8 @@ int conn_reply(const struct packet *packet, uint32_t op, enum msg_kind kind, voi
     return rc ? error_set(rc, "from the daemon: %s: %s", proto_op_name(op), why) : 0;
 }
 
-int conn_call(struct conn *conn, uint32_t op, enum msg_kind kind, const void *msg, int pass,
-              enum msg_kind reply_kind, void *reply)
+int conn_call(struct conn *conn, uint32_t op, enum msg_kind kind, const void *msg,
+              const struct conn_fds *fds, enum msg_kind reply_kind, void *reply)
 {
     uint32_t seq = ++conn->seq;
     size_t len = packet_encode(conn->out, sizeof(conn->out), op, seq, kind, msg);
@@ -292,9 +310,9 @@ int conn_call(struct conn *conn, uint32_t op, enum msg_kind kind, const void *ms
 
     struct packet packet;
     int64_t deadline = deadline_of(conn);
-    int rc = conn_push(conn->fd, conn->out, len, pass);
+    int rc = conn_push(conn->fd, conn->out, len, fds);
     while (rc == SAGE_EBUSY && !(rc = await(conn->fd, POLLOUT, conn->stop, deadline)))
-        rc = conn_push(conn->fd, conn->out, len, pass);
+        rc = conn_push(conn->fd, conn->out, len, fds);
     if (!rc || rc == SAGE_ELOST) /* who closes on us may have said why */
         do
             rc = conn_recv(conn, &packet, deadline);
@@ -316,8 +334,9 @@ int conn_hello(struct conn *conn, const char *name, uint32_t priority, int page,
         .library = "libsageclient " PACKAGE_VERSION,
         .page = page >= 0,
     };
+    struct conn_fds fds = {page >= 0, {page}};
     snprintf(hello.name, sizeof(hello.name), "%s", name);
-    int rc = conn_call(conn, OP_HELLO, MSG_HELLO, &hello, page, MSG_WELCOME, welcome);
+    int rc = conn_call(conn, OP_HELLO, MSG_HELLO, &hello, &fds, MSG_WELCOME, welcome);
     if (!rc && welcome->major != PROTO_MAJOR)
         rc = error_set(SAGE_EVERSION, "the daemon speaks protocol %u, this program %u: update one",
                        welcome->major, PROTO_MAJOR);

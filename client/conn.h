@@ -24,6 +24,12 @@ struct conn {
     unsigned char out[PROTO_PACKET_MAX];
 };
 
+/* Descriptors that ride on a packet. */
+struct conn_fds {
+    uint32_t n;
+    int fd[PROTO_FDS_MAX];
+};
+
 /* This thread's error text. error_set() returns its status. */
 int error_set(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 const char *error_text(void);
@@ -34,6 +40,8 @@ int64_t clock_ns(void); /* monotonic */
 
 /* Which socket: the given one, $SAGEATTND_SOCKET, or the first default that is there. */
 const char *conn_path(const char *given, char *buf, size_t size);
+/* Default number `i` among those that are there, in the order of preference; false: no more. */
+bool conn_default(int i, char *buf, size_t size);
 
 int conn_init(struct conn *conn, int stop);
 void conn_finish(struct conn *conn);
@@ -42,12 +50,12 @@ void conn_finish(struct conn *conn);
 int conn_open(struct conn *conn, const char *path);
 void conn_close(struct conn *conn);
 
-/* One packet, with a descriptor unless pass < 0. SAGE_EBUSY: would block; SAGE_ELOST: no peer. */
-int conn_push(int fd, const void *data, size_t len, int pass);
+/* One packet; fds: NULL, or what rides on it. SAGE_EBUSY: would block; SAGE_ELOST: no peer. */
+int conn_push(int fd, const void *data, size_t len, const struct conn_fds *fds);
 /* Would conn_push() find room? Also when there is no peer any more. */
 bool conn_has_room(int fd);
 /* The same as conn_push(), but waits for room. */
-int conn_send(int fd, const void *data, size_t len, int pass);
+int conn_send(int fd, const void *data, size_t len, const struct conn_fds *fds);
 
 /* One packet; *packet is good until the next. deadline of clock_ns(), < 0: none. */
 int conn_recv(struct conn *conn, struct packet *packet, int64_t deadline);
@@ -56,8 +64,8 @@ int conn_recv(struct conn *conn, struct packet *packet, int64_t deadline);
 int conn_reply(const struct packet *packet, uint32_t op, enum msg_kind kind, void *reply);
 
 /* Ask and wait for the answer. When the connection itself fails it is closed: fd is -1 then. */
-int conn_call(struct conn *conn, uint32_t op, enum msg_kind kind, const void *msg, int pass,
-              enum msg_kind reply_kind, void *reply);
+int conn_call(struct conn *conn, uint32_t op, enum msg_kind kind, const void *msg,
+              const struct conn_fds *fds, enum msg_kind reply_kind, void *reply);
 
 /* HELLO; page < 0: without a page, no jobs. SAGE_EVERSION. */
 int conn_hello(struct conn *conn, const char *name, uint32_t priority, int page,

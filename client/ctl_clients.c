@@ -23,7 +23,7 @@ int clients_fetch(struct ctl *ctl, struct msg_client **list, size_t *n)
     *list = NULL;
     *n = 0;
     while (page.more) {
-        int rc = conn_call(&ctl->conn, OP_CLIENTS, MSG_CLIENTS, &ask, -1, MSG_CLIENT_LIST, &page);
+        int rc = conn_call(&ctl->conn, OP_CLIENTS, MSG_CLIENTS, &ask, NULL, MSG_CLIENT_LIST, &page);
         struct msg_client *longer =
             rc ? NULL : realloc(*list, (*n + page.n_clients + 1) * sizeof(**list));
         if (!rc && !longer)
@@ -46,15 +46,16 @@ int clients_fetch(struct ctl *ctl, struct msg_client **list, size_t *n)
 
 void clients_print(const struct msg_client *list, size_t n)
 {
-    printf("%6s %8s %6s %-18s %-8s %8s %7s %7s %9s %7s %8s %8s %10s\n", "ID", "PID", "UID", "NAME",
-           "PRIORITY", "AGE", "QUEUED", "RUNNING", "DONE", "FAILED", "TOPS", "BUFFERS", "MAPPED");
+    printf("%6s %8s %6s %-18s %-8s %-5s %8s %7s %7s %9s %7s %8s %8s %10s\n", "ID", "PID", "UID",
+           "NAME", "PRIORITY", "MODE", "AGE", "QUEUED", "RUNNING", "DONE", "FAILED", "TOPS",
+           "BUFFERS", "MAPPED");
     for (size_t i = 0; i < n; i++) {
         const struct msg_client *c = &list[i];
-        printf("%6llu %8llu %6llu %-18.18s %-8s %8s %7u %7u %9llu %7llu %8s %8u %10s\n",
+        printf("%6llu %8llu %6llu %-18.18s %-8s %-5s %8s %7u %7u %9llu %7llu %8s %8u %10s\n",
                (unsigned long long)c->id, (unsigned long long)c->pid, (unsigned long long)c->uid,
-               c->name, priority_name(c->priority), text_ns((double)c->age_ns).s, c->queued,
-               c->running, (unsigned long long)c->done, (unsigned long long)c->failed,
-               text_tops(c->ops, (double)c->run_ns).s, c->buffers,
+               c->name, priority_name(c->priority), c->mode[0] ? c->mode : "-",
+               text_ns((double)c->age_ns).s, c->queued, c->running, (unsigned long long)c->done,
+               (unsigned long long)c->failed, text_tops(c->ops, (double)c->run_ns).s, c->buffers,
                text_bytes((double)c->mapped_bytes).s);
     }
 }
@@ -67,12 +68,12 @@ json_t *clients_json(const struct msg_client *list, size_t n)
         const struct msg_client *c = &list[i];
         json_array_append_new(
             array,
-            json_pack("{sI sI sI ss ss sI si si sI sI sf sI si sI}", "id", (json_int_t)c->id, "pid",
-                      (json_int_t)c->pid, "uid", (json_int_t)c->uid, "name", c->name, "priority",
-                      priority_name(c->priority), "age_ns", (json_int_t)c->age_ns, "queued",
-                      (int)c->queued, "running", (int)c->running, "done", (json_int_t)c->done,
-                      "failed", (json_int_t)c->failed, "ops", c->ops, "run_ns",
-                      (json_int_t)c->run_ns, "buffers", (int)c->buffers, "mapped_bytes",
+            json_pack("{sI sI sI ss ss ss sI si si sI sI sf sI si sI}", "id", (json_int_t)c->id,
+                      "pid", (json_int_t)c->pid, "uid", (json_int_t)c->uid, "name", c->name,
+                      "priority", priority_name(c->priority), "mode", c->mode, "age_ns",
+                      (json_int_t)c->age_ns, "queued", (int)c->queued, "running", (int)c->running,
+                      "done", (json_int_t)c->done, "failed", (json_int_t)c->failed, "ops", c->ops,
+                      "run_ns", (json_int_t)c->run_ns, "buffers", (int)c->buffers, "mapped_bytes",
                       (json_int_t)c->mapped_bytes));
     }
     return array;

@@ -18,6 +18,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "client/driver.h"
 #include "client/sageclient.h"
 
 enum result { PASS, WARN, FAIL };
@@ -123,7 +124,7 @@ static bool check_daemon(struct doctor *d)
     int rc = ctl_connect(d->ctl);
 
     if (!rc)
-        rc = conn_call(&d->ctl->conn, OP_STATS, MSG_EMPTY, &empty, -1, MSG_STATS, &stats);
+        rc = conn_call(&d->ctl->conn, OP_STATS, MSG_EMPTY, &empty, NULL, MSG_STATS, &stats);
     if (rc) {
         report(d, FAIL, "daemon",
                rc == SAGE_EVERSION    ? "install sageattnd and sagectl of the same version"
@@ -155,6 +156,75 @@ static void check_round_trip(struct doctor *d)
     }
     report(d, ns[N / 2] > SLOW_NS ? WARN : PASS, "ping", "is the machine overloaded?",
            "%.1f us a round trip (median of %d)", ns[N / 2] / 1e3, N);
+}
+
+/* --- the GPU, from here --- */
+
+static void check_no_gpu(struct doctor *d)
+{
+    struct device gpu;
+    int rc = device_open(&gpu, NULL);
+
+    if (rc) {
+        report(d, PASS, "gpu", "", "the daemon computes on the CPU, and there is no GPU here: %s",
+               error_text());
+        return;
+    }
+    report(d, WARN, "gpu", "start sageattnd with --backend=auto or cuda",
+           "the daemon computes on the CPU, but there is a GPU: %s", gpu.uuid);
+    device_close(&gpu);
+}
+
+/* Without it the processes take turns on the GPU, and each hand-off waits for two turns. */
+static void check_mps(struct doctor *d)
+{
+    const char *dir = getenv("CUDA_MPS_PIPE_DIRECTORY");
+    char path[4096];
+
+    snprintf(path, sizeof(path), "%s/control", dir && *dir ? dir : "/tmp/nvidia-mps");
+    bool there = access(path, F_OK) == 0;
+    report(d, there ? PASS : WARN, "mps", "systemctl start nvidia-mps, then restart the clients",
+           there ? "MPS is here: %s" : "no MPS (%s): each hand-off costs about 0.3 ms more", path);
+}
+
+/* What copies cost on this device: one direction, device to device. */
+static double copy_rate(const struct device *gpu)
+{
+    enum { BYTES = 64 << 20, TIMES = 8 };
+    const struct driver *cu = gpu->cu;
+    uint64_t memory;
+    double rate = 0;
+
+    if (cu->cuMemAlloc(&memory, 2 * (size_t)BYTES) != CU_OK)
+        return 0;
+    int rc = cu->cuMemcpyAsync(memory + BYTES, memory, BYTES, NULL);
+    rc = rc ? rc : cu->cuStreamSynchronize(NULL);
+    int64_t start = clock_ns();
+    for (int i = 0; i < TIMES && !rc; i++)
+        rc = cu->cuMemcpyAsync(memory + BYTES, memory, BYTES, NULL);
+    rc = rc ? rc : cu->cuStreamSynchronize(NULL);
+    if (!rc)
+        rate = (double)BYTES * TIMES / (double)(clock_ns() - start);
+    cu->cuMemFree(memory);
+    return rate;
+}
+
+static bool check_gpu(struct doctor *d, struct device *gpu)
+{
+    const struct msg_welcome *w = &d->ctl->welcome;
+
+    if (device_open(gpu, w->uuid)) {
+        report(d, FAIL, "gpu", "is it hidden by CUDA_VISIBLE_DEVICES, by a container or a sandbox?",
+               "the daemon's %s cannot be used here: %s", w->uuid, error_text());
+        return false;
+    }
+    report(d, PASS, "gpu", "", "%s, %s, is there for this process too", w->device, gpu->uuid);
+    check_mps(d);
+    report(d, PASS, "staging", "",
+           "memory of cudaMalloc() is shared as it is; of cudaMallocAsync() pools it is copied, "
+           "here at %.0f GB/s",
+           copy_rate(gpu));
+    return true;
 }
 
 /* --- a small problem, and what it comes to --- */
@@ -189,6 +259,14 @@ static void fill(uint16_t *x, size_t n, uint64_t seed)
     }
 }
 
+/* A problem where the daemon can reach it: in a buffer, or, on a GPU, a copy of it. */
+struct room {
+    struct problem *problem;
+    char *base;
+    struct sage_buffer *buffer;
+    struct device gpu; /* cu: NULL where there is none */
+};
+
 static struct sage_tensor tensor(void *data, enum sage_dtype dtype, int heads, int n, int d)
 {
     return (struct sage_tensor){.dtype = dtype,
@@ -197,20 +275,21 @@ static struct sage_tensor tensor(void *data, enum sage_dtype dtype, int heads, i
                                 .stride = {(int64_t)heads * n * d, (int64_t)n * d, d, 1}};
 }
 
-static struct sage_attn describe(struct problem *p, enum sage_variant variant)
+static struct sage_attn describe(const struct room *room, enum sage_variant variant)
 {
     struct sage_attn attn = SAGE_ATTN_INIT;
+    struct problem *p = room->problem;
 
     fill(&p->q[0][0][0], sizeof(p->q) / 2, 1);
     fill(&p->k[0][0][0], sizeof(p->k) / 2, 2);
     fill(&p->v[0][0][0], sizeof(p->v) / 2, 3);
     memset(p->o, 0xff, sizeof(p->o)); /* NaN: what is not written shows */
     memset(p->lse, 0xff, sizeof(p->lse));
-    attn.q = tensor(p->q, SAGE_BF16, HEADS, ROWS, DIM);
-    attn.k = tensor(p->k, SAGE_BF16, KV_HEADS, KEYS, DIM);
-    attn.v = tensor(p->v, SAGE_BF16, KV_HEADS, KEYS, DIM);
-    attn.o = tensor(p->o, SAGE_BF16, HEADS, ROWS, DIM);
-    attn.lse = tensor(p->lse, SAGE_F32, HEADS, ROWS, 1);
+    attn.q = tensor(room->base + offsetof(struct problem, q), SAGE_BF16, HEADS, ROWS, DIM);
+    attn.k = tensor(room->base + offsetof(struct problem, k), SAGE_BF16, KV_HEADS, KEYS, DIM);
+    attn.v = tensor(room->base + offsetof(struct problem, v), SAGE_BF16, KV_HEADS, KEYS, DIM);
+    attn.o = tensor(room->base + offsetof(struct problem, o), SAGE_BF16, HEADS, ROWS, DIM);
+    attn.lse = tensor(room->base + offsetof(struct problem, lse), SAGE_F32, HEADS, ROWS, 1);
     attn.variant = variant;
     attn.causal = true;
     attn.diagonal = SAGE_BOTTOM_RIGHT;
@@ -260,6 +339,18 @@ static void judge(const struct problem *p, double *relative, double *lse)
     *relative = error / size;
 }
 
+static void bring(const struct room *room)
+{
+    if (room->gpu.cu)
+        room->gpu.cu->cuMemcpyHtoD((uintptr_t)room->base, room->problem, sizeof(struct problem));
+}
+
+static void fetch(const struct room *room)
+{
+    if (room->gpu.cu)
+        room->gpu.cu->cuMemcpyDtoH(room->problem, (uintptr_t)room->base, sizeof(struct problem));
+}
+
 /* Not sage_attn_run(): that waits as long as it takes. */
 static int run(struct sage_lane *lane, const struct sage_attn *attn)
 {
@@ -272,17 +363,22 @@ static int run(struct sage_lane *lane, const struct sage_attn *attn)
 
 /* Limits: several times what INT8 scores and the variant's P V cost on such inputs. false: no job
  * came back, and none is going to. */
-static bool check_variant(struct doctor *d, struct sage_lane *lane, struct problem *p,
+static bool check_variant(struct doctor *d, struct sage_lane *lane, const struct room *room,
                           enum sage_variant variant, const char *name, double limit)
 {
     enum { RUNS = 20 };
-    struct sage_attn attn = describe(p, variant);
+    struct sage_attn attn = describe(room, variant);
     int64_t best = INT64_MAX;
     double relative, lse;
 
+    bring(room);
     for (int i = 0; i < RUNS; i++) {
         int64_t start = clock_ns();
         int rc = run(lane, &attn);
+        if (rc == SAGE_EUNSUPPORTED) { /* FP8 before compute capability 8.9 */
+            report(d, PASS, name, "", "not on this device: %s", sage_last_error());
+            return true;
+        }
         if (rc) {
             report(d, FAIL, name, "journalctl -u sageattnd", "a job failed: %s: %s",
                    sage_errname(rc), sage_last_error());
@@ -291,7 +387,8 @@ static bool check_variant(struct doctor *d, struct sage_lane *lane, struct probl
         int64_t took = clock_ns() - start;
         best = took < best ? took : best;
     }
-    judge(p, &relative, &lse);
+    fetch(room);
+    judge(room->problem, &relative, &lse);
     bool good = relative <= limit && lse <= 0.05;
     report(d, good ? PASS : FAIL, name, "a wrong result: report it, with this output",
            "a small job in %.1f us; off by %.2f %% of fp64 (limit %.0f %%), lse by %.4f",
@@ -299,17 +396,73 @@ static bool check_variant(struct doctor *d, struct sage_lane *lane, struct probl
     return true;
 }
 
-static void check_jobs(struct doctor *d)
+/* Which mode do streams get, and what does a hand-off cost there? */
+static void check_mode(struct doctor *d, struct sage_client *client, const struct room *room)
+{
+    enum { RUNS = 20 };
+    struct sage_attn attn = describe(room, SAGE_INT8_FP16);
+    int64_t best = INT64_MAX;
+
+    for (int i = 0; i < RUNS; i++) {
+        int64_t start = clock_ns();
+        int rc = sage_attn_enqueue(client, &attn, NULL);
+        if (!rc)
+            rc = driver_check(room->gpu.cu->cuStreamSynchronize(NULL), "cuStreamSynchronize");
+        if (rc) {
+            report(d, FAIL, "mode", "SAGE_MODE=sync", "%s: %s", sage_errname(rc),
+                   sage_last_error());
+            return;
+        }
+        int64_t took = clock_ns() - start;
+        best = took < best ? took : best;
+    }
+    bool event = sage_client_mode(client) == SAGE_MODE_EVENT;
+    report(d, PASS, "mode", "", "%s: a small job on a stream in %.1f us",
+           event ? "event (streams wait)"
+                 : "sync (the CPU waits; SAGE_MODE=event: the stream)",
+           (double)best / 1e3);
+}
+
+static int make_room(struct sage_client *client, struct room *room)
+{
+    uint64_t memory;
+
+    if (!room->gpu.cu) {
+        int rc = sage_buffer_alloc(client, sizeof(struct problem), &room->buffer);
+        if (!rc)
+            room->problem = sage_buffer_data(room->buffer);
+        room->base = (char *)room->problem;
+        return rc;
+    }
+    room->problem = calloc(1, sizeof(struct problem));
+    if (!room->problem)
+        return error_set(SAGE_ENOMEM, "out of memory");
+    int rc = driver_check(room->gpu.cu->cuMemAlloc(&memory, sizeof(struct problem)), "cuMemAlloc");
+    if (!rc)
+        room->base = (char *)(uintptr_t)memory;
+    return rc;
+}
+
+static void leave_room(struct room *room)
+{
+    if (!room->gpu.cu)
+        return;
+    if (room->base)
+        room->gpu.cu->cuMemFree((uintptr_t)room->base);
+    free(room->problem);
+    device_close(&room->gpu);
+}
+
+static void check_room(struct doctor *d, struct room *room)
 {
     struct sage_connect_options options = {
         .socket = d->ctl->path, .name = "sagectl doctor", .retry_ms = 2000};
     struct sage_client *client = NULL;
-    struct sage_buffer *buffer;
     struct sage_lane *lane;
     int rc = sage_connect(&options, &client);
 
     if (!rc)
-        rc = sage_buffer_alloc(client, sizeof(struct problem), &buffer);
+        rc = make_room(client, room);
     if (!rc)
         rc = sage_lane_create(client, &lane);
     if (rc) {
@@ -318,12 +471,25 @@ static void check_jobs(struct doctor *d)
                                  : "journalctl -u sageattnd",
                "%s", sage_last_error());
     } else {
-        report(d, PASS, "buffer", "", "the daemon maps our memory");
-        struct problem *p = sage_buffer_data(buffer);
-        if (check_variant(d, lane, p, SAGE_INT8_FP16, "int8_fp16", 0.05))
-            check_variant(d, lane, p, SAGE_INT8_FP8, "int8_fp8", 0.15);
+        if (room->buffer)
+            report(d, PASS, "buffer", "", "the daemon maps our memory");
+        if (check_variant(d, lane, room, SAGE_INT8_FP16, "int8_fp16", 0.05) &&
+            check_variant(d, lane, room, SAGE_INT8_FP8, "int8_fp8", 0.15) && room->gpu.cu)
+            check_mode(d, client, room);
     }
     sage_disconnect(client); /* frees it all, and waits for nothing */
+}
+
+static void check_jobs(struct doctor *d)
+{
+    struct room room = {0};
+
+    if (!d->ctl->welcome.uuid[0])
+        check_no_gpu(d);
+    else if (!check_gpu(d, &room.gpu))
+        return;
+    check_room(d, &room);
+    leave_room(&room);
 }
 
 int ctl_doctor(struct ctl *ctl, int argc, char **argv)

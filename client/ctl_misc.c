@@ -1,5 +1,5 @@
 /*
- * ctl_misc.c - the small commands: ping, health, drain, version.
+ * ctl_misc.c - the small commands: ping, health, kernels, drain, version.
  */
 #include "config.h"
 
@@ -9,6 +9,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "kernels/kernels.h"
 
 /* Nothing but the command's name. */
 static bool has_arguments(int argc, char **argv)
@@ -41,7 +43,7 @@ int ctl_measure(struct ctl *ctl, double *ns, int count)
 
     for (int i = 0; i < count; i++) {
         int64_t start = clock_ns();
-        int rc = conn_call(&ctl->conn, OP_PING, MSG_EMPTY, &empty, -1, MSG_EMPTY, &empty);
+        int rc = conn_call(&ctl->conn, OP_PING, MSG_EMPTY, &empty, NULL, MSG_EMPTY, &empty);
         if (rc)
             return rc;
         ns[i] = (double)(clock_ns() - start);
@@ -88,13 +90,32 @@ int ctl_health(struct ctl *ctl, int argc, char **argv)
         return ctl_usage(argv[0]);
     int rc = ctl_connect(ctl);
     if (!rc)
-        rc = conn_call(&ctl->conn, OP_STATS, MSG_EMPTY, &empty, -1, MSG_STATS, &stats);
+        rc = conn_call(&ctl->conn, OP_STATS, MSG_EMPTY, &empty, NULL, MSG_STATS, &stats);
     if (rc) {
         ctl_fail();
         return rc == SAGE_EDRAIN ? CTL_DRAINING : CTL_FAILED;
     }
     puts(stats.state);
     return strcmp(stats.state, "draining") ? CTL_OK : CTL_DRAINING;
+}
+
+/* Of this build; no daemon is asked. */
+int ctl_kernels(struct ctl *ctl, int argc, char **argv)
+{
+    (void)ctl;
+    if (has_arguments(argc, argv))
+        return ctl_usage(argv[0]);
+    printf("%-24s %-6s %5s %-5s %-10s %-9s %7s %9s  %s\n", "KERNEL", "ARCH", "DIM", "DTYPE",
+           "VARIANT", "TILE", "THREADS", "SHARED", "FEATURES");
+    for (int i = 0; i < sage_n_kernels; i++) {
+        const struct sage_kernel *k = &sage_kernels[i];
+        char arch[32], tile[32];
+        snprintf(arch, sizeof(arch), "sm_%d+", k->min_sm);
+        snprintf(tile, sizeof(tile), "%dx%d", k->tile_q, k->tile_k);
+        printf("%-24s %-6s %5d %-5s %-10s %-9s %7d %9d  %s\n", k->name, arch, k->max_head_dim,
+               k->dtype, k->variant, tile, k->threads, k->smem_bytes, k->features);
+    }
+    return CTL_OK;
 }
 
 int ctl_drain(struct ctl *ctl, int argc, char **argv)
@@ -113,7 +134,7 @@ int ctl_drain(struct ctl *ctl, int argc, char **argv)
     if (optind < argc)
         return ctl_usage(argv[0]);
     if (ctl_connect(ctl) ||
-        conn_call(&ctl->conn, OP_DRAIN, MSG_EMPTY, &empty, -1, MSG_EMPTY, &empty))
+        conn_call(&ctl->conn, OP_DRAIN, MSG_EMPTY, &empty, NULL, MSG_EMPTY, &empty))
         return ctl_fail();
     int rc = 0;
     while (wait && !rc) /* it closes every connection when the last job is over */

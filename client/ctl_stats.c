@@ -25,7 +25,7 @@ static int take(struct ctl *ctl, struct sample *s)
     int rc = ctl->conn.fd < 0 ? ctl_connect(ctl) : 0;
 
     if (!rc)
-        rc = conn_call(&ctl->conn, OP_STATS, MSG_EMPTY, &empty, -1, MSG_STATS, &s->stats);
+        rc = conn_call(&ctl->conn, OP_STATS, MSG_EMPTY, &empty, NULL, MSG_STATS, &s->stats);
     s->taken_ns = clock_ns();
     return rc ? rc : clients_fetch(ctl, &s->clients, &s->n_clients);
 }

@@ -33,22 +33,61 @@ static struct sage_lane *create(struct sage_client *c, uint32_t index)
     return lane;
 }
 
-/* With `lock` held. An idle lane, for one owner. */
-static int take(struct sage_client *c, struct sage_lane **out)
+void lane_look(struct sage_lane *lane, uint32_t last)
 {
-    for (uint32_t i = 0; i < SAGE_LANES; i++) {
-        struct sage_lane *lane = c->lanes[i];
-        if (lane && lane->used)
-            continue;
-        if (!lane)
-            lane = create(c, i);
-        if (!lane)
-            return error_set(SAGE_ENOMEM, "out of memory");
-        lane->used = true;
-        *out = lane;
-        return 0;
+    while (lane->looked != last && lane_released(lane, lane->looked + 1)) {
+        uint32_t n = ++lane->looked;
+        int status = status_from_wire(page_load(&lane->words->status[n % SAGE_ENTRIES]));
+        if (!lane->error)
+            lane->error = status;
     }
-    return error_set(SAGE_EBUSY, "all %d lanes of this client are in use", SAGE_LANES);
+}
+
+/*
+ * How little a lane suits a stream (0: none): its own; idle ones, where no later job waits for an
+ * earlier one of somebody else; of those rather one whose stream is not going to ask for it.
+ */
+static int unfitness(const struct sage_lane *lane, uint64_t stream)
+{
+    enum { OWN, FREE, NEW, IDLE, BUSY };
+
+    if (!lane)
+        return NEW;
+    if (stream && lane->stream == stream)
+        return OWN;
+    if (!lane_released(lane, lane_tail(lane)))
+        return BUSY;
+    return lane->stream ? IDLE : FREE;
+}
+
+/* With `lock` held. A lane for one owner. */
+static int take(struct sage_client *c, uint64_t stream, struct sage_lane **out)
+{
+    struct sage_lane *lane = NULL;
+    int best = -1;
+
+    for (int i = 0; i < SAGE_LANES; i++) {
+        lane = c->lanes[i];
+        if (!(lane && lane->used) &&
+            (best < 0 || unfitness(lane, stream) < unfitness(c->lanes[best], stream)))
+            best = i;
+    }
+    if (best < 0)
+        return error_set(SAGE_EBUSY, "all %d lanes of this client are in use", SAGE_LANES);
+    lane = c->lanes[best];
+    if (!lane)
+        lane = create(c, (uint32_t)best);
+    if (!lane)
+        return error_set(SAGE_ENOMEM, "out of memory");
+    if (!stream || lane->stream != stream) {
+        lane->stream = stream;
+        lane->looked = lane_tail(lane);
+        lane->error = 0;
+    }
+    lane_look(lane, lane_tail(lane));
+    lane->used = true;
+    *out = lane;
+    return 0;
 }
 
 static void put(struct sage_lane *lane)
@@ -63,7 +102,7 @@ int sage_lane_create(struct sage_client *client, struct sage_lane **lane)
     if (client->forked)
         return client_alien();
     pthread_mutex_lock(&client->lock);
-    int rc = take(client, lane);
+    int rc = take(client, 0, lane);
     pthread_mutex_unlock(&client->lock);
     return rc;
 }
@@ -143,19 +182,21 @@ static int keep_packet(struct sage_lane *lane, uint32_t n, const void *packet, s
 }
 
 /* What the daemon gets is a copy that nobody changes any more: check that one. */
-static int check(struct sage_client *c, const struct sage_attn *attn)
+static int check(struct sage_client *c, const struct sage_attn *attn, const struct gpu_job *gpu)
 {
-    static const char *const names[] = {"q", "k", "v", "o", "mask", "lse"};
     struct msg_submit *m = &c->submit;
     struct sage_attn *a = &m->attn;
-    struct sage_tensor *tensors[] = {&a->q, &a->k, &a->v, &a->o, &a->mask, &a->lse};
     char why[PROTO_TEXT_MAX];
 
     *a = *attn;
-    for (int i = 0; i < 6; i++)
-        if (tensors[i]->dtype != SAGE_NONE && (tensors[i]->buffer || tensors[i]->offset))
+    for (int i = 0; i < N_TENSORS; i++) {
+        const struct sage_tensor *t = tensor_of(a, i);
+        if (t->dtype != SAGE_NONE && (t->buffer || t->offset))
             return error_set(SAGE_EINVAL, "%s.%s: must be 0, a tensor is named by its data",
-                             names[i], tensors[i]->buffer ? "buffer" : "offset");
+                             tensor_names[i], t->buffer ? "buffer" : "offset");
+    }
+    m->event = gpu ? gpu->event : 0;
+    m->staged = gpu ? gpu->staged : 0;
     m->n_q_offsets = m->n_k_offsets = 0;
     if (a->n_seqs > 0 && a->n_seqs <= SAGE_MAX_SEQS && a->q_offsets && a->k_offsets) {
         m->n_q_offsets = m->n_k_offsets = (uint32_t)a->n_seqs + 1;
@@ -165,8 +206,10 @@ static int check(struct sage_client *c, const struct sage_attn *attn)
     int rc = sage_attn_check(a, why, sizeof(why));
     if (rc)
         return error_set(rc, "%s", why);
-    for (int i = 0; !rc && i < 6; i++)
-        rc = buffer_resolve(c, names[i], tensors[i]);
+    for (int i = 0; !rc && i < N_TENSORS; i++) {
+        const struct place *place = gpu && gpu->places[i].set ? &gpu->places[i] : NULL;
+        rc = buffer_resolve(c, tensor_names[i], place, tensor_of(a, i));
+    }
     return rc;
 }
 
@@ -196,7 +239,7 @@ static int publish(struct sage_lane *lane, unsigned flags, struct sage_job *job)
     atomic_store(&lane->tail, tail);
     enum link_state state = LINK_STATE(atomic_fetch_add(&c->link, 1));
     if (state == LINK_LIVE) {
-        rc = conn_send(c->fd, c->out, len, -1);
+        rc = conn_send(c->fd, c->out, len, NULL);
         if (rc && rc != SAGE_ELOST) /* the reader then sends it again, or fails it */
             shutdown(c->fd, SHUT_RDWR);
     } else if (state == LINK_LOST) { /* since client_revive() */
@@ -205,13 +248,13 @@ static int publish(struct sage_lane *lane, unsigned flags, struct sage_job *job)
     return 0;
 }
 
-static int submit(struct sage_lane *lane, const struct sage_attn *attn, unsigned flags,
-                  struct sage_job *job)
+int lane_submit(struct sage_lane *lane, const struct sage_attn *attn, unsigned flags,
+                struct gpu_job *gpu, struct sage_job *job)
 {
     struct sage_client *c = lane->client;
 
     pthread_mutex_lock(&c->submit_lock);
-    int rc = check(c, attn);
+    int rc = check(c, attn, gpu);
     if (!rc)
         rc = client_revive(c);
     if (!rc)
@@ -219,6 +262,21 @@ static int submit(struct sage_lane *lane, const struct sage_attn *attn, unsigned
     if (!rc)
         rc = publish(lane, flags, job);
     pthread_mutex_unlock(&c->submit_lock);
+    if (!rc && gpu)
+        gpu_submitted(gpu, *job);
+    return rc;
+}
+
+static int submit_from_gpu(struct sage_lane *lane, const struct sage_attn *attn, unsigned flags,
+                           struct sage_job *job)
+{
+    struct gpu_job gpu;
+    int rc = gpu_begin(&gpu, lane->client, attn, GPU_NO_STREAM, false);
+
+    if (rc)
+        return rc;
+    rc = lane_submit(lane, &gpu.attn, flags, &gpu, job);
+    gpu_end(&gpu);
     return rc;
 }
 
@@ -230,7 +288,8 @@ int sage_attn_submit(struct sage_lane *lane, const struct sage_attn *attn, unsig
         return client_alien();
     if (flags & ~(unsigned)(SAGE_HELD | SAGE_TIMES))
         return error_set(SAGE_EINVAL, "flags: 0x%x, may only have SAGE_HELD and SAGE_TIMES", flags);
-    return submit(lane, attn, flags, job);
+    return gpu_is_there(lane->client) ? submit_from_gpu(lane, attn, flags, job)
+                                      : lane_submit(lane, attn, flags, NULL, job);
 }
 
 /* --- jobs --- */
@@ -332,7 +391,7 @@ int sage_cancel(struct sage_job job)
     do /* after a break the job is in the next daemon's queue, or it is over */
         rc = lane_released(job.lane, job.number)
                  ? 0
-                 : client_call(job.lane->client, MSG_CANCEL, &msg, -1, &request);
+                 : client_call(job.lane->client, MSG_CANCEL, &msg, NULL, &request);
     while (rc == SAGE_ELOST);
     if (rc || reply.canceled)
         return rc;
@@ -347,21 +406,20 @@ int sage_cancel(struct sage_job job)
 
 /* --- all in one --- */
 
-/* A lane for this call; if other calls have them all, the next that comes free. */
-static int take_for_run(struct sage_client *c, struct sage_lane **lane)
+int lane_take(struct sage_client *c, uint64_t stream, struct sage_lane **lane)
 {
     pthread_mutex_lock(&c->lock);
-    int rc = take(c, lane);
+    int rc = take(c, stream, lane);
     while (rc == SAGE_EBUSY && c->runners > 0) {
         pthread_cond_wait(&c->changed, &c->lock);
-        rc = take(c, lane);
+        rc = take(c, stream, lane);
     }
     c->runners += rc == 0;
     pthread_mutex_unlock(&c->lock);
     return rc;
 }
 
-static void put_after_run(struct sage_lane *lane)
+void lane_put(struct sage_lane *lane)
 {
     pthread_mutex_lock(&lane->client->lock);
     lane->client->runners--;
@@ -369,30 +427,47 @@ static void put_after_run(struct sage_lane *lane)
     pthread_mutex_unlock(&lane->client->lock);
 }
 
-int sage_attn_run(struct sage_client *client, const struct sage_attn *attn,
-                  struct sage_times *times)
+struct patience patience_begin(const struct sage_client *client)
+{
+    return (struct patience){clock_ns() + client->retry_ms * INT64_C(1000000), NAP_MIN_US};
+}
+
+bool patience_lasts(struct patience *p, int status)
+{
+    if (!sage_retryable(status) || clock_ns() >= p->deadline)
+        return false;
+    nanosleep(&(struct timespec){0, p->nap_us * 1000}, NULL);
+    p->nap_us = p->nap_us * 2 < NAP_MAX_US ? p->nap_us * 2 : NAP_MAX_US;
+    return true;
+}
+
+int lane_run(struct sage_client *client, const struct sage_attn *attn, struct gpu_job *gpu,
+             struct sage_times *times, struct patience *patience)
 {
     struct sage_lane *lane;
     struct sage_job job;
+    int rc = lane_take(client, 0, &lane);
+
+    if (rc)
+        return rc;
+    do {
+        rc = lane_submit(lane, attn, times ? SAGE_TIMES : 0, gpu, &job);
+        if (!rc)
+            rc = sage_wait(job, -1);
+    } while (rc && patience_lasts(patience, rc));
+    if (!rc && times)
+        sage_job_times(job, times); /* zero where they were lost; the result was not */
+    lane_put(lane);
+    return rc;
+}
+
+int sage_attn_run(struct sage_client *client, const struct sage_attn *attn,
+                  struct sage_times *times)
+{
+    struct patience patience = patience_begin(client);
 
     if (client->forked)
         return client_alien();
-    int64_t deadline = clock_ns() + client->retry_ms * INT64_C(1000000);
-    long nap = NAP_MIN_US;
-    int rc = take_for_run(client, &lane);
-    if (rc)
-        return rc;
-    for (;;) {
-        rc = submit(lane, attn, times ? SAGE_TIMES : 0, &job);
-        if (!rc)
-            rc = sage_wait(job, -1);
-        if (!rc || !sage_retryable(rc) || clock_ns() >= deadline)
-            break;
-        nanosleep(&(struct timespec){0, nap * 1000}, NULL);
-        nap = nap * 2 < NAP_MAX_US ? nap * 2 : NAP_MAX_US;
-    }
-    if (!rc && times)
-        sage_job_times(job, times); /* zero where they were lost; the result was not */
-    put_after_run(lane);
-    return rc;
+    return gpu_is_there(client) ? gpu_run(client, attn, times)
+                                : lane_run(client, attn, NULL, times, &patience);
 }

@@ -39,7 +39,7 @@ static void finish_request(struct sage_client *c, struct request *r, int status)
     snprintf(r->text, sizeof(r->text), "%s", status ? error_text() : "");
     r->over = true;
     if (r->op == OP_REGISTER && status == 0)
-        r->buffer->epoch = c->epoch;
+        r->buffer->epoch = r->more ? 0 : c->epoch;
     else if (r->buffer && status != SAGE_ELOST)
         buffer_unlist(r->buffer);
 }
@@ -66,6 +66,27 @@ static void take_reason(struct sage_client *c, const struct packet *packet)
     snprintf(c->reason, sizeof(c->reason), "%.*s", (int)sizeof(c->reason) - 1, error_text());
 }
 
+/* Who waits for it queues a wait for the daemon's event. */
+static int take_launched(struct sage_client *c, const struct packet *packet)
+{
+    struct msg_launched msg;
+    char why[PROTO_TEXT_MAX];
+    int rc = packet_decode(packet, MSG_LAUNCHED, &msg, why);
+
+    if (rc)
+        return error_set(rc, "from the daemon: LAUNCHED: %s", why);
+    pthread_mutex_lock(&c->lock);
+    struct sage_lane *lane = msg.lane < SAGE_LANES ? c->lanes[msg.lane] : NULL;
+    if (lane && lane_has(lane, msg.number)) {
+        struct entry *entry = &lane->entry[msg.number % SAGE_ENTRIES];
+        entry->launched = msg;
+        entry->launched_epoch = c->epoch;
+    }
+    pthread_cond_broadcast(&c->changed);
+    pthread_mutex_unlock(&c->lock);
+    return 0;
+}
+
 static int dispatch(struct sage_client *c, const struct packet *packet)
 {
     char why[PROTO_TEXT_MAX];
@@ -74,6 +95,8 @@ static int dispatch(struct sage_client *c, const struct packet *packet)
         take_reason(c, packet);
         return 0;
     }
+    if (packet->op == OP_LAUNCHED)
+        return take_launched(c, packet);
     if (packet->op != OP_DONE) {
         take_reply(c, packet);
         return 0;
@@ -94,14 +117,14 @@ static void announce(struct sage_client *c)
     pthread_mutex_unlock(&c->lock);
 }
 
-/* The descriptor is our own: the buffer's owner may unregister it at any time. */
-static bool next_buffer(struct sage_client *c, struct msg_register *msg, int *fd)
+/* The descriptors are our own: the buffer's owner may unregister it at any time. */
+static bool next_part(struct sage_client *c, uint32_t *id, uint32_t first, struct part *part)
 {
     pthread_mutex_lock(&c->lock);
-    const struct sage_buffer *b = buffer_after(c, msg->buffer);
-    if (b) {
-        *msg = (struct msg_register){.buffer = b->id, .kind = b->kind, .size = b->size};
-        *fd = fcntl(b->fd, F_DUPFD_CLOEXEC, 0);
+    const struct sage_buffer *b = buffer_after(c, first ? *id - 1 : *id);
+    if (b) { /* another one, if that is gone in the middle */
+        part_take(b, b->id == *id ? first : 0, part);
+        *id = b->id;
     }
     pthread_mutex_unlock(&c->lock);
     return b;
@@ -116,24 +139,29 @@ static void set_registered(struct sage_client *c, uint32_t id)
     pthread_mutex_unlock(&c->lock);
 }
 
-/* A buffer that this daemon refuses is left out: the jobs that name it will tell. */
+/*
+ * A buffer that this daemon refuses is left out, and so is one whose memory was freed meanwhile:
+ * the jobs that name it will tell.
+ */
 static int register_buffers(struct sage_client *c)
 {
-    struct msg_register msg = {0};
     struct msg_registered reply;
-    int fd;
+    struct part part;
+    uint32_t id = 0, first = 0;
 
-    while (next_buffer(c, &msg, &fd)) {
-        if (fd < 0) {
+    while (next_part(c, &id, first, &part)) {
+        int rc = part_open(&part);
+        if (rc == SAGE_ENOMEM)
             conn_close(&c->conn);
-            return error_set(SAGE_ENOMEM, "no descriptor left");
-        }
-        int rc = conn_call(&c->conn, OP_REGISTER, MSG_REGISTER, &msg, fd, MSG_REGISTERED, &reply);
-        close(fd);
+        if (!rc)
+            rc = conn_call(&c->conn, OP_REGISTER, MSG_REGISTER, &part.msg, &part.fds,
+                           MSG_REGISTERED, &reply);
+        part_close(&part);
         if (c->conn.fd < 0)
             return rc;
-        if (rc == 0)
-            set_registered(c, msg.buffer);
+        if (rc == 0 && !part.msg.more)
+            set_registered(c, id);
+        first = rc == 0 && part.msg.more ? part.next : 0;
     }
     return 0;
 }
@@ -152,7 +180,8 @@ int reader_attach(struct sage_client *c)
     c->epoch++;
     pthread_mutex_unlock(&c->lock);
     atomic_store(&c->credits, welcome.jobs);
-    return register_buffers(c);
+    rc = register_buffers(c);
+    return rc ? rc : events_register(c);
 }
 
 /* Forget the connection: it may be a private one still, or the one that submitters know. */
@@ -233,6 +262,15 @@ static void fail_all(struct sage_client *c, const char *text)
     }
 }
 
+/* The stream has gone on, or will: the job cannot run again. */
+static bool was_launched(struct sage_client *c, const struct sage_lane *lane, uint32_t n)
+{
+    pthread_mutex_lock(&c->lock);
+    bool launched = lane->entry[n % SAGE_ENTRIES].launched.number == n;
+    pthread_mutex_unlock(&c->lock);
+    return launched;
+}
+
 /* The packet of job n into conn.out: its length, or 0 where the entry is another job's by now. */
 static size_t copy_packet(struct sage_client *c, struct sage_lane *lane, uint32_t n)
 {
@@ -252,7 +290,7 @@ static size_t copy_packet(struct sage_client *c, struct sage_lane *lane, uint32_
 static int send_again(struct sage_client *c, size_t len)
 {
     for (;;) {
-        int rc = conn_push(c->conn.fd, c->conn.out, len, -1);
+        int rc = conn_push(c->conn.fd, c->conn.out, len, NULL);
         if (rc != SAGE_EBUSY && rc != SAGE_ENOMEM)
             return rc;
         struct pollfd p[2] = {{.fd = c->conn.fd, .events = POLLIN | POLLOUT},
@@ -285,6 +323,10 @@ static int resubmit(struct sage_client *c, bool again)
             uint32_t n = ++lane->sent;
             if (lane_released(lane, n)) {
                 set_untold(lane, n, "");
+                continue;
+            }
+            if (again && was_launched(c, lane, n)) {
+                reader_fail(lane, n, "the daemon died after it had launched the job");
                 continue;
             }
             size_t len = copy_packet(c, lane, n);

@@ -8,6 +8,10 @@
  *     struct sage_attn attn = SAGE_ATTN_INIT;       // q, k, v, o: pointers into the buffer
  *     sage_attn_run(client, &attn, NULL);
  *
+ * Where the daemon has a GPU, q, k, v and o are in device memory, there is no buffer, and
+ *
+ *     sage_attn_enqueue(client, &attn, stream);     // like a kernel of your CUDA stream
+ *
  * Errors: 0 or a negative SAGE_E* of sageattn.h; sage_last_error() has the text.
  * Threads: any thread may call anything at any time, except that an object must not be used by one
  * thread while another destroys it. No call waits for the device unless its comment says so; those
@@ -31,9 +35,19 @@ struct sage_lane;
 
 enum sage_priority { SAGE_LOW = -1, SAGE_NORMAL = 0, SAGE_HIGH = 1 };
 
+/* How sage_attn_enqueue() orders a job with its stream. */
+enum sage_mode {
+    SAGE_MODE_AUTO = 0,  /* sync: who waits for the event of a killed daemon waits for ever */
+    SAGE_MODE_SYNC = 1,  /* the CPU waits for the stream, then for the job */
+    SAGE_MODE_EVENT = 2, /* the CPU waits until the job is launched, the stream for the job;
+                            daemon and client must belong to the same user */
+};
+
 struct sage_connect_options {
     /* Path; NULL: $SAGEATTND_SOCKET if it is set, otherwise the first that is there of
-     * /run/sageattnd/sageattnd.sock and $XDG_RUNTIME_DIR/sageattnd.sock. */
+     * /run/sageattnd/sageattnd.sock, /run/sageattnd/gpu<N>.sock and
+     * $XDG_RUNTIME_DIR/sageattnd.sock; where there are several, rather the one whose GPU is the
+     * calling thread's current CUDA device. */
     const char *socket;
     /* For the daemon's statistics, 63 bytes of ASCII; NULL: the program's name. */
     const char *name;
@@ -44,20 +58,28 @@ struct sage_connect_options {
      * negative: do not look. From then on each call that needs a daemon tries once to connect, for
      * at most 10 s. Also how long sage_attn_run() tries again. */
     int retry_ms;
+    /* The GPU that the daemon must have, "GPU-..." as nvidia-smi -L shows it; NULL: any. */
+    const char *gpu;
+    /* AUTO: $SAGE_MODE ("auto", "sync" or "event") if it is set. */
+    enum sage_mode mode;
+    /* Bytes of device memory that stay registered while no job uses them; 0: $SAGE_CACHE_BYTES if
+     * it is set, otherwise an eighth of the device. */
+    uint64_t cache_bytes;
 };
 
 /*
  * Connect and say hello. options: NULL for the defaults; nothing of it is kept. The client is the
  * caller's, to be given to sage_disconnect().
- * SAGE_ENODAEMON (the text says how to start one), SAGE_EPERM (it names the group), SAGE_EVERSION,
- * SAGE_EQUOTA (too many clients), SAGE_EINVAL, SAGE_ENOMEM, SAGE_ETIMEDOUT (after 10 s).
+ * SAGE_ENODAEMON (the text says how to start one; also: none has that gpu), SAGE_EPERM (it names
+ * the group), SAGE_EVERSION, SAGE_EQUOTA (too many clients), SAGE_EINVAL, SAGE_ENOMEM,
+ * SAGE_ETIMEDOUT (after 10 s).
  */
 SAGE_API int sage_connect(const struct sage_connect_options *options, struct sage_client **client);
 
 /*
  * Close the connection and free the client, its lanes and its buffers. Jobs that are still in
- * flight are dropped and their outputs undefined. NULL is fine. In a fork child: frees the child's
- * copy.
+ * flight are dropped and their outputs undefined. Waits for streams that work with memory of the
+ * library's own, see sage_trim(). NULL is fine. In a fork child: frees the child's copy.
  */
 SAGE_API void sage_disconnect(struct sage_client *client);
 
@@ -75,7 +97,12 @@ struct sage_server {
 /* What the daemon said of itself when this client last connected to it. */
 SAGE_API int sage_server_info(struct sage_client *client, struct sage_server *server);
 
-/* --- buffers: host memory that the daemon maps too (CPU backend) --- */
+/*
+ * --- buffers: host memory that the daemon maps too (CPU backend) ---
+ *
+ * Device memory needs no call: a daemon with a GPU gets to map what a job's tensors lie in when it
+ * is first used, and lets go of it within about 0.2 s of being freed, see sage_trim().
+ */
 
 /*
  * Allocate zeroed shared memory and register it. The buffer is the caller's, to be given to
@@ -175,6 +202,55 @@ SAGE_API int sage_job_times(struct sage_job job, struct sage_times *times);
  */
 SAGE_API int sage_attn_run(struct sage_client *client, const struct sage_attn *attn,
                            struct sage_times *times);
+
+/* --- jobs of a daemon with a GPU, on device memory and CUDA streams --- */
+
+/*
+ * Where the daemon has a GPU, the tensors of all calls here lie in device memory of that GPU, made
+ * in this process by any allocator. sage_attn_submit() and sage_attn_run() want them ready: work
+ * that writes them has been waited for. Memory that cannot be shared between processes
+ * (cudaMallocAsync() pools, managed memory, cuMemCreate() without a POSIX handle type) is copied on
+ * the GPU, to memory of the library's and back (SAGE_EHANDLE with $SAGE_STAGING=off, and from
+ * sage_attn_submit()). The program must have a CUDA context; the library never makes one.
+ */
+
+/*
+ * Compute as if by a kernel of `stream` (a CUstream or cudaStream_t; NULL: the default stream of
+ * old, of the current context): after all that was put on it before, and before all that is put on
+ * it later. Waits in sync mode until the job is over, in event mode until it is launched; in either
+ * until what the stream had to do before is done. Nothing of *attn is kept; the tensors must stay
+ * until the stream has passed the job.
+ * Retries like sage_attn_run(). An error: nothing was computed, o and lse are undefined, and the
+ * stream goes on. SAGE_ECAPTURE (the stream is being captured), SAGE_EINVAL (also: the stream or a
+ * tensor is of another GPU than the daemon's, and the text names both), SAGE_EUNSUPPORTED (also: no
+ * CUDA driver, a daemon without a GPU, no event mode where that was asked for), SAGE_EBUFFER (no
+ * device memory), SAGE_EBOUNDS (the tensor ends behind its allocation), SAGE_EHANDLE (memory or
+ * event handles cannot be exchanged), SAGE_EQUOTA, and what sage_attn_run() returns.
+ * In event mode a job can still fail once this has returned: see sage_stream_error(). And a daemon
+ * that is killed while it computes leaves the stream waiting for ever, for its event never comes:
+ * only sync mode is proof against that.
+ */
+SAGE_API int sage_attn_enqueue(struct sage_client *client, const struct sage_attn *attn,
+                               struct CUstream_st *stream);
+
+/*
+ * The status of the first job that sage_attn_enqueue() put on the stream and that failed after it
+ * had returned, since this was last asked; 0: none that is known of. Synchronise with the stream,
+ * then ask. Such a job's outputs are undefined: SAGE_ELOST (the daemon died), SAGE_EDEVICE. Waits
+ * for nothing, so it also tells why a stream waits for ever. Of the 64 streams that were used last.
+ * SAGE_EINVAL: the driver refused the stream.
+ */
+SAGE_API int sage_stream_error(struct sage_client *client, struct CUstream_st *stream);
+
+/* The mode that is in force: SYNC or EVENT. */
+SAGE_API enum sage_mode sage_client_mode(struct sage_client *client);
+
+/*
+ * Let the daemon let go of device memory that was freed, now, and free the library's own that is
+ * not in use. A thread of the library does the former every 100 ms. Jobs keep what they use. Waits
+ * for the daemon's answers.
+ */
+SAGE_API int sage_trim(struct sage_client *client);
 
 #ifdef __cplusplus
 }

@@ -3,7 +3,7 @@
 _sagectl()
 {
     local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]}
-    local commands='stats clients ping health doctor drain version' command='' i words
+    local commands='stats clients ping health doctor kernels drain version' command='' i words
 
     case $prev in
     -s|--socket)

@@ -25,6 +25,7 @@ static const struct command {
     {"health", ctl_health, "", "exit with 0: running, 1: not reachable, 2: draining", ""},
     {"doctor", ctl_doctor, "[--json]", "check everything from the socket to a computed result",
      "  -j, --json           a JSON array of the checks\n"},
+    {"kernels", ctl_kernels, "", "the attention kernels for GPUs that there are", ""},
     {"drain", ctl_drain, "[--wait]", "refuse new jobs, finish what runs, exit",
      "  -w, --wait           until the daemon is gone\n"},
     {"version", ctl_version, "", "of sagectl and of the daemon", ""},
@@ -46,7 +47,8 @@ static void help(FILE *out)
     for (size_t i = 0; i < N_COMMANDS; i++)
         fprintf(out, "  %-9s %s\n", commands[i].name, commands[i].summary);
     fprintf(out, "\n  -s, --socket PATH  of the daemon; default: $SAGEATTND_SOCKET,\n"
-                 "                     /run/sageattnd/sageattnd.sock, or\n"
+                 "                     /run/sageattnd/sageattnd.sock, gpu<N>.sock\n"
+                 "                     beside it, or\n"
                  "                     $XDG_RUNTIME_DIR/sageattnd.sock\n"
                  "  -h, --help         this text; after a command: its options\n");
 }

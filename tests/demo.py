@@ -1,7 +1,7 @@
 """The main job, as an application would do it: a private sageattnd, four client processes at once,
 each running other layers of real language models and checking every row against double precision;
-then the daemon's own figures; then a clean shutdown. Exit status 1 when anything is worse than its
-bound."""
+then the daemon's own figures; then a clean shutdown. On the GPU where there is one, else on the
+CPU. Exit status 1 when anything is worse than its bound."""
 
 import os
 import subprocess
@@ -30,15 +30,23 @@ def program(name):
 def start_daemon(directory):
     """Start a daemon of our own and wait until it answers."""
     socket = os.path.join(directory, "sageattnd.sock")
-    daemon = subprocess.Popen([program("sageattnd"), f"--socket={socket}", "--backend=cpu",
+    daemon = subprocess.Popen([program("sageattnd"), f"--socket={socket}", "--backend=auto",
                                "--log-level=warning"])
-    for _ in range(100):
+    for _ in range(600):  # a GPU takes a while to warm up
         if daemon.poll() is not None:
             sys.exit(f"demo: sageattnd ended with status {daemon.returncode}")
-        if subprocess.run([program("sagectl"), "-s", socket, "health"], capture_output=True).returncode == 0:
+        health = subprocess.run([program("sagectl"), "-s", socket, "health"], capture_output=True)
+        if health.returncode == 0:
             return daemon, socket
         time.sleep(0.1)
     sys.exit("demo: sageattnd does not answer")
+
+
+def backend(socket):
+    """What the daemon says of itself: the last line is its own."""
+    version = subprocess.run([program("sagectl"), "-s", socket, "version"], capture_output=True,
+                             text=True, check=True)
+    return version.stdout.splitlines()[-1]
 
 
 def read_table(client):
@@ -56,8 +64,7 @@ def read_table(client):
 def main():
     with tempfile.TemporaryDirectory(prefix="sageattnd-demo-") as directory:
         daemon, socket = start_daemon(directory)
-        print(f"sageattnd runs, pid {daemon.pid}; {len(CLIENTS)} client processes, "
-              "each with layers of its own:\n")
+        print(f"{backend(socket)}\n{len(CLIENTS)} client processes, each with layers of its own:\n")
         clients = [subprocess.Popen([program("tests/demo_client"), socket, DATA, *layers],
                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
                    for layers in CLIENTS]

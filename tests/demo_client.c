@@ -1,12 +1,14 @@
 /*
  * demo_client.c - one client of the demo: runs captured layers of language models through a daemon
- * and compares every row with double precision. usage: demo_client SOCKET DATA_DIR LAYER...
+ * and compares every row with double precision. Where the daemon has a GPU the layers are in device
+ * memory and the jobs part of a CUDA stream. usage: demo_client SOCKET DATA_DIR LAYER...
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
+#include "client/driver.h"
 #include "sageclient.h"
 #include "tests/npy.h"
 #include "tests/ref64.h"
@@ -30,6 +32,21 @@ struct layer {
     char name[64];
     bool causal;
     struct sage_tensor q, k, v; /* with memory of their own */
+};
+
+/* What the layers are run with. */
+struct demo {
+    struct sage_client *client;
+    struct sage_lane *lane;
+    struct device gpu; /* cu: NULL on the CPU */
+    struct CUstream_st *stream;
+};
+
+/* A layer's tensors, where we see them and, at the same offsets, where the daemon does. */
+struct room {
+    char *here, *there;
+    size_t bytes;
+    struct sage_buffer *buffer; /* on the CPU both are in it */
 };
 
 static bool fail(const char *what)
@@ -123,31 +140,85 @@ static struct ref64_error compare(const struct sage_attn *attn, const double *r)
     return e;
 }
 
-/* Submit the layer REPEATS times before waiting for the first: a queue, as an application has. */
-static bool run(struct sage_lane *lane, const struct sage_attn *attn, double *ms)
-{
-    struct sage_job jobs[REPEATS];
-    double start = now_ms();
+/* --- on the GPU --- */
 
-    for (int i = 0; i < REPEATS; i++)
-        if (sage_attn_submit(lane, attn, 0, &jobs[i]))
-            return fail("sage_attn_submit");
-    for (int i = 0; i < REPEATS; i++)
-        if (sage_wait(jobs[i], 60000))
-            return fail("sage_wait");
-    *ms = (now_ms() - start) / REPEATS;
-    return true;
+static struct sage_attn move_to(const struct room *room, const struct sage_attn *attn)
+{
+    struct sage_attn a = *attn;
+    struct sage_tensor *const tensors[] = {&a.q, &a.k, &a.v, &a.o};
+
+    for (int i = 0; i < 4; i++)
+        tensors[i]->data = room->there + ((char *)tensors[i]->data - room->here);
+    return a;
 }
 
-static bool run_variant(struct sage_lane *lane, const struct layer *layer, struct sage_attn *attn,
-                        int variant, const double *r)
+static int copy_there(const struct demo *demo, const struct room *room)
+{
+    return driver_check(demo->gpu.cu->cuMemcpyHtoD((uintptr_t)room->there, room->here, room->bytes),
+                        "copy");
+}
+
+/* The stream waits for the jobs; here it is only asked whether they went well. */
+static int run_on_stream(const struct demo *demo, const struct room *room,
+                         const struct sage_attn *attn)
+{
+    const struct driver *cu = demo->gpu.cu;
+    int rc = 0;
+
+    for (int i = 0; !rc && i < REPEATS; i++)
+        rc = sage_attn_enqueue(demo->client, attn, demo->stream);
+    if (!rc)
+        rc = driver_check(cu->cuStreamSynchronize(demo->stream), "cuStreamSynchronize");
+    if (!rc)
+        rc = sage_stream_error(demo->client, demo->stream);
+    if (!rc)
+        rc =
+            driver_check(cu->cuMemcpyDtoH(room->here, (uintptr_t)room->there, room->bytes), "copy");
+    return rc;
+}
+
+/* --- on the CPU --- */
+
+/* Submit the layer REPEATS times before waiting for the first: a queue, as an application has. */
+static int run_on_lane(const struct demo *demo, const struct sage_attn *attn)
+{
+    struct sage_job jobs[REPEATS];
+    int rc = 0;
+
+    for (int i = 0; !rc && i < REPEATS; i++)
+        rc = sage_attn_submit(demo->lane, attn, 0, &jobs[i]);
+    for (int i = 0; !rc && i < REPEATS; i++)
+        rc = sage_wait(jobs[i], 60000);
+    return rc;
+}
+
+static int run(const struct demo *demo, const struct room *room, const struct sage_attn *attn,
+               double *ms)
+{
+    struct sage_attn there = move_to(room, attn);
+    int rc = demo->gpu.cu ? copy_there(demo, room) : 0;
+    double start = now_ms();
+
+    if (!rc)
+        rc = demo->gpu.cu ? run_on_stream(demo, room, &there) : run_on_lane(demo, &there);
+    *ms = (now_ms() - start) / REPEATS;
+    return rc;
+}
+
+static bool run_variant(const struct demo *demo, const struct room *room, const struct layer *layer,
+                        struct sage_attn *attn, int variant, const double *r)
 {
     double ms;
 
     memset(attn->o.data, 0xff, bytes_of(&attn->o)); /* NaN, should anything stay unwritten */
     attn->variant = variants[variant].variant;
-    if (!run(lane, attn, &ms))
-        return false;
+    int rc = run(demo, room, attn, &ms);
+    if (rc == SAGE_EUNSUPPORTED) { /* FP8 before compute capability 8.9 */
+        printf("%-12s %s: %s\n", layer->name, variants[variant].name, sage_last_error());
+        return true;
+    }
+    if (rc)
+        return fail("a job");
     struct ref64_error e = compare(attn, r);
     double l1 = ref64_l1(&e), cos = ref64_cos(&e);
     bool good = l1 <= variants[variant].l1 && cos >= variants[variant].cos;
@@ -158,44 +229,82 @@ static bool run_variant(struct sage_lane *lane, const struct layer *layer, struc
     return good;
 }
 
-static bool run_layer(struct sage_client *client, struct sage_lane *lane, const struct layer *layer)
+static bool make_room(const struct demo *demo, size_t bytes, struct room *room)
+{
+    uint64_t memory = 0;
+
+    *room = (struct room){.bytes = bytes};
+    if (!demo->gpu.cu) {
+        if (sage_buffer_alloc(demo->client, bytes, &room->buffer))
+            return fail("sage_buffer_alloc");
+        room->here = room->there = sage_buffer_data(room->buffer);
+        return true;
+    }
+    room->here = malloc(bytes);
+    if (!room->here || driver_check(demo->gpu.cu->cuMemAlloc(&memory, bytes), "cuMemAlloc"))
+        return fail("memory");
+    room->there = (char *)(uintptr_t)memory;
+    return true;
+}
+
+static bool leave_room(const struct demo *demo, struct room *room)
+{
+    if (!demo->gpu.cu)
+        return sage_buffer_free(room->buffer) ? fail("sage_buffer_free") : true;
+    free(room->here);
+    return driver_check(demo->gpu.cu->cuMemFree((uintptr_t)room->there), "cuMemFree")
+               ? fail("memory")
+               : true;
+}
+
+static bool run_layer(const struct demo *demo, const struct layer *layer)
 {
     struct sage_attn attn = SAGE_ATTN_INIT;
-    struct sage_buffer *buffer;
+    struct room room;
     size_t bytes = 2 * bytes_of(&layer->q) + bytes_of(&layer->k) + bytes_of(&layer->v) + 4096;
 
-    if (sage_buffer_alloc(client, bytes, &buffer))
-        return fail("sage_buffer_alloc");
-    char *at = sage_buffer_data(buffer);
+    if (!make_room(demo, bytes, &room))
+        return false;
+    char *at = room.here;
     attn.q = place(&at, &layer->q);
     attn.k = place(&at, &layer->k);
     attn.v = place(&at, &layer->v);
     attn.o = place(&at, &layer->q);
     attn.causal = layer->causal;
     double *r = reference(&attn);
-    bool good = r && run_variant(lane, layer, &attn, 0, r) && run_variant(lane, layer, &attn, 1, r);
+    bool good = r && run_variant(demo, &room, layer, &attn, 0, r) &&
+                run_variant(demo, &room, layer, &attn, 1, r);
     free(r);
-    return sage_buffer_free(buffer) ? fail("sage_buffer_free") : good;
+    return leave_room(demo, &room) && good;
+}
+
+static bool start(struct demo *demo, const char *socket, const char *name)
+{
+    struct sage_connect_options options = {.socket = socket, .name = name};
+    struct sage_server server;
+
+    if (sage_connect(&options, &demo->client) || sage_server_info(demo->client, &server))
+        return fail("sage_connect");
+    if (!server.uuid[0])
+        return sage_lane_create(demo->client, &demo->lane) ? fail("sage_lane_create") : true;
+    if (device_open(&demo->gpu, server.uuid) ||
+        driver_check(demo->gpu.cu->cuStreamCreate(&demo->stream, CU_STREAM_ASIDE), "stream"))
+        return fail("GPU");
+    return true;
 }
 
 int main(int argc, char **argv)
 {
-    struct sage_client *client;
-    struct sage_lane *lane;
-    bool good = true;
+    struct demo demo = {0};
 
     if (argc < 4) {
         fprintf(stderr, "usage: demo_client SOCKET DATA_DIR LAYER...\n");
         return 2;
     }
-    struct sage_connect_options options = {.socket = argv[1], .name = argv[3]};
-    if (sage_connect(&options, &client))
-        return fail("sage_connect"), 1;
-    if (sage_lane_create(client, &lane))
-        return fail("sage_lane_create"), 1;
+    bool good = start(&demo, argv[1], argv[3]);
     for (int i = 3; i < argc && good; i++) {
         struct layer layer = {0};
-        good = load(argv[2], argv[i], &layer) && run_layer(client, lane, &layer);
+        good = load(argv[2], argv[i], &layer) && run_layer(&demo, &layer);
         free(layer.q.data);
         free(layer.k.data);
         free(layer.v.data);
@@ -205,6 +314,6 @@ int main(int argc, char **argv)
     if (good)
         while (getchar() != EOF)
             continue;
-    sage_disconnect(client);
+    sage_disconnect(demo.client);
     return good ? 0 : 1;
 }

@@ -21,6 +21,7 @@
 
 #include <cmocka.h>
 
+#include "client/gpu.h"
 #include "tests/inputs.h"
 #include "tests/private.h"
 
@@ -743,8 +744,260 @@ static void comes_back_when_its_jobs_are_over(void **state)
     private_finish(&d);
 }
 
+/* --- what needs a GPU, where there is none --- */
+
+static void has_no_streams_on_the_cpu(void **state)
+{
+    struct sage_client *client = private_connect(*state, 0);
+    struct private_problem p;
+
+    private_problem_init(&p, client, 16, 13);
+    assert_int_equal(sage_attn_enqueue(client, &p.attn, NULL), SAGE_EUNSUPPORTED);
+    assert_non_null(strstr(sage_last_error(), "CPU"));
+    assert_int_equal(sage_client_mode(client), SAGE_MODE_SYNC);
+    assert_int_equal(sage_stream_error(client, NULL), 0);
+    assert_int_equal(sage_trim(client), 0);
+    assert_int_equal(sage_attn_run(client, &p.attn, NULL), 0);
+    private_problem_finish(&p);
+    sage_disconnect(client);
+}
+
+static void takes_only_the_gpu_that_was_named(void **state)
+{
+    const struct private_daemon *d = *state;
+    struct sage_connect_options options = {.socket = d->socket, .gpu = "GPU-0123"};
+    struct sage_client *client = NULL;
+
+    assert_int_equal(sage_connect(&options, &client), SAGE_ENODAEMON);
+    assert_null(client);
+    assert_non_null(strstr(sage_last_error(), "GPU-0123"));
+    assert_non_null(strstr(sage_last_error(), d->socket));
+}
+
+static void refuses_variable(const struct private_daemon *d, const char *name, const char *value)
+{
+    struct sage_connect_options options = {.socket = d->socket};
+    struct sage_client *client = NULL;
+
+    assert_int_equal(setenv(name, value, 1), 0);
+    assert_int_equal(sage_connect(&options, &client), SAGE_EINVAL);
+    assert_non_null(strstr(sage_last_error(), name));
+    unsetenv(name);
+}
+
+static void refuses_options_that_it_does_not_know(void **state)
+{
+    const struct private_daemon *d = *state;
+    struct sage_connect_options options = {.socket = d->socket, .mode = 3};
+    struct sage_client *client = NULL;
+
+    assert_int_equal(sage_connect(&options, &client), SAGE_EINVAL);
+    assert_non_null(strstr(sage_last_error(), "mode"));
+    refuses_variable(d, "SAGE_MODE", "lanes");
+    refuses_variable(d, "SAGE_STAGING", "yes");
+    refuses_variable(d, "SAGE_CACHE_BYTES", "-1");
+    refuses_variable(d, "SAGE_CACHE_BYTES", "12k");
+    refuses_variable(d, "SAGE_CACHE_BYTES", "99999999999999999999");
+}
+
+/* --- the cache of registrations --- */
+
+static struct cached *enter(struct cache *cache, uint64_t base, uint64_t size, uint64_t id,
+                            uint32_t n)
+{
+    struct span spans[8];
+
+    for (uint32_t i = 0; i < n; i++)
+        spans[i] = (struct span){base + i * size, size, id + i, 0};
+    struct cached *c = cached_create(spans, n);
+    assert_non_null(c);
+    cache_add(cache, c);
+    c->ready = true;
+    return c;
+}
+
+static struct cached *look_up(struct cache *cache, uint64_t base, uint64_t size, uint64_t id,
+                              uint32_t n)
+{
+    struct span spans[8];
+
+    for (uint32_t i = 0; i < n; i++)
+        spans[i] = (struct span){base + i * size, size, id + i, 0};
+    return cache_find(cache, spans, n);
+}
+
+static void empty(struct cache *cache)
+{
+    while (cache->first) {
+        struct cached *c = cache->first;
+        cache_remove(cache, c);
+        free(c);
+    }
+    assert_int_equal(cache->bytes, 0);
+}
+
+static void knows_memory_by_its_id(void **state)
+{
+    struct cache cache = {0};
+    (void)state;
+
+    struct cached *a = enter(&cache, 0x1000, 0x1000, 1, 1);
+    struct cached *chunks = enter(&cache, 0x10000, 0x1000, 10, 4);
+    assert_int_equal(cache.bytes, 0x5000);
+    assert_ptr_equal(look_up(&cache, 0x1000, 0x1000, 1, 1), a);
+    assert_null(look_up(&cache, 0x2000, 0x1000, 2, 1)); /* a neighbour */
+    assert_false(a->stale);
+    assert_ptr_equal(look_up(&cache, 0x11000, 0x1000, 11, 2), chunks);
+    assert_ptr_equal(look_up(&cache, 0x13000, 0x1000, 13, 1), chunks);
+    assert_null(look_up(&cache, 0x13000, 0x1000, 13, 2)); /* reaches beyond it */
+    assert_false(chunks->stale);
+
+    assert_null(look_up(&cache, 0x1000, 0x1000, 3, 1)); /* freed and allocated again */
+    assert_true(a->stale);
+    assert_null(look_up(&cache, 0x1000, 0x1000, 1, 1));
+    struct cached *b = enter(&cache, 0x1800, 0x1000, 4, 1);
+    assert_true(cache_clashes(&cache, b));
+    cache_remove(&cache, a);
+    free(a);
+    assert_false(cache_clashes(&cache, b));
+    b->leaving = true; /* and so not to be had */
+    assert_null(look_up(&cache, 0x1800, 0x1000, 4, 1));
+    struct span other_block = {0x11000, 0x1000, 11, 1}; /* mapped anew at the same place */
+    assert_null(cache_find(&cache, &other_block, 1));
+    assert_true(chunks->stale);
+    empty(&cache);
+}
+
+static void drops_what_was_used_longest_ago(void **state)
+{
+    struct cache cache = {0};
+    struct sage_page *page = calloc(1, sizeof(*page));
+    (void)state;
+
+    assert_non_null(page);
+    struct cached *a = enter(&cache, 0x1000, 0x1000, 1, 1);
+    struct cached *b = enter(&cache, 0x2000, 0x1000, 2, 1);
+    struct cached *c = enter(&cache, 0x3000, 0x1000, 3, 1);
+    assert_null(cache_victim(&cache, page, 0x3000));
+    assert_ptr_equal(cache_victim(&cache, page, 0x2fff), a);
+    assert_ptr_equal(look_up(&cache, 0x1000, 0x1000, 1, 1), a);
+    assert_ptr_equal(cache_victim(&cache, page, 0x2fff), b);
+    b->pins = 1;
+    assert_ptr_equal(cache_victim(&cache, page, 0x2fff), c);
+    c->lanes = UINT64_C(1) << 63; /* a job of lane 63 is on its way, number 70 */
+    c->last[63] = 70;
+    page_store(&page->lane[63].release[70 % SAGE_ENTRIES], 70 - SAGE_ENTRIES);
+    assert_ptr_equal(cache_victim(&cache, page, 0x2fff), a);
+    page_store(&page->lane[63].release[70 % SAGE_ENTRIES], 70);
+    assert_ptr_equal(cache_victim(&cache, page, 0x2fff), c);
+    a->stale = true; /* goes first, and also where there is room */
+    assert_ptr_equal(cache_victim(&cache, page, UINT64_MAX), a);
+    a->ready = false;
+    assert_null(cache_victim(&cache, page, UINT64_MAX));
+    assert_ptr_equal(cache_after(&cache, a->serial), b);
+    assert_null(cache_after(&cache, c->serial));
+    empty(&cache);
+    free(page);
+}
+
+/* --- staging: what is copied where --- */
+
+struct staging {
+    const unsigned char *theirs;
+    unsigned char *ours, *back;
+    int boxes;
+};
+
+static int copy_box(void *arg, const struct stage_box *b)
+{
+    struct staging *s = arg;
+
+    for (size_t z = 0; z < b->depth; z++)
+        for (size_t y = 0; y < b->height; y++) {
+            size_t at = b->offset + z * b->slice + y * b->row;
+            size_t dense = b->dense_offset + z * b->dense_slice + y * b->dense_row;
+            memcpy(s->ours + dense, s->theirs + at, b->width);
+            memcpy(s->back + at, s->ours + dense, b->width);
+        }
+    assert_true(b->depth == 1 || (b->slice % b->row == 0 && b->dense_slice % b->dense_row == 0));
+    s->boxes++;
+    return 0;
+}
+
+/* The dense copy has the same elements, and copying back touches no other byte. */
+static int stage(const struct sage_tensor *t, size_t bytes)
+{
+    struct stage_plan plan;
+    unsigned char *theirs = malloc(bytes), *back = calloc(1, bytes), *seen = calloc(1, bytes);
+
+    assert_true(stage_plan(t, &plan));
+    unsigned char *ours = malloc(plan.bytes);
+    for (size_t i = 0; i < bytes; i++)
+        theirs[i] = (unsigned char)(1 + i * 37 % 255);
+    struct staging s = {theirs, ours, back, 0};
+    assert_int_equal(stage_boxes(&plan, copy_box, &s), 0);
+    size_t count = 0;
+    for (int64_t b = 0; b < t->shape[0]; b++)
+        for (int64_t h = 0; h < t->shape[1]; h++)
+            for (int64_t n = 0; n < t->shape[2]; n++)
+                for (int64_t d = 0; d < t->shape[3]; d++, count++) {
+                    int64_t at = b * t->stride[0] + h * t->stride[1] + n * t->stride[2] + d;
+                    int64_t dense =
+                        b * plan.stride[0] + h * plan.stride[1] + n * plan.stride[2] + d;
+                    assert_true((size_t)dense * 2 < plan.bytes);
+                    assert_memory_equal(ours + 2 * dense, theirs + 2 * at, 2);
+                    memset(seen + 2 * at, 1, 2);
+                }
+    assert_int_equal(plan.bytes, 2 * count);
+    for (size_t i = 0; i < bytes; i++)
+        assert_int_equal(back[i], seen[i] ? theirs[i] : 0);
+    free(theirs);
+    free(back);
+    free(seen);
+    free(ours);
+    return s.boxes;
+}
+
+static struct sage_tensor strided(int64_t b, int64_t h, int64_t n, int64_t d, int64_t sb,
+                                  int64_t sh, int64_t sn)
+{
+    return (struct sage_tensor){
+        .dtype = SAGE_F16, .shape = {b, h, n, d}, .stride = {sb, sh, sn, 1}};
+}
+
+static void stages_any_layout(void **state)
+{
+    struct stage_plan plan;
+    struct sage_tensor t;
+    (void)state;
+
+    t = strided(2, 3, 5, 8, 120, 40, 8); /* dense: one copy */
+    assert_int_equal(stage(&t, 480), 1);
+    t = strided(2, 3, 5, 8, 120, 8, 24); /* tokens outside heads */
+    assert_int_equal(stage(&t, 480), 1);
+    t = strided(2, 3, 5, 8, 360, 8, 72); /* one third of a fused QKV */
+    assert_int_equal(stage(&t, 1440), 1);
+    t = strided(2, 3, 5, 8, 1000, 300, 50); /* holes everywhere */
+    assert_int_equal(stage(&t, 4000), 2);
+    t = strided(2, 3, 5, 8, 1000, 290, 50); /* slices no whole number of rows apart */
+    assert_int_equal(stage(&t, 4000), 6);
+    t = strided(1, 1, 1, 8, 0, 0, 0);
+    assert_int_equal(stage(&t, 16), 1);
+    t = strided(4, 3, 5, 1, 15, 5, 1); /* lse */
+    assert_int_equal(stage(&t, 120), 1);
+    t = strided(2, 3, 5, 8, 120, 0, 8); /* one head for three: its span is copied instead */
+    assert_false(stage_plan(&t, &plan));
+    t = strided(1, 1, 5, 8, 0, 0, 4);
+    assert_false(stage_plan(&t, &plan));
+}
+
 int main(void)
 {
+    const struct CMUnitTest alone[] = {
+        cmocka_unit_test(knows_memory_by_its_id),
+        cmocka_unit_test(drops_what_was_used_longest_ago),
+        cmocka_unit_test(stages_any_layout),
+    };
     const struct CMUnitTest with_daemon[] = {
         cmocka_unit_test(runs),
         cmocka_unit_test(refuses_what_is_wrong),
@@ -756,6 +1009,9 @@ int main(void)
         cmocka_unit_test(serves_threads),
         cmocka_unit_test(survives_a_fork),
         cmocka_unit_test(leaves_a_grandchild_its_files),
+        cmocka_unit_test(has_no_streams_on_the_cpu),
+        cmocka_unit_test(takes_only_the_gpu_that_was_named),
+        cmocka_unit_test(refuses_options_that_it_does_not_know),
     };
     const struct CMUnitTest without[] = {
         cmocka_unit_test(explains_that_there_is_none),
@@ -771,7 +1027,8 @@ int main(void)
         cmocka_unit_test(hears_that_its_jobs_still_run),
         cmocka_unit_test(comes_back_when_its_jobs_are_over),
     };
-    int failed = cmocka_run_group_tests_name("libsageclient", with_daemon, setup, teardown);
+    int failed = cmocka_run_group_tests_name("device memory", alone, NULL, NULL);
 
+    failed += cmocka_run_group_tests_name("libsageclient", with_daemon, setup, teardown);
     return failed + cmocka_run_group_tests_name("daemons that come and go", without, NULL, NULL);
 }
