@@ -24,7 +24,8 @@ exports libsageattn.so | diff -u "$here/is" - || failed=1
 
 # libsageclient brings along what clients need of sageattn.h: all but the computing.
 calls "$SAGE_SRCDIR/kernels/sageattn.h" "$SAGE_SRCDIR/client/sageclient.h" |
-    grep -v -x -e sage_attn_cpu -e sage_attn_workspace -e sage_cpu_create -e sage_cpu_destroy >"$here/is"
+    grep -v -x -e sage_attn_cpu -e sage_attn_workspace -e sage_cpu_create -e sage_cpu_destroy \
+        -e sage_attn_cuda -e sage_attn_cuda_workspace -e sage_cuda_load >"$here/is"
 exports libsageclient.so | diff -u "$here/is" - || failed=1
 [ $failed = 0 ] || echo "- declared but not exported, + exported but not declared"
 exit $failed

@@ -484,9 +484,10 @@ static void test_errors(void **state)
     assert_string_equal(sage_errname(SAGE_EINVAL), "SAGE_EINVAL");
     assert_string_equal(sage_strerror(SAGE_EWORKSPACE), "workspace too small");
     assert_string_equal(sage_errname(SAGE_EINTERNAL), "SAGE_EINTERNAL");
+    assert_string_equal(sage_errname(SAGE_ECAPTURE), "SAGE_ECAPTURE");
     assert_string_equal(sage_errname(1), "SAGE_E?");
     assert_string_equal(sage_errname(INT32_MIN), "SAGE_E?");
-    assert_string_equal(sage_strerror(-22), "unknown status");
+    assert_string_equal(sage_strerror(-999), "unknown status");
     assert_true(sage_retryable(SAGE_EBUSY));
     assert_false(sage_retryable(SAGE_EINVAL));
     assert_false(sage_retryable(SAGE_OK));

@@ -1,0 +1,527 @@
+/*
+ * gpu_edges.c - what sageattn.h says of edges, errors and streams, on the GPU.
+ */
+#include <cuda_runtime_api.h>
+#include <float.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "gpu_attn.h"
+#include "ref64.h"
+
+struct edges {
+    struct gpu *gpu;
+    struct problem *p;
+    uint64_t seed;
+    int failures, checks;
+    enum sage_variant variant;
+    enum sage_dtype dtype;
+};
+
+static void report(struct edges *e, const struct problem *p, const char *what, const char *why)
+{
+    char text[1024] = "";
+
+    if (p)
+        problem_describe(p, text, sizeof text);
+    printf("FAILED %s: %s\n  %s\n", what, why, text);
+    fflush(stdout);
+    e->failures++;
+}
+
+static void expect(struct edges *e, bool good, const char *what, const char *why)
+{
+    e->checks++;
+    if (!good)
+        report(e, NULL, what, why);
+}
+
+static void check(struct edges *e, const char *what)
+{
+    struct distance far;
+    char why[512];
+
+    e->checks++;
+    if (!gpu_check(e->gpu, e->p, 1, &far, why, sizeof why))
+        report(e, e->p, what, why);
+}
+
+/* One batch, 4 query heads on 2. */
+static struct sage_attn *begin(struct edges *e, enum kind kind, int64_t nq, int64_t nk, int64_t d)
+{
+    problem_reset(e->p, e->seed + (uint64_t)e->checks);
+    e->p->kind = kind;
+    problem_plain(e->p, e->dtype, e->variant, 1, 2, nq, nk, d);
+    return &e->p->attn;
+}
+
+/* --- values --- */
+
+static void ones(struct edges *e)
+{
+    const int64_t dims[] = {8, 64, 72, 128, 256}, keys[] = {1, 63, 64, 333, 1500};
+
+    for (int i = 0; i < 25; i++) {
+        begin(e, KIND_ONES, 70, keys[i / 5], dims[i % 5])->causal = i % 2;
+        check(e, "V = ones gives exactly 1");
+    }
+}
+
+static void constants(struct edges *e)
+{
+    for (int i = 0; i < 8; i++) {
+        struct sage_attn *a = begin(e, KIND_CONST_K, 5, i % 2 ? 100 : 1, i / 4 ? 64 : 136);
+
+        a->smooth_k = i / 2 % 2;
+        check(e, "constant K, a zero channel of V");
+        begin(e, KIND_ZEROS, 130, 200, 8 * (1 + i));
+        check(e, "zero Q, zero V");
+    }
+}
+
+static void empty(struct edges *e)
+{
+    const int64_t sizes[][2] = {{3, 0}, {0, 5}, {0, 0}, {200, 0}, {1, 1}, {1, 2}, {300, 1}};
+
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        begin(e, KIND_NORMAL, sizes[i][0], sizes[i][1], 64);
+        check(e, "few or no rows or keys");
+        begin(e, KIND_NORMAL, sizes[i][0], sizes[i][1], 64)->smooth_k = false;
+        check(e, "few or no rows or keys");
+    }
+    problem_reset(e->p, e->seed);
+    problem_plain(e->p, e->dtype, e->variant, 0, 2, 10, 10, 64);
+    check(e, "no batch");
+}
+
+static void head_dims(struct edges *e)
+{
+    for (int64_t d = 8; d <= 256; d += 8) {
+        begin(e, KIND_NORMAL, 150, 210, d)->causal = d % 16 == 0;
+        check(e, "head dimension");
+    }
+}
+
+/* Rows that the band hides altogether; windows beyond the end. */
+static void bands(struct edges *e)
+{
+    const int64_t windows[][2] = {{0, 0}, {1000, 1000}, {-1, 0}, {5, -1}, {64, 63}, {0, 500}};
+
+    for (int i = 0; i < 6 * 4; i++) {
+        struct sage_attn *a = begin(e, KIND_NORMAL, i / 6 % 2 ? 300 : 20, i / 6 % 2 ? 40 : 300, 64);
+
+        a->diagonal = i / 12 ? SAGE_TOP_LEFT : SAGE_BOTTOM_RIGHT;
+        a->window_left = windows[i % 6][0];
+        a->window_right = windows[i % 6][1];
+        check(e, "windows");
+    }
+}
+
+/* K's mean moves scores by hundreds of nats and lse with them; o must not notice. */
+static void far_mean(struct edges *e)
+{
+    struct sage_attn *a = begin(e, KIND_NORMAL, 50, 300, 64);
+    struct rng rng;
+
+    rng_init(&rng, e->seed);
+    for (int64_t h = 0; h < 2; h++)
+        for (int64_t n = 0; n < 300; n++)
+            for (int64_t c = 0; c < 64; c++)
+                put(&a->k, 0, h, n, c, 40 * sin((double)c) + 0.01 * rng_normal(&rng));
+    problem_find_flip(e->p);
+    check(e, "lse with a far mean of K");
+}
+
+/* V at the ends of binary16: rounding it to e4m3 around its mean must not push o over the edge. */
+static void largest(struct edges *e)
+{
+    struct sage_attn *a = begin(e, KIND_NORMAL, 8, 64, 64);
+    const double top = e->dtype == SAGE_F16 ? 65504 : 0x1p100;
+
+    a->smooth_v = e->variant == SAGE_INT8_FP8;
+    put_all(&a->q, 0);
+    put_all(&a->v, top);
+    for (int64_t c = 0; c < 64; c++)
+        put(&a->v, 0, 0, 0, c, -top);
+    a->window_left = a->window_right = 0;
+    check(e, "V at the ends of its range");
+}
+
+/* Scores that overflow must not come out as numbers; all at -inf is not the same as no key. */
+static void overflow(struct edges *e)
+{
+    for (int i = 0; i < 2; i++) {
+        struct sage_attn *a = begin(e, KIND_NORMAL, 4, 40, 64);
+        double o = 0;
+
+        a->scale = 1e38f;
+        a->smooth_k = false;
+        put_all(&a->q, 1000);
+        put_all(&a->k, i ? -1000 : 1000);
+        e->p->flip = 0;
+        check(e, "scores that overflow");
+        for (int64_t c = 0; c < 64; c++)
+            o += ref64_get(
+                &(struct sage_tensor){.dtype = e->dtype,
+                                      .data = e->p->cpu + ((char *)a->o.data - e->p->host),
+                                      .shape = {1, 1, 1, 64},
+                                      .stride = {64, 64, 64, 1}},
+                0, 0, 0, c);
+        expect(e, isnan(o), "scores that overflow", "they should, in this test");
+    }
+}
+
+/* --- Inf and NaN --- */
+
+static void spoil(struct edges *e, int which, double value, int64_t d, int64_t row, int64_t c)
+{
+    struct sage_attn *a = begin(e, KIND_NORMAL, 150, 200, d);
+    const struct sage_tensor *t = which == 0 ? &a->q : which == 1 ? &a->k : &a->v;
+    const int64_t head = which == 0 ? 3 : 1;
+
+    a->causal = true;
+    a->diagonal = row % 2 ? SAGE_TOP_LEFT : SAGE_BOTTOM_RIGHT;
+    a->smooth_v = e->variant == SAGE_INT8_FP8 && c % 2;
+    a->smooth_k = row % 4 != 0;
+    if (which == 0)
+        row = row % 150;
+    e->p->spoil = (struct spoil){which, value, 0, head, row, c};
+    put(t, 0, head, row, c, value);
+    check(e, "NaN or Inf");
+}
+
+static void spoils(struct edges *e)
+{
+    const double values[] = {NAN, -NAN, INFINITY, -INFINITY};
+    const int64_t dims[] = {64, 72, 128, 256}, rows[] = {0, 63, 64, 130, 199};
+
+    for (int i = 0; i < 4 * 3 * 4; i++) {
+        const int64_t d = dims[i % 4], columns[] = {0, 9, d - 1};
+
+        for (int j = 0; j < 5; j++)
+            spoil(e, i / 4 % 3, values[(i / 12 + j) % 4], d, rows[j], columns[(i + j) % 3]);
+    }
+}
+
+/* In an additive mask any NaN and +Inf are contagious; -FLT_MAX is a number. */
+static void bad_masks(struct edges *e)
+{
+    const uint32_t bits[] = {0x7fc00000, 0x7fffffff, 0xffffffff, 0x7f800001, 0x7f800000};
+
+    for (int i = 0; i < 6; i++) {
+        struct sage_attn *a = begin(e, KIND_NORMAL, 4, 150, 64);
+
+        a->mask = problem_take(e->p, SAGE_F32, HND, 0, 1, 1, 4, 150);
+        put_all(&a->mask, 0);
+        for (int64_t j = 0; j < 150; j++)
+            put(&a->mask, 0, 0, 1, j, (double)-FLT_MAX);
+        if (i < 5)
+            memcpy((float *)a->mask.data + 2 * 150 + 31 * i, &bits[i], 4);
+        check(e, "NaN and Inf in a mask");
+    }
+}
+
+/* A row from which the mask hides every key sees nothing, even of a NaN in a key or in itself. */
+static void hidden_rows(struct edges *e)
+{
+    for (int i = 0; i < 6; i++) {
+        struct sage_attn *a = begin(e, KIND_NORMAL, 100, 150, i % 2 ? 64 : 128);
+        const enum sage_dtype dtype = i < 2 ? SAGE_BOOL : i < 4 ? SAGE_F32 : e->dtype;
+
+        a->smooth_k = i >= 3;
+        a->mask = problem_take(e->p, dtype, HND, 0, 1, 1, 100, 150);
+        put_all(&a->mask, dtype == SAGE_BOOL);
+        for (int64_t j = 0; j < 150; j++)
+            put(&a->mask, 0, 0, 66, j, dtype == SAGE_BOOL ? 0 : -INFINITY);
+        e->p->spoil = (struct spoil){1, NAN, 0, 0, 70, 3};
+        put(&a->k, 0, 0, 70, 3, NAN);
+        check(e, "hidden row and a NaN in a key");
+        e->p->spoil = (struct spoil){0, NAN, 0, 2, 66, 3};
+        put(&a->k, 0, 0, 70, 3, 0);
+        put(&a->q, 0, 2, 66, 3, NAN);
+        check(e, "hidden row that is NaN itself");
+    }
+}
+
+/* --- errors --- */
+
+static void refused(struct edges *e)
+{
+    const struct sage_part bad[] = {
+        {.group = -1, .n_groups = 1, .n_rows = -1},
+        {.group = 0, .n_groups = 3, .n_rows = -1},
+        {.group = 3, .n_groups = 0, .n_rows = -1},
+        {.n_groups = 2, .row = 0, .n_rows = 5},
+        {.n_groups = 1, .row = 5, .n_rows = 6},
+        {.n_groups = 1, .row = 1, .n_rows = -1},
+        {.n_groups = 1, .row = -1, .n_rows = 1},
+        {.n_groups = 1, .row = INT64_MAX, .n_rows = 2},
+        {.n_groups = 1, .n_rows = -1, .head = 1, .n_heads = 2},
+        {.n_groups = 2, .n_rows = -1, .head = 0, .n_heads = 1},
+        {.group = 1, .n_groups = INT64_MAX, .n_rows = -1},
+    };
+    struct gpu *gpu = e->gpu;
+    char why[256] = "";
+
+    begin(e, KIND_NORMAL, 10, 10, 64);
+    gpu_upload(gpu, e->p);
+    const struct sage_attn a = gpu_attn(e->p);
+    const size_t bytes = sage_attn_cuda_workspace(&a, NULL);
+    char *w = gpu_workspace(gpu, bytes + 256);
+
+    expect(e, bytes > 0 && bytes < 1 << 20, "sage_attn_cuda_workspace", "implausible");
+    expect(e,
+           sage_attn_cuda(&a, NULL, w, bytes - 1, gpu->stream, why, sizeof why) ==
+                   SAGE_EWORKSPACE &&
+               *why,
+           "workspace too small", why);
+    expect(e, sage_attn_cuda(&a, NULL, w, 0, gpu->stream, NULL, 0) == SAGE_EWORKSPACE,
+           "no workspace, no text", "");
+    expect(e, sage_attn_cuda(&a, NULL, w + 64, bytes, gpu->stream, why, sizeof why) == SAGE_EINVAL,
+           "misaligned workspace", why);
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        expect(e,
+               sage_attn_cuda(&a, &bad[i], w, bytes, gpu->stream, why, sizeof why) == SAGE_EINVAL,
+               "illegal part", why);
+        expect(e, sage_attn_cuda_workspace(&a, &bad[i]) == SIZE_MAX, "illegal part",
+               "sage_attn_cuda_workspace");
+    }
+    gpu_download(gpu, e->p);
+    gpu_release(gpu, e->p);
+    expect(e, !memcmp(e->p->gpu, e->p->host, e->p->used), "refused calls", "wrote something");
+}
+
+static void no_fp8(struct edges *e)
+{
+    char why[256] = "";
+
+    e->variant = SAGE_INT8_FP8;
+    begin(e, KIND_NORMAL, 10, 10, 64);
+    gpu_upload(e->gpu, e->p);
+    const struct sage_attn a = gpu_attn(e->p);
+    const size_t bytes = sage_attn_cuda_workspace(&a, NULL);
+
+    expect(e,
+           sage_attn_cuda(&a, NULL, gpu_workspace(e->gpu, bytes), bytes, e->gpu->stream, why,
+                          sizeof why) == SAGE_EUNSUPPORTED &&
+               *why,
+           "int8_fp8 on a GPU without it", why);
+    gpu_release(e->gpu, e->p);
+}
+
+/* --- streams --- */
+
+static int enqueue(struct edges *e, const struct problem *p, struct CUstream_st *stream, char *why,
+                   size_t len)
+{
+    const struct sage_attn a = gpu_attn(p);
+    const size_t bytes = sage_attn_cuda_workspace(&a, NULL);
+
+    return sage_attn_cuda(&a, NULL, e->gpu->workspace, bytes, stream, why, len);
+}
+
+static void prepare(struct edges *e, bool varlen)
+{
+    struct sage_attn *a = begin(e, KIND_NORMAL, 300, 300, 128);
+
+    if (varlen) {
+        memcpy(e->p->offsets[0], (int32_t[]){0, 100, 100, 300}, 16);
+        memcpy(e->p->offsets[1], (int32_t[]){0, 50, 260, 300}, 16);
+        a->n_seqs = 3;
+        a->q_offsets = e->p->offsets[0];
+        a->k_offsets = e->p->offsets[1];
+    }
+    gpu_upload(e->gpu, e->p);
+    const struct sage_attn there = gpu_attn(e->p);
+
+    gpu_workspace(e->gpu, sage_attn_cuda_workspace(&there, NULL));
+    MUST(cudaStreamSynchronize(e->gpu->stream));
+}
+
+static void judge(struct edges *e, const char *what)
+{
+    struct distance far;
+    char why[512];
+
+    e->checks++;
+    if (!gpu_judge(e->gpu, e->p, 0, &far, why, sizeof why))
+        report(e, e->p, what, why);
+}
+
+static void sleep_on_stream(void *arg)
+{
+    (void)arg;
+    usleep(300000);
+}
+
+static double now(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* The call returns while the stream is busy, and does not look at the offsets later. */
+static void asynchronous(struct edges *e)
+{
+    for (int varlen = 0; varlen < 2; varlen++) {
+        int32_t saved[2][TEST_SEQS + 1];
+        char why[256] = "";
+
+        prepare(e, varlen);
+        MUST(cudaLaunchHostFunc(e->gpu->stream, sleep_on_stream, NULL));
+        const double start = now();
+        const int status = enqueue(e, e->p, e->gpu->stream, why, sizeof why);
+        const double took = now() - start;
+
+        memcpy(saved, e->p->offsets, sizeof saved);
+        memset(e->p->offsets, 0, sizeof saved);
+        expect(e, status == 0, "busy stream", why);
+        expect(e, took < 0.1, "busy stream", "sage_attn_cuda() waited for it");
+        MUST(cudaStreamSynchronize(e->gpu->stream));
+        memcpy(e->p->offsets, saved, sizeof saved);
+        judge(e, varlen ? "offsets changed after the call" : "busy stream");
+    }
+}
+
+static void legacy_stream(struct edges *e)
+{
+    char why[256] = "";
+
+    prepare(e, false);
+    expect(e, enqueue(e, e->p, NULL, why, sizeof why) == 0, "legacy stream", why);
+    MUST(cudaStreamSynchronize(NULL));
+    judge(e, "legacy stream");
+}
+
+/* A captured call can be replayed; one with sequences is refused and does not break the capture. */
+static void captured(struct edges *e)
+{
+    cudaStream_t s = e->gpu->stream;
+    cudaGraphExec_t exec;
+    cudaGraph_t graph = NULL;
+    char why[256] = "";
+
+    prepare(e, false);
+    MUST(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
+    const int status = enqueue(e, e->p, s, why, sizeof why);
+
+    MUST(cudaStreamEndCapture(s, &graph));
+    expect(e, status == 0, "capture", why);
+    MUST(cudaGraphInstantiate(&exec, graph, 0));
+    for (int i = 0; i < 2; i++)
+        MUST(cudaGraphLaunch(exec, s));
+    judge(e, "replayed graph");
+    MUST(cudaGraphExecDestroy(exec));
+    MUST(cudaGraphDestroy(graph));
+    prepare(e, true);
+    MUST(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
+    expect(e, enqueue(e, e->p, s, why, sizeof why) == SAGE_ECAPTURE, "capture of sequences", why);
+    MUST(cudaStreamEndCapture(s, &graph));
+    if (graph)
+        MUST(cudaGraphDestroy(graph));
+    gpu_release(e->gpu, e->p);
+}
+
+/* One of several threads, each with a stream, a workspace and a problem of its own. */
+struct worker {
+    pthread_t thread;
+    struct problem *p;
+    struct sage_attn attn;
+    cudaStream_t stream;
+    void *workspace;
+    size_t bytes;
+    int status;
+};
+
+static void *work(void *arg)
+{
+    struct worker *w = arg;
+
+    MUST(cudaSetDevice(0));
+    for (int i = 0; i < 50 && !w->status; i++)
+        w->status = sage_attn_cuda(&w->attn, NULL, w->workspace, w->bytes, w->stream, NULL, 0);
+    MUST(cudaStreamSynchronize(w->stream));
+    return NULL;
+}
+
+static void worker_init(struct edges *e, struct worker *w, int i)
+{
+    *w = (struct worker){.p = problem_create()};
+    problem_reset(w->p, e->seed + (uint64_t)i);
+    problem_random(w->p, 600, e->gpu->fp8);
+    gpu_upload(e->gpu, w->p);
+    w->attn = gpu_attn(w->p);
+    w->bytes = sage_attn_cuda_workspace(&w->attn, NULL);
+    MUST(cudaMalloc(&w->workspace, w->bytes + 256));
+    MUST(cudaStreamCreateWithFlags(&w->stream, cudaStreamNonBlocking));
+}
+
+static void threads(struct edges *e)
+{
+    enum { WORKERS = 6 };
+    const bool separate = e->gpu->separate;
+    struct worker workers[WORKERS];
+    struct distance far;
+    char why[512];
+
+    e->gpu->separate = true;
+    for (int i = 0; i < WORKERS; i++)
+        worker_init(e, &workers[i], i);
+    MUST(cudaDeviceSynchronize());
+    for (int i = 0; i < WORKERS; i++)
+        pthread_create(&workers[i].thread, NULL, work, &workers[i]);
+    for (int i = 0; i < WORKERS; i++)
+        pthread_join(workers[i].thread, NULL);
+    for (int i = 0; i < WORKERS; i++) {
+        struct worker *w = &workers[i];
+
+        expect(e, w->status == 0, "threads", sage_errname(w->status));
+        if (!gpu_judge(e->gpu, w->p, 0, &far, why, sizeof why))
+            report(e, w->p, "threads", why);
+        MUST(cudaFree(w->workspace));
+        MUST(cudaStreamDestroy(w->stream));
+        problem_destroy(w->p);
+    }
+    e->gpu->separate = separate;
+}
+
+static void values(struct edges *e)
+{
+    void (*const tests[])(struct edges *) = {ones,      constants,   empty,   head_dims,
+                                             bands,     far_mean,    largest, overflow,
+                                             bad_masks, hidden_rows, spoils};
+
+    for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++)
+        tests[i](e);
+}
+
+int gpu_edges(struct gpu *gpu, uint64_t seed)
+{
+    struct edges e = {.gpu = gpu, .p = problem_create(), .seed = seed};
+    const double start = now();
+
+    printf("# seed %llu\n", (unsigned long long)seed);
+    for (int i = 0; i < (gpu->fp8 ? 4 : 2); i++) {
+        e.variant = i < 2 ? SAGE_INT8_FP16 : SAGE_INT8_FP8;
+        e.dtype = i % 2 ? SAGE_BF16 : SAGE_F16;
+        values(&e);
+    }
+    e.variant = SAGE_INT8_FP16;
+    refused(&e);
+    asynchronous(&e);
+    legacy_stream(&e);
+    captured(&e);
+    threads(&e);
+    if (!gpu->fp8)
+        no_fp8(&e);
+    printf("edges: %d checks, %d failed, %.1f s\n", e.checks, e.failures, now() - start);
+    problem_destroy(e.p);
+    return e.failures;
+}
