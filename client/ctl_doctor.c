@@ -418,8 +418,7 @@ static void check_mode(struct doctor *d, struct sage_client *client, const struc
     }
     bool event = sage_client_mode(client) == SAGE_MODE_EVENT;
     report(d, PASS, "mode", "", "%s: a small job on a stream in %.1f us",
-           event ? "event (streams wait)"
-                 : "sync (the CPU waits; SAGE_MODE=event: the stream)",
+           event ? "event (streams wait)" : "sync (the CPU waits; SAGE_MODE=event: the stream)",
            (double)best / 1e3);
 }
 
