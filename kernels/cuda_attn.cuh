@@ -194,7 +194,7 @@ template <int D, bool BF16, bool FP8, bool MASK> struct attention {
 
     float o[SLABS][D_TILES][4];
     float p_sum[SLABS][4];              /* sum of P, in the columns of an accumulator */
-    float top[SLABS][2], sum[SLABS][2]; /* m; sum of p, of this lane's columns, if lse wants it */
+    float top[SLABS][2], sum[SLABS][2]; /* m; sum of p, of this lane's columns, for lse */
     float q_scale[SLABS][2];
     uint32_t q_fragments[Q_IN_REGISTERS ? D / 32 : 1][SLABS][4];
 

@@ -374,7 +374,7 @@ def test_scribbled_page():
 
 def test_does_not_read():
     """64 KiB of answers waiting: not heard any more; dropped after backlog_ms."""
-    with served(backlog_ms=700) as (daemon, witness):
+    with served(backlog_ms=2000) as (daemon, witness):
         deaf = daemon.client()
         deaf.socket.setblocking(False)
 
@@ -390,16 +390,17 @@ def test_does_not_read():
                         return True
             return False
 
+        start = time.monotonic()
         assert shout(), "the daemon goes on reading what it cannot answer"
         rss = daemon.rss()
-        start = time.monotonic()
+        quiet = time.monotonic()
         deaf.socket.shutdown(socket.SHUT_WR)  # must not keep the daemon busy either
         before = cpu_time(daemon)
         while witness.stats()["clients"] > 1:
-            assert time.monotonic() < start + 10, "never dropped"
+            assert time.monotonic() < quiet + 20, "never dropped"
             time.sleep(0.05)
-        assert time.monotonic() - start > 0.2
-        assert cpu_time(daemon) - before < 0.5 * (time.monotonic() - start), "busy with the deaf"
+        assert time.monotonic() - start > 1.9, "dropped too early"
+        assert cpu_time(daemon) - before < 0.5 * (time.monotonic() - quiet), "busy with the deaf"
         assert daemon.rss() - rss < 32 << 20
         assert witness.stats()["clients_dropped"] == 1
         deaf.close()

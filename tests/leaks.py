@@ -49,9 +49,14 @@ def queued(client, problem, say):
 
 
 def running(client, problem, say):
-    for lane in range(40):
-        client.submit(problem.attn, lane=lane)
-    until(lambda: client.stats().get("running"), "a job to run")
+    def busy():
+        stats = client.stats()
+        if not stats.get("running") and not stats.get("queued"):  # over before we could look
+            for lane in range(40):
+                client.submit(problem.attn, lane=lane)
+        return stats.get("running")
+
+    until(busy, "a job to run")
     say(b"go")
     signal.pause()
 

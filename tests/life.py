@@ -113,12 +113,12 @@ def drained(daemon, drain):
 
 
 def test_sigterm():
-    with Daemon(backend="fault", fault="delay_ms=400") as daemon:
+    with Daemon(backend="fault", fault="delay_ms=1000") as daemon:
         drained(daemon, lambda client: os.kill(daemon.pid, signal.SIGTERM))
 
 
 def test_drain():
-    with Daemon(backend="fault", fault="delay_ms=400") as daemon:
+    with Daemon(backend="fault", fault="delay_ms=1000") as daemon:
         drained(daemon, lambda client: client.call("DRAIN"))
 
 
@@ -171,7 +171,7 @@ def test_stops_quickly():
         client.submit(p.attn, ready=False)
         start = time.monotonic()
         assert daemon.stop() == 0
-        assert time.monotonic() - start < (3 if sage.SANITIZED else 1)
+        assert time.monotonic() - start < 4  # the least that anything waits for is 5 s
 
 
 def test_device_lost():
@@ -181,7 +181,10 @@ def test_device_lost():
         client = daemon.client(page=page)
         p = Problem(client)
         client.run(p.attn)
-        jobs = [client.submit(p.attn, lane=lane) for lane in (0, 0, 5)]
+        jobs = [client.submit(p.attn, lane=lane, ready=False) for lane in (0, 0, 5)]
+        client.ping()  # it has them all before it can lose one
+        for job in jobs:
+            page.acquire(*job)
         assert daemon.wait() == sage.EXIT_DEVICE_LOST
         # which of the two lanes met the loss is open; the other may have gone on meanwhile
         assert not all(page.released(*job) for job in jobs)
@@ -202,7 +205,7 @@ def test_device_lost():
 def test_killed():
     """SIGKILL at any moment: the page goes to the next daemon, no job is lost or done in vain."""
     page = sage.Page()
-    with Daemon(backend="fault", fault="delay_ms=20") as daemon:
+    with Daemon(backend="fault", fault="delay_ms=100") as daemon:
         client = daemon.client(page=page)
         p = Problem(client)
         jobs = [client.submit(p.attn, lane=i % 3) for i in range(30)]
@@ -244,14 +247,14 @@ def test_notify():
     directory = tempfile.mkdtemp(prefix="sage")
     try:
         manager = Manager(directory)
-        env = {"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "600000"}
+        env = {"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "2000000"}
         with Daemon(env=env, directory=directory) as daemon:
             assert f"MAINPID={daemon.pid}" in manager.wait_for("READY=1")
             assert "running" in manager.wait_for("STATUS=")
             manager.wait_for("WATCHDOG=1")
             start = time.monotonic()
             manager.wait_for("WATCHDOG=1")
-            assert time.monotonic() - start < 0.6
+            assert time.monotonic() - start < 2
             daemon.process.terminate()
             manager.wait_for("STOPPING=1")
             assert daemon.wait() == 0
@@ -277,9 +280,17 @@ def test_idle_exit():
         with daemon.client() as client:
             time.sleep(2)
             client.ping()
-        start = time.monotonic()
+            start = time.monotonic()
         assert daemon.wait() == 0
-        assert 0.5 < time.monotonic() - start < 4
+        assert 0.5 < time.monotonic() - start < 6
+
+
+def listening(connect):
+    """What connect() makes; None while there is no socket, or one that does not listen yet."""
+    try:
+        return connect()
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
 
 
 def test_socket_activation():
@@ -291,9 +302,7 @@ def test_socket_activation():
         activate = ("systemd-socket-activate", "--seqpacket", "-l", path)
         with Daemon(argv0=activate, directory=directory, wait=False, idle_exit=1,
                     socket="/nonexistent/s") as daemon:
-            until(lambda: os.path.exists(path), "the socket")
-            time.sleep(0.1)
-            with daemon.client() as client:  # waits until the daemon is up
+            with until(lambda: listening(daemon.client), "the socket") as client:
                 p = Problem(client)
                 client.run(p.attn)
                 p.check()
@@ -302,10 +311,12 @@ def test_socket_activation():
             assert os.path.exists(path), "the socket is the manager's, not ours to remove"
         with Daemon(argv0=("systemd-socket-activate", "-l", path + "2"), directory=directory,
                     wait=False) as daemon:
-            until(lambda: os.path.exists(path + "2"), "the socket")
-            time.sleep(0.1)
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
-                stream.connect(path + "2")
+                def connect():
+                    stream.connect(path + "2")
+                    return stream
+
+                until(lambda: listening(connect), "the socket")
                 assert daemon.wait() == 1, "a stream socket was taken"
             assert "SEQPACKET" in daemon.log()
             daemon.process.returncode = 0

@@ -39,7 +39,17 @@ EXIT_DEVICE_LOST = 70
 
 BUILD = os.environ.get("SAGE_BUILDDIR", ".")
 PROGRAM = os.path.join(BUILD, "sageattnd")
-SANITIZED = b"__asan_init" in open(PROGRAM, "rb").read() if os.path.exists(PROGRAM) else False
+
+
+def _is_sanitized():
+    if not os.path.exists(PROGRAM):
+        return False
+    with open(PROGRAM, "rb") as program:
+        code = program.read()
+    return b"__asan_init" in code or b"__tsan_init" in code
+
+
+SANITIZED = _is_sanitized()
 
 
 class Skip(Exception):
@@ -472,12 +482,13 @@ def refused(status, *words):
 
 
 def run(tests, limit=120):
-    """Run every test_* of the caller's globals(), or those named on the command line."""
-    faulthandler.dump_traceback_later(limit, exit=True)
+    """Run every test_* of the caller's globals(), or those named on the command line; each may take
+    `limit` seconds."""
     names = sys.argv[1:] or [n for n in tests if n.startswith("test_")]
     failed = skipped = 0
     for name in names:
         start = time.monotonic()
+        faulthandler.dump_traceback_later(limit, exit=True)
         try:
             tests[name]()
             result = "ok"
