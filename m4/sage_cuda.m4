@@ -60,7 +60,6 @@ AS_IF([test -n "$sage_cuda_why"], [
     AC_DEFINE([HAVE_CUDA], [1], [there are GPU kernels and the CUDA backend])
     cuda_summary="nvcc $NVCC_VERSION for $with_cuda_arch, PTX $sage_ptx"
 ])
-AC_SUBST([have_cuda])
 AC_SUBST([NVCC_VERSION])
 AC_SUBST([CUDA_GENCODE])
 AC_SUBST([CUDA_CFLAGS])
