@@ -110,7 +110,7 @@ int ctl_kernels(struct ctl *ctl, int argc, char **argv)
     for (int i = 0; i < sage_n_kernels; i++) {
         const struct sage_kernel *k = &sage_kernels[i];
         char arch[32], tile[32];
-        snprintf(arch, sizeof(arch), "sm_%d+", k->min_sm);
+        snprintf(arch, sizeof(arch), k->max_sm == k->min_sm ? "sm_%d" : "sm_%d+", k->min_sm);
         snprintf(tile, sizeof(tile), "%dx%d", k->tile_q, k->tile_k);
         printf("%-24s %-6s %5d %-5s %-10s %-9s %7d %9d  %s\n", k->name, arch, k->max_head_dim,
                k->dtype, k->variant, tile, k->threads, k->smem_bytes, k->features);

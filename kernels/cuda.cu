@@ -4,6 +4,7 @@
 #include "cuda_args.h"
 
 #include <atomic>
+#include <cudaTypedefs.h>
 #include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -70,14 +71,27 @@ int refuse_cuda(char *why, size_t len, const char *what, cudaError_t error)
 /* Compute capability of each device whose kernels are loaded, as 90; 0: not yet. */
 std::atomic<int> loaded[DEVICES_MAX];
 
+/* cuTensorMapEncodeTiled(), where there are kernels that want it. */
+std::atomic<PFN_cuTensorMapEncodeTiled_v12000> encode_tiled;
+
 const struct cuda_kernel *kernel(int index)
 {
+#define ONE(d, dtype, pv, feature) +1
+    constexpr int SM90 = 0 SAGE_KERNELS_SM90(ONE);
     const struct cuda_kernel *tables[] = {cuda_attn_f16, cuda_attn_bf16, cuda_attn_fp8};
 
+    if (index < SM90)
+        return &cuda_attn_sm90[index];
     for (const auto *table : tables)
-        if (table[index].function)
-            return &table[index];
+        if (table[index - SM90].function)
+            return &table[index - SM90];
     return nullptr;
+}
+
+/* It wants K swizzled and a map of V. */
+bool is_wgmma(int index)
+{
+    return sage_kernels[index].max_sm == 90;
 }
 
 cudaError_t load(const void *function)
@@ -91,12 +105,22 @@ cudaError_t load_all(int sm)
 {
     cudaError_t error = cudaSuccess;
 
+    if (sm == 90 && cuda_attn_sm90[0].function) {
+        void *found;
+        cudaDriverEntryPointQueryResult result;
+        error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                                 cudaEnableDefault, &result);
+        if (!error && result == cudaDriverEntryPointSuccess)
+            encode_tiled = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+    }
     for (int i = 0; cuda_quant_functions[i] && !error; i++)
         error = load(cuda_quant_functions[i]);
     for (int i = 0; i < sage_n_kernels && !error; i++) {
-        if (sm < sage_kernels[i].min_sm)
+        if (sm < sage_kernels[i].min_sm || sm > sage_kernels[i].max_sm)
             continue;
         const void *function = kernel(i)->function;
+        if (!function)
+            continue;
         error = load(function);
         if (!error)
             error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -162,13 +186,19 @@ struct cuda_space space(const struct cuda_args *a, const int32_t *offsets, int64
     return {(offsets[a->seq + a->n_seqs] - offsets[a->seq]) / unit + a->n_seqs, 0};
 }
 
-/* The part of the arguments that needs no address; the index of the kernel. */
-int describe(const struct sage_attn *attn, const struct sage_part *part, struct cuda_args *a)
+/* The kernel for devices of compute capability `sm`; see sage_kernel_find(). */
+int find_kernel(const struct sage_attn *attn, int sm)
+{
+    return sage_kernel_find(sm, static_cast<int>(attn->q.shape[3]), attn->q.dtype == SAGE_BF16,
+                            sage_attn_variant(attn) == SAGE_INT8_FP8,
+                            attn->mask.dtype != SAGE_NONE);
+}
+
+/* The part of a kernel's arguments that needs no address. */
+void describe(const struct sage_attn *attn, const struct sage_part *part, int index,
+              struct cuda_args *a)
 {
     const int64_t kv_heads = attn->k.shape[1];
-    const int index =
-        sage_kernel_find(static_cast<int>(attn->q.shape[3]), attn->q.dtype == SAGE_BF16,
-                         sage_attn_variant(attn) == SAGE_INT8_FP8, attn->mask.dtype != SAGE_NONE);
     const bool one_seq = part->n_groups == 0 ||
                          part->group / kv_heads == (part->group + part->n_groups - 1) / kv_heads;
 
@@ -206,7 +236,6 @@ int describe(const struct sage_attn *attn, const struct sage_part *part, struct 
     a->tiles = part->n_rows < 0
                    ? space(a, q_offsets, a->nq, tile_q)
                    : cuda_space{ceil_div(part->n_rows, tile_q), ceil_div(part->n_rows, tile_q)};
-    return index;
 }
 
 bool lay_out(const struct sage_attn *attn, const struct cuda_args *a, struct layout *at)
@@ -311,6 +340,34 @@ void fill(const struct sage_attn *attn, const struct layout *at, char *workspace
     a->v8 = reinterpret_cast<uint8_t *>(workspace + at->v8);
 }
 
+/*
+ * V as wgmma kernels fetch it: WGMMA_TILE_K keys of 64 channels, zeros beyond the end. False where
+ * it cannot be described so.
+ */
+bool map_v(const struct sage_attn *attn, CUtensorMap *map)
+{
+    const struct cuda_tensor v = tensor(&attn->v, 16);
+    const auto encode = encode_tiled.load(std::memory_order_relaxed);
+    cuuint64_t dims[4], strides[3];
+    const cuuint32_t box[4] = {64, WGMMA_TILE_K, 1, 1}, steps[4] = {1, 1, 1, 1};
+
+    if (!encode || !v.aligned || attn->n_seqs > 0)
+        return false;
+    for (int i = 0; i < 4; i++)
+        dims[i] = static_cast<cuuint64_t>(attn->v.shape[3 - i]);
+    for (int i = 0; i < 3; i++) { /* there is no step along a dimension of one element */
+        strides[i] = dims[i + 1] > 1 ? static_cast<cuuint64_t>(v.stride[2 - i]) : 16;
+        if (strides[i] == 0)
+            return false;
+    }
+    return encode(map,
+                  attn->v.dtype == SAGE_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                  4, v.data, dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 /* The offsets are the caller's: of pageable memory, copied before the call returns. */
 int copy_offsets(const struct sage_attn *attn, const struct cuda_args *a, cudaStream_t stream,
                  char *why, size_t len)
@@ -342,16 +399,26 @@ int sage_cuda_load(char *why, size_t len)
     return sm < 0 ? sm : SAGE_OK;
 }
 
+/* Enough for any device. */
 size_t sage_attn_cuda_workspace(const struct sage_attn *attn, const struct sage_part *part)
 {
     const struct sage_part p = whole(attn, part);
-    struct cuda_args a;
-    struct layout at;
+    size_t most = 0;
 
     if (!sage_part_is_legal(attn, &p))
         return SIZE_MAX;
-    describe(attn, &p, &a);
-    return lay_out(attn, &a, &at) ? at.total : SIZE_MAX;
+    for (const int sm : {0, 90}) {
+        const int index = find_kernel(attn, sm);
+        struct cuda_args a;
+        struct layout at;
+        if (index < 0)
+            continue;
+        describe(attn, &p, index, &a);
+        if (!lay_out(attn, &a, &at))
+            return SIZE_MAX;
+        most = at.total > most ? at.total : most;
+    }
+    return most;
 }
 
 int sage_attn_cuda(const struct sage_attn *attn, const struct sage_part *part, void *workspace,
@@ -371,23 +438,32 @@ int sage_attn_cuda(const struct sage_attn *attn, const struct sage_part *part, v
         return sm;
     if (p.n_groups == 0)
         return SAGE_OK;
-    const int index = describe(attn, &p, &a);
+    CUtensorMap v_map;
+    int index = find_kernel(attn, sm);
+    const bool maps_v = index >= 0 && is_wgmma(index) && map_v(attn, &v_map);
+    if (index < 0 || (is_wgmma(index) && !maps_v))
+        index = find_kernel(attn, 0);
     if (sm < sage_kernels[index].min_sm)
         return refuse(why, len, SAGE_EUNSUPPORTED,
                       "variant: %s wants compute capability %d.%d, the device has %d.%d",
                       sage_kernels[index].variant, sage_kernels[index].min_sm / 10,
                       sage_kernels[index].min_sm % 10, sm / 10, sm % 10);
+    describe(attn, &p, index, &a);
     if (!lay_out(attn, &a, &at) || bytes < at.total)
         return refuse(why, len, SAGE_EWORKSPACE, "workspace: %zu bytes, must be %zu", bytes,
-                      at.total);
+                      sage_attn_cuda_workspace(attn, part));
     if (reinterpret_cast<uintptr_t>(workspace) % ALIGN)
         return refuse(why, len, SAGE_EINVAL, "workspace: must be a multiple of %d", ALIGN);
+    fill(attn, &at, static_cast<char *>(workspace), &a);
+    if (maps_v) {
+        a.swizzled = true;
+        a.v_map = v_map;
+    }
     if (__builtin_mul_overflow(a.n_heads, a.chunks.total, &chunks) || chunks > INT_MAX ||
         __builtin_mul_overflow(a.n_heads * a.n_q_heads, a.tiles.total, &tiles) || tiles > INT_MAX)
         return refuse(why, len, SAGE_EUNSUPPORTED,
                       "q.shape: more than 2^31 tiles of %d rows; compute it in parts",
                       sage_kernels[index].tile_q);
-    fill(attn, &at, static_cast<char *>(workspace), &a);
     if (a.q_offsets && !p.prepared && (status = copy_offsets(attn, &a, stream, why, len)))
         return status;
     if (!p.prepared && chunks > 0) {

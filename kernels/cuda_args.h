@@ -14,6 +14,7 @@
 #ifndef SAGE_CUDA_ARGS_H
 #define SAGE_CUDA_ARGS_H
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <stdint.h>
 
@@ -63,6 +64,8 @@ struct cuda_args {
     struct cuda_space chunks, blocks, tiles; /* of keys, of keys, of query rows */
     float scale;                             /* with log2 e in it */
     float scale_lse;                         /* without */
+    int swizzled;                            /* k8, as wgmma wants it */
+    CUtensorMap v_map;                       /* v, for wgmma */
     int64_t low, high;                       /* row i sees keys i + low ... i + high */
     int bottom_right;                        /* and then both are nk - nq higher */
     /* the workspace */
@@ -86,7 +89,8 @@ struct cuda_kernel {
     cudaError_t (*launch)(const struct cuda_args *args, unsigned blocks, cudaStream_t stream);
 };
 extern "C" {
-extern const struct cuda_kernel cuda_attn_f16[], cuda_attn_bf16[], cuda_attn_fp8[];
+extern const struct cuda_kernel cuda_attn_sm90[], cuda_attn_f16[], cuda_attn_bf16[],
+    cuda_attn_fp8[];
 /* cuda_quant.cu: functions to be loaded, ended by NULL; both launches. */
 extern const void *const cuda_quant_functions[];
 cudaError_t cuda_quant_launch(const struct cuda_args *args, unsigned blocks, cudaStream_t stream);
@@ -140,6 +144,15 @@ __device__ inline bool in_part(const cuda_args &a, int64_t s, int64_t kv_head)
     const int64_t group = s * a.kv_heads + kv_head;
 
     return group >= a.group && group < a.group + a.n_groups;
+}
+
+/*
+ * What the place in a row of K, row i, is to be XORed with where it is `swizzled`: the 16-byte
+ * vectors at one place of 8 rows of shared memory are in different banks then.
+ */
+template <int D> __device__ constexpr int k_swizzle(int i)
+{
+    return D == 64 ? i / 2 % 4 * 16 : i % 8 * 16;
 }
 
 /*

@@ -226,7 +226,9 @@ __device__ float quantise_run(const cuda_args &a, const chunk &c, const channels
             words[0] = to_bytes(x, up);
             words[1] = to_bytes(x + 4, up);
         }
-        *reinterpret_cast<uint2 *>(to + in_run * D + 8 * vector) = make_uint2(words[0], words[1]);
+        *reinterpret_cast<uint2 *>(to + in_run * D +
+                                   (8 * vector ^ (a.swizzled ? k_swizzle<D>(in_run) : 0))) =
+            make_uint2(words[0], words[1]);
     }
     if (lane < 4)
         scale[4 * group] = down;

@@ -3,32 +3,46 @@
  */
 #include "kernels.h"
 
-#define KERNEL_ROW(d, dtype, pv, feature)                                                          \
-    {"mma " #dtype " " #pv " d" #d " " #feature,                                                   \
-     SAGE_KERNEL_##pv ? 89 : 80,                                                                   \
+#include <limits.h>
+
+#define KERNEL_ROW(family, min_sm, max_sm, d, dtype, pv, feature, can, tile_q, tile_k, threads,    \
+                   smem)                                                                           \
+    {#family " " #dtype " " #pv " d" #d " " #feature,                                              \
+     min_sm,                                                                                       \
+     max_sm,                                                                                       \
      d,                                                                                            \
      #dtype,                                                                                       \
      "int8_" #pv,                                                                                  \
-     SAGE_KERNEL_##feature ? "causal,window,varlen,lse,mask" : "causal,window,varlen,lse",         \
-     KERNEL_TILE_Q(d),                                                                             \
-     KERNEL_TILE_K,                                                                                \
-     32 * KERNEL_WARPS,                                                                            \
-     KERNEL_SMEM(d, SAGE_KERNEL_##pv)},
+     can,                                                                                          \
+     tile_q,                                                                                       \
+     tile_k,                                                                                       \
+     threads,                                                                                      \
+     smem},
+#define MMA_ROW(d, dtype, pv, feature)                                                             \
+    KERNEL_ROW(                                                                                    \
+        mma, SAGE_KERNEL_##pv ? 89 : 80, INT_MAX, d, dtype, pv, feature,                           \
+        SAGE_KERNEL_##feature ? "causal,window,varlen,lse,mask" : "causal,window,varlen,lse",      \
+        KERNEL_TILE_Q(d), KERNEL_TILE_K, 32 * KERNEL_WARPS, KERNEL_SMEM(d, SAGE_KERNEL_##pv))
+#define WGMMA_ROW(d, dtype, pv, feature)                                                           \
+    KERNEL_ROW(wgmma, 90, 90, d, dtype, pv, feature, "causal,window,lse", WGMMA_TILE_Q(d),         \
+               WGMMA_TILE_K, 128 * (WGMMA_GROUPS(d) + 1), WGMMA_SMEM(d))
 
-const struct sage_kernel sage_kernels[] = {SAGE_KERNELS(KERNEL_ROW)};
+const struct sage_kernel sage_kernels[] = {SAGE_KERNELS_SM90(WGMMA_ROW) SAGE_KERNELS(MMA_ROW)};
 const int sage_n_kernels = sizeof(sage_kernels) / sizeof(sage_kernels[0]);
 
-int sage_kernel_find(int head_dim, int bf16, int fp8, int mask)
+int sage_kernel_find(int sm, int head_dim, int bf16, int fp8, int mask)
 {
 #define KERNEL_KEY(d, dtype, pv, feature)                                                          \
-    {d, SAGE_KERNEL_##dtype, SAGE_KERNEL_##pv, SAGE_KERNEL_##feature},
+    {SAGE_KERNEL_##dtype, SAGE_KERNEL_##pv, SAGE_KERNEL_##feature},
     static const struct {
-        int d, bf16, fp8, mask;
-    } keys[] = {SAGE_KERNELS(KERNEL_KEY)};
+        int bf16, fp8, mask;
+    } keys[] = {SAGE_KERNELS_SM90(KERNEL_KEY) SAGE_KERNELS(KERNEL_KEY)};
 
     for (int i = 0; i < sage_n_kernels; i++)
-        if (head_dim <= keys[i].d && bf16 == keys[i].bf16 && fp8 == keys[i].fp8 &&
-            mask == keys[i].mask)
+        if ((sm ? sm >= sage_kernels[i].min_sm && sm <= sage_kernels[i].max_sm
+                : sage_kernels[i].max_sm == INT_MAX) &&
+            head_dim <= sage_kernels[i].max_head_dim && bf16 == keys[i].bf16 &&
+            fp8 == keys[i].fp8 && mask == keys[i].mask)
             return i;
     return -1;
 }

@@ -41,6 +41,16 @@
     X(128, bf16, fp8, mask)                                                                        \
     X(256, bf16, fp8, mask)
 
+/*
+ * The same, for compute capability 9.0 only; they come first. V has to be a tensor that a tensor map
+ * can describe: plain batches, 16-byte multiples.
+ */
+#define SAGE_KERNELS_SM90(X)                                                                       \
+    X(64, f16, fp16, band)                                                                         \
+    X(128, f16, fp16, band)                                                                        \
+    X(64, bf16, fp16, band)                                                                        \
+    X(128, bf16, fp16, band)
+
 /* What the words of the list stand for, as conditions. */
 #define SAGE_KERNEL_f16 0
 #define SAGE_KERNEL_bf16 1
@@ -67,13 +77,28 @@ enum {
 #define KERNEL_K_BYTES(d) (KERNEL_TILE_K * KERNEL_PITCH(d))
 #define KERNEL_V_BYTES(d, fp8)                                                                     \
     ((fp8) ? KERNEL_PITCH(KERNEL_TILE_K) * (d) : KERNEL_TILE_K * KERNEL_PITCH(2 * (d)))
-/* and two floats for each query row */
-#define KERNEL_SMEM(d, fp8)                                                                        \
-    (KERNEL_Q_BYTES(d) + KERNEL_K_BYTES(d) + KERNEL_V_BYTES(d, fp8) + 8 * KERNEL_TILE_Q(d))
+#define KERNEL_SMEM(d, fp8) (KERNEL_Q_BYTES(d) + KERNEL_K_BYTES(d) + KERNEL_V_BYTES(d, fp8))
+
+/*
+ * On Hopper: warpgroups that compute, 64 rows each, and one that fetches; their registers (65536 in
+ * all); stages of K and V in shared memory. Three warpgroups, where their registers are enough, hide
+ * more of each other's latencies.
+ */
+#define WGMMA_TILE_K 128
+#define WGMMA_GROUPS(d) ((d) <= 64 ? 3 : 2)
+#define WGMMA_REGISTERS(d) ((d) <= 64 ? 160 : 240)
+#define WGMMA_FETCH_REGISTERS(d) ((d) <= 64 ? 32 : 24)
+#define WGMMA_TILE_Q(d) (64 * WGMMA_GROUPS(d))
+#define WGMMA_STAGES(d) ((d) <= 64 ? 4 : 3)
+#define WGMMA_ALIGN 1024
+/* V, K and its scales; Q and what belongs to its rows; ones; barriers and the tile's place */
+#define WGMMA_SMEM(d)                                                                              \
+    (WGMMA_ALIGN + WGMMA_STAGES(d) * (3 * WGMMA_TILE_K * (d) + WGMMA_TILE_K) +                     \
+     WGMMA_TILE_Q(d) * ((d) + 16) + 2048 + 512)
 
 struct sage_kernel {
     const char *name;
-    int min_sm, max_head_dim;
+    int min_sm, max_sm, max_head_dim;
     const char *dtype, *variant, *features;
     int tile_q, tile_k, threads, smem_bytes;
 };
@@ -85,8 +110,8 @@ extern "C" {
 extern const struct sage_kernel sage_kernels[];
 extern const int sage_n_kernels;
 
-/* The first kernel that can do it, or -1. */
-int sage_kernel_find(int head_dim, int bf16, int fp8, int mask);
+/* The first kernel that can do it on a device of compute capability `sm`; 0: one for all devices. */
+int sage_kernel_find(int sm, int head_dim, int bf16, int fp8, int mask);
 
 #ifdef __cplusplus
 }

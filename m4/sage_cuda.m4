@@ -1,6 +1,7 @@
 # SAGE_CUDA(MINIMUM-VERSION)
 # --with-cuda=auto|yes|no and --with-cuda-arch=LIST. Sets NVCC, NVCC_VERSION and CUDA_GENCODE, the
-# CUDA_CFLAGS and CUDA_LIBS (the static runtime), HAVE_CUDA, and cuda_summary for people to read.
+# CUDA_CFLAGS and CUDA_LIBS (the static runtime), HAVE_CUDA, HAVE_SM_90A if 90a is in the list, and
+# cuda_summary for people to read.
 AC_DEFUN([SAGE_CUDA], [
 AC_ARG_WITH([cuda],
     [AS_HELP_STRING([--with-cuda=auto|yes|no], [look for nvcc @<:@auto@:>@])],
@@ -32,6 +33,8 @@ AS_IF([test -z "$sage_cuda_why"], [
             CUDA_GENCODE="-gencode=arch=compute_$sage_ptx,code=compute_$sage_ptx"
         ])
         AS_VAR_APPEND([CUDA_GENCODE], [" -gencode=arch=compute_$sage_arch,code=sm_$sage_arch"])
+        AS_IF([test "$sage_arch" = 90a],
+            [AC_DEFINE([HAVE_SM_90A], [1], [there are kernels for Hopper])])
     done
     AC_MSG_CHECKING([whether $NVCC makes code for $with_cuda_arch])
     : >conftest.cu

@@ -1,0 +1,177 @@
+/*
+ * cuda_wgmma.cuh - the PTX of Hopper's warpgroup matrix products, which cuda::ptx lacks. Four
+ * consecutive warps multiply 64 rows, 16 each, with accumulators in the layout of mma.m16n8. The
+ * products run on their own: between wgmma_fence() and wgmma_wait() nothing may touch their
+ * registers.
+ */
+#ifndef SAGE_CUDA_WGMMA_CUH
+#define SAGE_CUDA_WGMMA_CUH
+
+#include <stdint.h>
+
+namespace sage
+{
+
+/*
+ * Where B is (PTX ISA, "Matrix Descriptor Format"; addresses and offsets in units of 16 bytes).
+ * Rows are swizzled over `row_bytes`, 64 or 128, in groups of 8 rows that lie `group` bytes apart.
+ * `column`: the distance of the next columns where a row holds only some of them (transposed B).
+ */
+__device__ __forceinline__ uint64_t matrix_at(uint32_t address, int row_bytes, int group,
+                                              int column)
+{
+    const uint64_t swizzle = row_bytes == 128 ? 1 : 2;
+
+    return static_cast<uint64_t>((address & 0x3ffff) >> 4) |
+           static_cast<uint64_t>(column >> 4) << 16 | static_cast<uint64_t>(group >> 4) << 32 |
+           swizzle << 62;
+}
+
+/* What this thread wrote to shared memory is seen by products that start after the next barrier. */
+__device__ __forceinline__ void async_fence()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* Registers are final: those of a product that is to start, of one that has ended. */
+__device__ __forceinline__ void wgmma_fence()
+{
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit()
+{
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+/* All but the last N groups are done. */
+template <int N> __device__ __forceinline__ void wgmma_wait()
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+/* The compiler is not to move what it does with these registers across. */
+template <int N> __device__ __forceinline__ void hold(float (&x)[N][4])
+{
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            asm volatile("" : "+f"(x[n][e])::"memory");
+}
+
+template <int N> __device__ __forceinline__ void hold(int (&x)[N][4])
+{
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            asm volatile("" : "+r"(x[n][e])::"memory");
+}
+
+/* Operands: 32 and 64 accumulators, as text and as registers. */
+#define WGMMA_32                                                                                   \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "                                           \
+    "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "                                 \
+    "%24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_64                                                                                   \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "                                           \
+    "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "                                 \
+    "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "                                 \
+    "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                                 \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "                                 \
+    "%60, %61, %62, %63"
+#define WGMMA_REGS_4(c, d, n) c(d[n][0]), c(d[n][1]), c(d[n][2]), c(d[n][3])
+#define WGMMA_4 "%0, %1, %2, %3"
+#define WGMMA_REGS_16(c, d, n)                                                                     \
+    WGMMA_REGS_4(c, d, n), WGMMA_REGS_4(c, d, n + 1), WGMMA_REGS_4(c, d, n + 2),                   \
+        WGMMA_REGS_4(c, d, n + 3)
+#define WGMMA_REGS_32(c, d) WGMMA_REGS_16(c, d, 0), WGMMA_REGS_16(c, d, 4)
+#define WGMMA_REGS_64(c, d) WGMMA_REGS_32(c, d), WGMMA_REGS_16(c, d, 8), WGMMA_REGS_16(c, d, 12)
+
+/* d = a b (+ d): INT8, 64 x 128 x 32; both have their 32 side by side, in shared memory. */
+#define WGMMA_S8(add, out)                                                                         \
+    asm volatile("{\n"                                                                             \
+                 ".reg .pred add;\n"                                                               \
+                 "setp.ne.b32 add, 0, " #add ";\n"                                                 \
+                 "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" WGMMA_64                    \
+                 "}, %64, %65, add;\n"                                                             \
+                 "}"                                                                               \
+                 : WGMMA_REGS_64(out, d)                                                           \
+                 : "l"(a), "l"(b))
+
+__device__ __forceinline__ void wgmma_s8(int (&d)[16][4], uint64_t a, uint64_t b)
+{
+    WGMMA_S8(0, "=r");
+}
+
+__device__ __forceinline__ void wgmma_s8_add(int (&d)[16][4], uint64_t a, uint64_t b)
+{
+    WGMMA_S8(1, "+r");
+}
+
+/* d += a b: 16 bits, 64 x 8 N x 16; a in registers, b transposed: it has its 8 N side by side. */
+#define WGMMA_REGS_OF_4(c, d) WGMMA_REGS_4(c, d, 0)
+#define WGMMA_REGS_OF_32(c, d) WGMMA_REGS_32(c, d)
+#define WGMMA_REGS_OF_64(c, d) WGMMA_REGS_64(c, d)
+#define WGMMA_16(n, columns, type)                                                                 \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." #type "." #type           \
+                 " {" WGMMA_##n "}, {%" WGMMA_16_A_##n "1, 1, 1, 1;"                               \
+                 : WGMMA_REGS_OF_##n("+f", d)                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define WGMMA_16_A_4 "4, %5, %6, %7}, %8, "
+#define WGMMA_16_A_32 "32, %33, %34, %35}, %36, "
+#define WGMMA_16_A_64 "64, %65, %66, %67}, %68, "
+
+template <bool BF16>
+__device__ __forceinline__ void wgmma_16(float (&d)[1][4], const uint32_t (&a)[4], uint64_t b)
+{
+    if constexpr (BF16)
+        WGMMA_16(4, 8, bf16);
+    else
+        WGMMA_16(4, 8, f16);
+}
+
+template <bool BF16>
+__device__ __forceinline__ void wgmma_16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b)
+{
+    if constexpr (BF16)
+        WGMMA_16(32, 64, bf16);
+    else
+        WGMMA_16(32, 64, f16);
+}
+
+template <bool BF16>
+__device__ __forceinline__ void wgmma_16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b)
+{
+    if constexpr (BF16)
+        WGMMA_16(64, 128, bf16);
+    else
+        WGMMA_16(64, 128, f16);
+}
+
+/* Registers of the threads of this warpgroup: of those that it was started with, 8 at a time. */
+template <int N> __device__ __forceinline__ void registers_more()
+{
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+template <int N> __device__ __forceinline__ void registers_less()
+{
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
+/* Barrier `id` of `threads`: wait for all of them; only count. */
+__device__ __forceinline__ void barrier_wait(int id, int threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void barrier_count(int id, int threads)
+{
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+} // namespace sage
+
+#endif
