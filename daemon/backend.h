@@ -54,8 +54,8 @@ struct backend {
     void (*describe)(struct device *device, char name[PROTO_NAME_MAX], char uuid[PROTO_NAME_MAX]);
     /* What the configuration leaves to the memory there is: slot_bytes and limits that are 0. */
     void (*defaults)(struct device *device, struct config *config);
-    /* Has the device been lost while nothing ran on it? NULL: never. */
-    bool (*is_lost)(struct device *device);
+    /* Has the device been lost, be it while nothing ran? With why[PROTO_TEXT_MAX]. NULL: never. */
+    bool (*is_lost)(struct device *device, char *why);
     /* Can the problem, legal as it is, be computed here? 0 or SAGE_E* with why. NULL: always. */
     int (*supports)(struct device *device, const struct sage_attn *attn, char *why);
 

@@ -235,4 +235,4 @@ void cpu_stream_close(struct stream *s)
     free(s);
 }
 
-const struct backend backend_cpu = {.name = "cpu", .open = open_cpu, CPU_FUNCTIONS};
+const struct backend backend_cpu = {.name = "cpu", .open = open_cpu, .map = cpu_map, CPU_FUNCTIONS};

@@ -25,10 +25,10 @@ int cpu_stream_open(struct device *device, size_t workspace, struct stream **str
 void cpu_stream_close(struct stream *stream);
 void cpu_start(struct stream *stream, struct piece *piece);
 
-/* What there is of a struct backend, all but its name and open(). */
+/* What there is of a struct backend, all but its name, open() and map(). */
 #define CPU_FUNCTIONS                                                                              \
     .kinds = 1 << BUFFER_MEMFD, .modes = MODE_SYNC, .client_mode = "cpu", .close = cpu_close,      \
-    .describe = cpu_describe, .defaults = cpu_defaults, .map = cpu_map, .unmap = cpu_unmap,        \
+    .describe = cpu_describe, .defaults = cpu_defaults, .unmap = cpu_unmap,                        \
     .memory_get = cpu_memory_get, .memory_put = cpu_memory_put, .stream_open = cpu_stream_open,    \
     .stream_close = cpu_stream_close, .start = cpu_start, .workspace = sage_attn_workspace,        \
     .ns_per_op = 0.05, .ns_per_byte = 0.2, .ns_per_channel = 150

@@ -34,20 +34,42 @@ struct stream {
 
 static void lose(struct device *d, const char *what, cudaError_t rc)
 {
-    if (!__atomic_exchange_n(&d->lost, true, __ATOMIC_RELAXED))
+    int lives = 0;
+
+    if (__atomic_compare_exchange_n(&d->lost, &lives, rc ? rc : cudaErrorUnknown, false,
+                                    __ATOMIC_RELAXED, __ATOMIC_RELAXED))
         log_error("cuda_lost", "gpu=%s call=\"%s\" error=%s text=\"%s\"", d->uuid, what,
                   cudaGetErrorName(rc), cudaGetErrorString(rc));
 }
 
-bool cuda_is_lost(struct device *d)
+/* Of a lost context every call fails, also of an empty stream. */
+static bool probe(struct device *d)
 {
     if (__atomic_load_n(&d->lost, __ATOMIC_RELAXED))
         return true;
-    cudaError_t rc = cudaStreamQuery(d->probe); /* of a lost context every call fails */
+    cudaError_t rc = cudaStreamQuery(d->probe);
     if (rc == cudaSuccess || rc == cudaErrorNotReady)
         return false;
     lose(d, "cudaStreamQuery", rc);
     return true;
+}
+
+static bool is_lost(struct device *d, char *why)
+{
+    if (!probe(d))
+        return false;
+    cudaError_t rc = (cudaError_t)__atomic_load_n(&d->lost, __ATOMIC_RELAXED);
+    snprintf(why, PROTO_TEXT_MAX, "%s (%s)", cudaGetErrorName(rc), cudaGetErrorString(rc));
+    return true;
+}
+
+bool cuda_is_lost(struct device *d, int rc, const char *what)
+{
+    /* A process gets no other MPS server; a stream, which goes past it, need not know. */
+    if (rc == cudaErrorMpsConnectionFailed || rc == cudaErrorMpsRpcFailure ||
+        rc == cudaErrorMpsServerNotReady || rc == cudaErrorMpsClientTerminated)
+        lose(d, what, (cudaError_t)rc);
+    return probe(d);
 }
 
 int cuda_error(struct device *d, cudaError_t rc, int status, const char *what, char *why)
@@ -55,7 +77,7 @@ int cuda_error(struct device *d, cudaError_t rc, int status, const char *what, c
     cudaGetLastError(); /* or the next launch would be told of it */
     snprintf(why, PROTO_TEXT_MAX, "%s: %s (%s)", what, cudaGetErrorName(rc),
              cudaGetErrorString(rc));
-    if (d->probe && cuda_is_lost(d))
+    if (d->probe && cuda_is_lost(d, rc, what))
         return SAGE_EDEVICE;
     return rc == cudaErrorMemoryAllocation ? SAGE_ENOMEM : status;
 }
@@ -387,7 +409,7 @@ const struct backend backend_cuda = {
     .close = close_cuda,
     .describe = describe,
     .defaults = defaults,
-    .is_lost = cuda_is_lost,
+    .is_lost = is_lost,
     .supports = supports,
     .map = share_map,
     .unmap = share_unmap,

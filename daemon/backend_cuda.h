@@ -44,7 +44,7 @@ struct device {
     size_t granularity; /* of chunks */
     uint64_t slots;     /* that there will be */
     cudaStream_t probe; /* always empty: what a query says of it is said of the context */
-    bool lost;          /* set by any thread, atomically; stays */
+    int lost;           /* cudaError_t it was lost by, or 0. Any thread, atomically; stays */
     int64_t clock_ns;   /* CLOCK_MONOTONIC - %globaltimer; INT64_MAX: not known */
     struct cuda_driver cu;
     /* Events of ours: by their numbers, from 1; and those that nobody waits for. Both owned. */
@@ -54,9 +54,10 @@ struct device {
 };
 
 /*
- * Has the context been lost? Any thread on which the device is current. Logs the error, once.
+ * A call of CUDA or of the driver has failed, whose numbers are the same: is the context lost? Any
+ * thread on which the device is current. Logs the error, once.
  */
-bool cuda_is_lost(struct device *d);
+bool cuda_is_lost(struct device *d, int rc, const char *what);
 /*
  * A call has failed: a text, and SAGE_EDEVICE if the context was lost by it, SAGE_ENOMEM, or
  * `status`. Forgets CUDA's last error.

@@ -1,7 +1,9 @@
 /*
  * backend_fault.c - the CPU backend with faults on purpose, for tests: --backend=fault
- * --fault=delay_ms=N,fail=N,lose=N,hang=N. Every piece takes delay_ms longer; the Nth piece after
- * the warm-up fails, loses the device, or never ends.
+ * --fault=delay_ms=N,fail=N,lose=N,hang=N,lose_map=N,lose_idle=N,lose_start=N. Every piece takes
+ * delay_ms longer; the Nth piece after the warm-up fails, loses the device, or never ends. The
+ * device is lost by the Nth registration, by nothing N ms after it was opened, or by the Nth piece
+ * of the warm-up.
  */
 #include "daemon/backend_cpu.h"
 
@@ -11,17 +13,21 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { DELAY_MS, FAIL, LOSE, HANG, N_FAULTS };
+#include "daemon/daemon.h"
 
-/* One device a process; `pieces` is counted by all its streams. */
+enum { DELAY_MS, FAIL, LOSE, HANG, LOSE_MAP, LOSE_IDLE, LOSE_START, N_FAULTS };
+
+/* One device a process; what is counted is so by all its streams, or threads of the pool. */
 static unsigned long faults[N_FAULTS];
-static unsigned long pieces;
+static unsigned long pieces, maps, warm_ups;
+static uint64_t opened_ns;
 
 static int run_faulty(struct sage_cpu *cpu, const struct piece *piece, void *workspace,
                       size_t bytes)
 {
     if (!piece->lane && piece->number == 0) /* the warm-up has no client */
-        return cpu_run_piece(cpu, piece, workspace, bytes);
+        return ++warm_ups == faults[LOSE_START] ? SAGE_EDEVICE
+                                                : cpu_run_piece(cpu, piece, workspace, bytes);
     unsigned long n = __atomic_add_fetch(&pieces, 1, __ATOMIC_RELAXED);
     if (faults[DELAY_MS]) {
         struct timespec delay = {(time_t)faults[DELAY_MS] / 1000,
@@ -37,21 +43,42 @@ static int run_faulty(struct sage_cpu *cpu, const struct piece *piece, void *wor
     return cpu_run_piece(cpu, piece, workspace, bytes);
 }
 
+static int map_faulty(struct device *device, const struct mapping *what, void **base,
+                      uint64_t *size, char *why)
+{
+    if (__atomic_add_fetch(&maps, 1, __ATOMIC_RELAXED) != faults[LOSE_MAP])
+        return cpu_map(device, what, base, size, why);
+    snprintf(why, PROTO_TEXT_MAX, "fault: lose_map=%lu", faults[LOSE_MAP]);
+    return SAGE_EDEVICE;
+}
+
+static bool is_lost(struct device *device, char *why)
+{
+    (void)device;
+    if (!faults[LOSE_IDLE] || daemon_now() - opened_ns < faults[LOSE_IDLE] * 1000000)
+        return false;
+    snprintf(why, PROTO_TEXT_MAX, "fault: lose_idle=%lu", faults[LOSE_IDLE]);
+    return true;
+}
+
 static int open_fault(struct device **device, const struct config *config, void (*notify)(void *),
                       void *arg, char *why)
 {
-    static char *const names[] = {"delay_ms", "fail", "lose", "hang", NULL};
+    static char *const names[] = {"delay_ms", "fail",      "lose",       "hang",
+                                  "lose_map", "lose_idle", "lose_start", NULL};
     char text[CONFIG_STR_MAX], *rest = text, *value;
 
     memset(faults, 0, sizeof(faults));
-    pieces = 0;
+    pieces = maps = warm_ups = 0;
+    opened_ns = daemon_now();
     strcpy(text, config->fault);
     while (*rest) {
         int fault = getsubopt(&rest, names, &value);
         if (fault < 0 || !value) {
-            snprintf(
-                why, PROTO_TEXT_MAX,
-                "fault: '%.64s' is none of delay_ms=, fail=, lose=, hang=", value ? value : "");
+            snprintf(why, PROTO_TEXT_MAX,
+                     "fault: '%.64s' is none of delay_ms=, fail=, lose=, hang=, lose_map=, "
+                     "lose_idle=, lose_start=",
+                     value ? value : "");
             return SAGE_EINVAL;
         }
         faults[fault] = strtoul(value, NULL, 10);
@@ -59,4 +86,5 @@ static int open_fault(struct device **device, const struct config *config, void 
     return cpu_open(device, config, notify, arg, run_faulty);
 }
 
-const struct backend backend_fault = {.name = "fault", .open = open_fault, CPU_FUNCTIONS};
+const struct backend backend_fault = {
+    .name = "fault", .open = open_fault, .map = map_faulty, .is_lost = is_lost, CPU_FUNCTIONS};

@@ -142,7 +142,7 @@ static void after_map(uv_work_t *work, int canceled)
 
     forget_fds(b);
     if (b->status == SAGE_EDEVICE) { /* not answered: the next daemon will map it */
-        s->daemon->device_lost = true;
+        daemon_lose(s->daemon, b->why);
         return;
     }
     if (b->status) {
@@ -464,7 +464,7 @@ static void after_open(uv_work_t *work, int status)
     (void)status;
 
     if (e->status == SAGE_EDEVICE) { /* like after_map() */
-        s->daemon->device_lost = true;
+        daemon_lose(s->daemon, e->why);
         return;
     }
     if (e->status) {

@@ -33,7 +33,7 @@ static int driver_error(struct device *d, CUresult rc, const char *what, char *w
 
     d->cu.p_cuGetErrorName(rc, &name);
     snprintf(why, PROTO_TEXT_MAX, "%s: %s", what, name ? name : "unknown error");
-    if (cuda_is_lost(d))
+    if (cuda_is_lost(d, (int)rc, what))
         return SAGE_EDEVICE;
     return rc == CUDA_ERROR_OUT_OF_MEMORY ? SAGE_ENOMEM : SAGE_EHANDLE;
 }
@@ -159,7 +159,7 @@ static void unmap_chunks(struct device *d, const struct mapping *what, uint32_t 
     }
     CUresult last = d->cu.p_cuMemAddressFree(start, total);
     rc = rc ? rc : last;
-    if (rc && !cuda_is_lost(d))
+    if (rc && !cuda_is_lost(d, (int)rc, "cuMemUnmap"))
         log_error("unmap", "kind=vmm error=%d", (int)rc);
 }
 
@@ -213,7 +213,7 @@ void share_unmap(struct device *d, const struct mapping *what, void *base, uint6
     }
     if (!rc)
         rc = cudaIpcCloseMemHandle(base);
-    if (rc && !cuda_is_lost(d))
+    if (rc && !cuda_is_lost(d, rc, "cudaIpcCloseMemHandle"))
         log_error("unmap", "kind=cuda_ipc error=%s", cudaGetErrorName(rc));
     cudaGetLastError();
 }
@@ -249,7 +249,7 @@ void share_event_close(struct device *d, void *event)
 
     if (!rc)
         rc = cudaEventDestroy((cudaEvent_t)event);
-    if (rc && !cuda_is_lost(d))
+    if (rc && !cuda_is_lost(d, rc, "cudaEventDestroy"))
         log_error("event_close", "error=%s", cudaGetErrorName(rc));
     cudaGetLastError();
 }
@@ -263,7 +263,7 @@ int share_event_done(struct device *d, void *event)
     cudaGetLastError(); /* cudaErrorNotReady too would stay for the next launch */
     if (rc == cudaErrorNotReady)
         return 0;
-    return cuda_is_lost(d) ? SAGE_EDEVICE : SAGE_EHANDLE;
+    return cuda_is_lost(d, rc, "cudaEventQuery") ? SAGE_EDEVICE : SAGE_EHANDLE;
 }
 
 /* --- events of ours --- */

@@ -71,8 +71,6 @@ static void on_turn(uv_check_t *handle)
     if (!d->device_lost)
         sched_dispatch(d);
     if (d->device_lost) { /* nothing is released or reported: the next daemon will do it all */
-        log_error("device_lost", "backend=%s", d->backend->name);
-        d->exit_code = EXIT_DEVICE_LOST;
         uv_stop(&d->loop);
         return;
     }
@@ -99,6 +97,19 @@ static void notify(void *arg)
     uv_async_send(&d->completed);
 }
 
+void daemon_lose(struct daemon *d, const char *why)
+{
+    char text[PROTO_TEXT_MAX];
+
+    if (d->device_lost)
+        return;
+    d->device_lost = true;
+    d->exit_code = EXIT_DEVICE_LOST;
+    bool told = d->backend->is_lost && d->backend->is_lost(d->device, text);
+    snprintf(d->lost_why, sizeof(d->lost_why), "%s", told ? text : why);
+    log_error("device_lost", "backend=%s reason=\"%s\"", d->backend->name, d->lost_why);
+}
+
 bool daemon_may_complain(struct daemon *d)
 {
     return d->complaints++ < COMPLAINTS_MAX;
@@ -122,6 +133,7 @@ static void on_tick(uv_timer_t *timer)
 {
     struct daemon *d = timer->data;
     uint64_t now = daemon_now(), passed = now - d->last_tick_ns;
+    char why[PROTO_TEXT_MAX];
 
     d->last_tick_ns = now;
     d->awake_ns += passed < 2 * TICK_MS * 1000000ull ? passed : TICK_MS * 1000000ull;
@@ -129,15 +141,8 @@ static void on_tick(uv_timer_t *timer)
         log_warning("quiet", "complaints_not_logged=%u", d->complaints - COMPLAINTS_MAX);
     d->complaints = 0;
     drop_overdue(d, now);
-    if (sched_is_hung(d)) {
-        log_error("device_hung", "backend=%s", d->backend->name);
-        d->exit_code = EXIT_DEVICE_LOST;
-        d->device_lost = true;
-        uv_stop(&d->loop);
-        return;
-    }
-    if (d->backend->is_lost && d->backend->is_lost(d->device)) {
-        d->device_lost = true;
+    if (sched_is_hung(d, why) || (d->backend->is_lost && d->backend->is_lost(d->device, why))) {
+        daemon_lose(d, why);
         notify(d); /* on_turn() ends it, and does not sleep first */
         return;
     }

@@ -49,6 +49,7 @@ struct daemon {
     unsigned complaints;    /* logged since the last tick */
     bool draining, drained; /* no new jobs; nothing left to finish */
     bool device_lost;
+    char lost_why[PROTO_TEXT_MAX];
     int exit_code;
 
     void (*on_tick)(struct daemon *); /* the server's share of a tick; NULL without server */
@@ -70,6 +71,12 @@ void daemon_finish(struct daemon *d);
 
 /* Take no new jobs, finish what can be finished, close every session, end the loop. */
 void daemon_drain(struct daemon *d);
+
+/*
+ * The device is lost: logged, and the loop ends after this turn. `why` is said where the device
+ * itself cannot tell.
+ */
+void daemon_lose(struct daemon *d, const char *why);
 
 /* The gauges and counters of STATS. */
 void daemon_stats(const struct daemon *d, struct msg_stats *msg);

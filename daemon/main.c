@@ -107,7 +107,7 @@ static int serve(const struct config *config)
     server_ready(&server);
     uv_run(&daemon.loop, UV_RUN_DEFAULT);
     if (daemon.device_lost) {
-        sd_notify(0, "STATUS=device lost");
+        sd_notifyf(0, "STATUS=device lost: %s", daemon.lost_why);
         _exit(EXIT_DEVICE_LOST); /* its streams may never end */
     }
     block_signals(); /* told once is enough */

@@ -22,7 +22,7 @@ enum { CONFIG_STR_MAX = 256 };
     X(STR, backend, "auto",                                                                        \
       "cpu, cuda, fault (for tests), or auto: cpu where there is no NVIDIA driver, cuda else")     \
     X(STR, gpu, "0", "GPU of backend=cuda: its number, as CUDA counts, or its UUID (GPU-...)")     \
-    X(STR, fault, "", "faults of backend=fault: delay_ms=N,fail=N,lose=N,hang=N (the Nth piece)")  \
+    X(STR, fault, "", "faults of backend=fault, for tests: see sageattnd.conf(5)")                 \
     X(U64, threads, 0, "CPU threads for one job; 0: one for each processor")                       \
     X(U64, slots, 3, "slots: jobs, or pieces of jobs, that are in the device at once")             \
     X(U64, slot_bytes, 0, "workspace of one slot; 0: chosen from the memory there is")             \

@@ -4,6 +4,7 @@
 #include "daemon/sched.h"
 
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,7 +20,10 @@ enum {
     LOOK_EARLY_NS = 100 * 1000,
     LOOK_MIN_NS = 50 * 1000,
     LOOK_MAX_NS = 1000 * 1000,
+    WAIT_FACTOR = 4, /* how much longer than run a piece may wait for the device: see is_hung() */
 };
+
+#define HUNG_NS 30e9 /* what runs for so long, and 1000 times its estimate, will never end */
 
 /* Ratio of a priority's device time to that of the next lower one. */
 enum { PRIORITY_STEP = 4 };
@@ -175,6 +179,7 @@ static void piece_done(struct daemon *d, struct slot *slot)
 
     slot->first = (slot->first + 1) % STREAM_DEPTH;
     slot->n--;
+    slot->seen = SEEN_NOTHING;
     slot->queued_ns = slot->n ? slot->queued_ns - job->piece_est_ns : 0;
     s->n_running--;
     s->deficit_ns +=
@@ -185,7 +190,7 @@ static void piece_done(struct daemon *d, struct slot *slot)
     if (!job->start_ns)
         job->start_ns = piece->start_ns;
     if (piece->status == SAGE_EDEVICE) {
-        d->device_lost = true;
+        daemon_lose(d, "found by a piece of a job");
         return;
     }
     /* Small ones say more about overheads than about speed. */
@@ -415,23 +420,42 @@ unsigned sched_slots_used(const struct daemon *d)
     return used;
 }
 
-bool sched_is_hung(struct daemon *d)
+/*
+ * A piece that runs will end soon, or never. One that has not begun, although nothing of ours is
+ * before it, may wait for others: under MPS a kernel of another process is not interrupted. So it
+ * may take longer, and the log says so first.
+ */
+static bool is_hung(struct daemon *d, unsigned i, char *why)
 {
-    for (unsigned i = 0; i < d->sched.n_slots; i++) {
-        struct slot *slot = &d->sched.slots[i];
-        if (!slot->n)
-            continue;
-        struct job *job = slot->jobs[slot->first];
-        uint64_t started = __atomic_load_n(&job->piece.start_ns, __ATOMIC_RELAXED);
-        if (!started || __atomic_load_n(&job->piece.done, __ATOMIC_ACQUIRE))
-            continue;
-        if (slot->seen_start_ns != started) {
-            slot->seen_start_ns = started;
-            slot->seen_awake_ns = d->awake_ns;
-        }
-        double limit = fmax(1000 * job->piece_est_ns, 30e9);
-        if ((double)(d->awake_ns - slot->seen_awake_ns) > limit)
-            return true;
+    struct slot *slot = &d->sched.slots[i];
+    const struct job *job = slot->jobs[slot->first];
+    bool started = __atomic_load_n(&job->piece.start_ns, __ATOMIC_RELAXED);
+    double limit = fmax(1000 * job->piece_est_ns, HUNG_NS);
+
+    if (__atomic_load_n(&job->piece.done, __ATOMIC_ACQUIRE))
+        return false;
+    if (slot->seen != (started ? SEEN_RUNNING : SEEN_WAITING)) {
+        slot->seen = started ? SEEN_RUNNING : SEEN_WAITING;
+        slot->seen_awake_ns = d->awake_ns;
+        slot->told = false;
     }
+    double age = (double)(d->awake_ns - slot->seen_awake_ns);
+    if (age <= limit)
+        return false;
+    snprintf(why, PROTO_TEXT_MAX,
+             "slot %u: a piece of client %llu %s for %.0f s, estimated: %.3g s", i,
+             (unsigned long long)job->session->id, started ? "runs" : "has not begun", age / 1e9,
+             job->piece_est_ns / 1e9);
+    if (!started && !slot->told)
+        log_warning("device_busy", "backend=%s reason=\"%s\"", d->backend->name, why);
+    slot->told = true;
+    return started || age > WAIT_FACTOR * limit;
+}
+
+bool sched_is_hung(struct daemon *d, char *why)
+{
+    for (unsigned i = 0; i < d->sched.n_slots; i++)
+        if (d->sched.slots[i].n && is_hung(d, i, why))
+            return true;
     return false;
 }

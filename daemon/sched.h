@@ -18,8 +18,10 @@ struct slot {
     struct job *jobs[STREAM_DEPTH]; /* a ring: whose pieces are in the stream, oldest first */
     unsigned first, n;
     double queued_ns; /* estimated, of these pieces */
-    uint64_t seen_start_ns,
-        seen_awake_ns;  /* the oldest piece: its start, and when a tick first saw it */
+    /* What ticks saw of the oldest piece, and when they first saw it so. */
+    enum { SEEN_NOTHING, SEEN_WAITING, SEEN_RUNNING } seen;
+    uint64_t seen_awake_ns;
+    bool told;          /* that it waits for too long */
     struct job *holder; /* the slot keeps its K and V between pieces: nobody else may use it */
 };
 
@@ -51,8 +53,11 @@ void sched_reap(struct daemon *d);
 uint64_t sched_look_in(const struct daemon *d, uint64_t now);
 /* Fill the free slots. */
 void sched_dispatch(struct daemon *d);
-/* A piece that has been running for far too long? */
-bool sched_is_hung(struct daemon *d);
+/*
+ * Once a tick: is there a piece that has been running, or waiting for the device, for far too long?
+ * With why[PROTO_TEXT_MAX].
+ */
+bool sched_is_hung(struct daemon *d, char *why);
 unsigned sched_slots_used(const struct daemon *d);
 
 #endif

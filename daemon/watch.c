@@ -101,7 +101,7 @@ static void scan_job(struct daemon *d, struct job *job)
     }
     watch_stir(d);
     if (ready == SAGE_EDEVICE) {
-        d->device_lost = true;
+        daemon_lose(d, "found by asking for an event");
     } else if (ready < 0) {
         job_fail(job, ready, "event: cannot be asked for, or what it is behind has failed");
     } else {

@@ -231,7 +231,7 @@ class Child:
     def __init__(self, name, *args, env=None):
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "--child", name, json.dumps(args)],
+            [sys.executable, os.path.abspath(sys.argv[0]), "--child", name, json.dumps(args)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=sage.environment(**env or {}), preexec_fn=sage._die_with_parent)
 
@@ -550,10 +550,11 @@ def test_kills():
         served(d, {})
 
 
-def main():
+def main(tests):
+    """The children and tests of a module's globals()."""
     if sys.argv[1:2] == ["--child"]:
         try:
-            globals()["child_" + sys.argv[2]](*json.loads(sys.argv[3]))
+            tests["child_" + sys.argv[2]](*json.loads(sys.argv[3]))
         except Skip as skip:
             print(skip, file=sys.stderr)
             sys.exit(77)
@@ -561,10 +562,11 @@ def main():
     try:
         run_child("probe")
     except (Skip, AssertionError) as error:
-        print(f"gpu_daemon.py: skipped, no GPU: {str(error).strip().splitlines()[-1]}")
+        name, why = os.path.basename(sys.argv[0]), str(error).strip().splitlines()[-1]
+        print(f"{name}: skipped, no GPU: {why}")
         sys.exit(77)
-    sage.run(globals(), 900)
+    sage.run(tests, 900)
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

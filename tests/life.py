@@ -8,7 +8,7 @@ import tempfile
 import time
 
 import sage
-from sage import Closed, Daemon, Problem, Skip, refused, until
+from sage import Closed, Daemon, Manager, Problem, Skip, refused, until
 
 
 def attempt(*flags, **env):
@@ -224,25 +224,6 @@ def test_killed():
             successor.stop()
 
 
-class Manager:
-    """The service manager's end of sd_notify."""
-
-    def __init__(self, directory):
-        self.path = os.path.join(directory, "notify")
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.bind(self.path)
-        self.socket.settimeout(10)
-
-    def wait_for(self, word):
-        end = time.monotonic() + 10
-        seen = []
-        while time.monotonic() < end:
-            seen.append(self.socket.recv(4096).decode())
-            if any(line.startswith(word) for line in seen[-1].split("\n")):
-                return seen[-1]
-        raise AssertionError(f"no {word} in {seen}")
-
-
 def test_notify():
     directory = tempfile.mkdtemp(prefix="sage")
     try:
@@ -262,17 +243,75 @@ def test_notify():
         shutil.rmtree(directory)
 
 
-def test_notify_device_lost():
+def lost(fault, reason, work):
+    """The daemon ends with its own status while work(daemon) goes on; it has said why."""
     directory = tempfile.mkdtemp(prefix="sage")
     try:
         manager = Manager(directory)
         with Daemon(env={"NOTIFY_SOCKET": manager.path}, directory=directory, backend="fault",
-                    fault="lose=1") as daemon, daemon.client() as client:
-            client.submit(Problem(client).attn)
-            manager.wait_for("STATUS=device lost")
+                    fault=fault) as daemon:
+            work(daemon)
+            assert manager.wait_for("STATUS=device lost") == f"STATUS=device lost: {reason}"
             assert daemon.wait() == sage.EXIT_DEVICE_LOST
+            log = daemon.log()
+            assert f'event=device_lost backend=fault reason="{reason}"' in log, log
+            assert log.count("device_lost") == 1, log
     finally:
         shutil.rmtree(directory)
+
+
+def test_lost_by_piece():
+    def work(daemon):
+        client = daemon.client()
+        client.submit(Problem(client).attn)
+
+    lost("lose=1", "found by a piece of a job", work)
+
+
+def test_lost_by_registration():
+    """What was not done is not answered, whoever asked: the next daemon will do it."""
+    def work(daemon):
+        client, other = daemon.client(), daemon.client()
+        p = Problem(other)
+        held = other.submit(p.attn, ready=False)
+        fd = sage.memfd(4096)
+        first = client.send("PING", {})
+        register = client.send("REGISTER", {"buffer": 1, "kind": 1, "size": 4096}, [fd])
+        os.close(fd)
+        told = []
+        for c in (client, other):
+            try:
+                while True:
+                    told.append((c, *c.receive()))
+            except Closed:
+                pass
+        assert (client, "PING", first, {}) in told, told
+        assert all(op == "PING" and seq < register for _, op, seq, _ in told), told
+        assert not other.page.released(*held)
+
+    lost("lose_map=2", "fault: lose_map=2", work)
+
+
+def test_lost_while_idle():
+    def work(daemon):
+        client = daemon.client()
+        p = Problem(client)
+        client.run(p.attn)
+        held = client.submit(p.attn, ready=False)
+        try:
+            while True:
+                client.receive()
+        except Closed:
+            assert not client.page.released(*held)
+
+    lost("lose_idle=3000", "fault: lose_idle=3000", work)
+
+
+def test_lost_at_start():
+    status, text = attempt("--socket=/x/y", "--backend=fault", "--fault=lose_start=3",
+                           "--threads=1", "--slot-bytes=8M")
+    assert status == sage.EXIT_DEVICE_LOST, (status, text)
+    assert "event=start_failed" in text and "device lost" in text, text
 
 
 def test_idle_exit():

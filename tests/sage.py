@@ -343,7 +343,7 @@ def reference(q, k, v, scale=0.0, causal=False, diagonal=0, window_left=-1, wind
     nq, nk, d = q.shape[2], k.shape[2], q.shape[3]
     share = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, share, 1), np.repeat(v, share, 1)
-    score = np.einsum("bhid,bhjd->bhij", q, k) * (scale or 1 / np.sqrt(d))
+    score = q @ k.swapaxes(2, 3) * (scale or 1 / np.sqrt(d))
     middle = np.arange(nq)[:, None] + (nk - nq if diagonal else 0)
     key = np.arange(nk)[None, :]
     right = 0 if causal else window_right
@@ -360,7 +360,7 @@ def reference(q, k, v, scale=0.0, causal=False, diagonal=0, window_left=-1, wind
     total = weight.sum(-1, keepdims=True)
     with np.errstate(divide="ignore"):
         lse = (np.log(total) + top)[..., 0]
-    return np.einsum("bhij,bhjd->bhid", weight / np.where(total > 0, total, 1), v), lse
+    return weight / np.where(total > 0, total, 1) @ v, lse
 
 
 def compare(got, wanted, name):
@@ -464,6 +464,26 @@ class Daemon:
                 print(f"--- log of the daemon\n{self.log()[-6000:]}---", flush=True)
             if self.own:
                 shutil.rmtree(self.directory, ignore_errors=True)
+
+
+class Manager:
+    """The service manager's end of sd_notify."""
+
+    def __init__(self, directory):
+        self.path = os.path.join(directory, "notify")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(self.path)
+
+    def wait_for(self, word, timeout=10):
+        end = time.monotonic() + timeout
+        seen = []
+        while (left := end - time.monotonic()) > 0:
+            self.socket.settimeout(left)
+            with contextlib.suppress(TimeoutError):
+                seen.append(self.socket.recv(4096).decode())
+                if any(line.startswith(word) for line in seen[-1].split("\n")):
+                    return seen[-1]
+        raise AssertionError(f"no {word} in {seen}")
 
 
 # --- running tests ---

@@ -532,6 +532,7 @@ static void test_close_anywhere(void **state)
 
 /* A device that shares events and memory as CUDA does; a handle's first byte is its number. */
 static struct shared {
+    int status;           /* what event_open() and event_record() come to */
     int ready[8];         /* of clients' events, as event_done() says */
     unsigned n_open;      /* of these */
     unsigned recorded;    /* events of ours */
@@ -543,7 +544,11 @@ static struct shared {
 
 static int shared_open(struct device *device, const uint8_t *handle, void **event, char *why)
 {
-    (void)device, (void)why;
+    (void)device;
+    if (shared.status) {
+        strcpy(why, "the text of the status");
+        return shared.status;
+    }
     *event = &shared.ready[handle[0]];
     shared.n_open++;
     return 0;
@@ -564,6 +569,8 @@ static int shared_done(struct device *device, void *event)
 static int shared_record(struct stream *stream, uint32_t *number, uint8_t *handle)
 {
     (void)stream;
+    if (shared.status)
+        return shared.status;
     *number = ++shared.recorded;
     memset(handle, (int)*number, PROTO_HANDLE_MAX);
     return 0;
@@ -717,6 +724,63 @@ static void test_events(void **state)
     stop_daemon();
     assert_int_equal(shared.n_open, 0);
     assert_int_equal(shared.given_back, shared.recorded);
+    disconnect(p);
+}
+
+/* Nothing more is said to anybody; the next daemon serves. */
+static void assert_lost(struct peer *p, const char *why)
+{
+    char data[256];
+
+    for (int i = 0; i < 1000 && !d.device_lost; i++)
+        uv_run(&d.loop, UV_RUN_ONCE);
+    assert_true(d.device_lost);
+    assert_string_equal(d.lost_why, why);
+    assert_int_equal(d.exit_code, EXIT_DEVICE_LOST);
+    assert_true(recv(p->fd, data, sizeof(data), MSG_DONTWAIT) < 0);
+    d.device_lost = false; /* so that the test can end as others do */
+}
+
+/* The device is lost while an event is opened, or asked for: its client gets no answer. */
+static void test_events_lost(void **state)
+{
+    struct msg_event event = {.event = 1, .n_handle = PROTO_HANDLE_MAX};
+    struct msg_launched launched;
+    static struct msg_done done;
+    struct msg_empty empty;
+    struct peer *p = &peers[0];
+    (void)state;
+
+    start_shared(p);
+    say(p, OP_EVENT, MSG_EVENT, &event, 0);
+    hear(p, OP_EVENT, MSG_EMPTY, &empty);
+    submit_event(p, 0, 1);
+    shared.ready[0] = SAGE_EDEVICE;
+    assert_lost(p, "found by asking for an event");
+    assert_false(released(p, 0));
+    shared.ready[0] = 1;
+    hear(p, OP_LAUNCHED, MSG_LAUNCHED, &launched);
+    assert_true(step());
+    hear(p, OP_DONE, MSG_DONE, &done);
+
+    shared.status = SAGE_ENOMEM; /* no event of ours: the release tells */
+    submit_event(p, 0, 1);
+    while (sched_slots_used(&d) == 0)
+        uv_run(&d.loop, UV_RUN_ONCE);
+    assert_true(step());
+    hear(p, OP_DONE, MSG_DONE, &done);
+    assert_int_equal(done.jobs[0].status, 0);
+    assert_true(released(p, 0));
+    assert_int_equal(p->s->n_pledged, 1); /* the first one's, which is not WAITED for */
+
+    shared.status = SAGE_EDEVICE;
+    event.event = 2;
+    say(p, OP_EVENT, MSG_EVENT, &event, 0);
+    assert_lost(p, "the text of the status");
+    LIST_FIRST(&p->s->events)->ready = true; /* goes with the session, like the other one */
+    shared.n_open++;
+    stop_daemon();
+    assert_int_equal(shared.n_open, 0);
     disconnect(p);
 }
 
@@ -876,6 +940,60 @@ static void test_polled(void **state)
     disconnect(&peers[0]);
 }
 
+/* Ticks have seen so many more seconds pass: is something hung? */
+static bool hung_after(double seconds)
+{
+    char why[PROTO_TEXT_MAX];
+
+    sched_is_hung(&d, why);
+    d.awake_ns += (uint64_t)(seconds * 1e9);
+    return sched_is_hung(&d, why);
+}
+
+/*
+ * A piece that runs is hung after 30 s or 1000 times its estimate; one that waits for the device,
+ * after four times that.
+ */
+static void test_hung(void **state)
+{
+    (void)state;
+
+    start_daemon(1, 100000);
+    connect_peer(&peers[0], PRIORITY_NORMAL);
+    assert_false(hung_after(1e6));
+    for (int i = 0; i < 3; i++) /* one behind the other in the slot */
+        submit(&peers[0], (uint32_t)i, problem(1, 64, 64));
+    assert_int_equal(d.sched.slots[0].n, 3);
+    assert_false(hung_after(119));
+    assert_true(hung_after(2));
+    assert_true(step()); /* the next one begins to wait now */
+    assert_false(hung_after(119));
+    model.slots[0].queue[0].piece->start_ns = 1;
+    assert_false(hung_after(29));
+    assert_true(hung_after(2));
+    assert_true(step());
+    assert_false(hung_after(29)); /* another one, and it waits */
+    while (step())
+        continue;
+
+    submit(&peers[0], 0, problem(1, 1000, 4000));
+    double limit = 1000 * TAILQ_FIRST(&peers[0].s->lanes[0].jobs)->piece_est_ns / 1e9;
+    assert_true(limit > 31);
+    assert_false(hung_after(4 * limit - 1));
+    model.slots[0].queue[0].piece->start_ns = 1;
+    assert_false(hung_after(limit - 1));
+    d.awake_ns += 2000000000;
+    for (int i = 0; i < 1000 && !d.device_lost; i++) /* until the next tick */
+        uv_run(&d.loop, UV_RUN_ONCE);
+    assert_true(d.device_lost);
+    assert_int_equal(d.exit_code, EXIT_DEVICE_LOST);
+    assert_non_null(strstr(d.lost_why, "slot 0: a piece of client 1 runs for"));
+    assert_false(released(&peers[0], 0));
+    d.device_lost = false;
+    stop_daemon();
+    disconnect(&peers[0]);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -885,6 +1003,7 @@ int main(void)
         cmocka_unit_test(test_lanes),      cmocka_unit_test(test_close_anywhere),
         cmocka_unit_test(test_events),     cmocka_unit_test(test_event_limit),
         cmocka_unit_test(test_chunks),     cmocka_unit_test(test_polled),
+        cmocka_unit_test(test_hung),       cmocka_unit_test(test_events_lost),
     };
     log_set_level(3);
     alarm(120); /* a scheduler that stalls or spins does not do so for ever */
