@@ -25,9 +25,11 @@ struct ctl {
 /* argv[0] is the command's name. The result is the exit code. */
 int ctl_stats(struct ctl *ctl, int argc, char **argv);
 int ctl_clients(struct ctl *ctl, int argc, char **argv);
+int ctl_top(struct ctl *ctl, int argc, char **argv);
 int ctl_ping(struct ctl *ctl, int argc, char **argv);
 int ctl_health(struct ctl *ctl, int argc, char **argv);
 int ctl_doctor(struct ctl *ctl, int argc, char **argv);
+int ctl_bench(struct ctl *ctl, int argc, char **argv);
 int ctl_kernels(struct ctl *ctl, int argc, char **argv);
 int ctl_drain(struct ctl *ctl, int argc, char **argv);
 int ctl_version(struct ctl *ctl, int argc, char **argv);
@@ -42,6 +44,8 @@ int ctl_fail(void);
 int ctl_usage(const char *command);
 /* The option's argument as a number from min to max. */
 bool ctl_number(const char *command, const char *text, double min, double max, double *number);
+/* The same for one without a fraction. */
+bool ctl_integer(const char *command, const char *text, int64_t min, int64_t max, int64_t *number);
 
 /* Numbers for people; good until the end of the full expression. */
 struct text {
@@ -53,6 +57,21 @@ struct text text_tops(double ops, double ns);
 
 /* Print a value in JSON and let go of it. */
 void ctl_print_json(json_t *value, bool on_one_line);
+
+/* --- ctl_stats.c --- */
+
+/* All that the daemon tells of itself at one moment. */
+struct sample {
+    struct msg_stats stats;
+    struct msg_client *clients; /* the caller's to free */
+    size_t n_clients;
+    int64_t taken_ns;
+};
+
+/* Connects first where there is no connection. 0 or a SAGE_E*; there are no clients then. */
+int sample_take(struct ctl *ctl, struct sample *sample);
+/* Seconds between two samples of the same daemon; otherwise 0. */
+double sample_seconds(const struct sample *sample, const struct sample *before);
 
 /* --- ctl_misc.c --- */
 

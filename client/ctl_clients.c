@@ -68,13 +68,13 @@ json_t *clients_json(const struct msg_client *list, size_t n)
         const struct msg_client *c = &list[i];
         json_array_append_new(
             array,
-            json_pack("{sI sI sI ss ss ss sI si si sI sI sf sI si sI}", "id", (json_int_t)c->id,
+            json_pack("{sI sI sI ss ss ss sI si si sI sI sf sI si sI sf}", "id", (json_int_t)c->id,
                       "pid", (json_int_t)c->pid, "uid", (json_int_t)c->uid, "name", c->name,
                       "priority", priority_name(c->priority), "mode", c->mode, "age_ns",
                       (json_int_t)c->age_ns, "queued", (int)c->queued, "running", (int)c->running,
                       "done", (json_int_t)c->done, "failed", (json_int_t)c->failed, "ops", c->ops,
                       "run_ns", (json_int_t)c->run_ns, "buffers", (int)c->buffers, "mapped_bytes",
-                      (json_int_t)c->mapped_bytes));
+                      (json_int_t)c->mapped_bytes, "queue_p99_us", c->queue_p99_us));
     }
     return array;
 }

@@ -10,16 +10,9 @@
 #include <time.h>
 #include <unistd.h>
 
-struct sample {
-    struct msg_stats stats;
-    struct msg_client *clients;
-    size_t n_clients;
-    int64_t taken_ns;
-};
-
 enum format { FORMAT_TEXT, FORMAT_JSON, FORMAT_PROMETHEUS };
 
-static int take(struct ctl *ctl, struct sample *s)
+int sample_take(struct ctl *ctl, struct sample *s)
 {
     struct msg_empty empty = {0};
     int rc = ctl->conn.fd < 0 ? ctl_connect(ctl) : 0;
@@ -30,8 +23,7 @@ static int take(struct ctl *ctl, struct sample *s)
     return rc ? rc : clients_fetch(ctl, &s->clients, &s->n_clients);
 }
 
-/* Seconds between two samples of the same daemon; otherwise 0. */
-static double seconds_since(const struct sample *s, const struct sample *before)
+double sample_seconds(const struct sample *s, const struct sample *before)
 {
     if (!before->taken_ns || s->stats.uptime_ns < before->stats.uptime_ns)
         return 0;
@@ -92,7 +84,7 @@ static void print_text(const struct ctl *ctl, const struct sample *now, const st
 {
     const struct msg_welcome *w = &ctl->welcome;
     const struct msg_stats *s = &now->stats;
-    double seconds = seconds_since(now, before);
+    double seconds = sample_seconds(now, before);
 
     printf("sageattnd   %s, %s for %s, pid %llu\n", w->version, s->state,
            text_ns((double)s->uptime_ns).s, (unsigned long long)w->pid);
@@ -153,7 +145,7 @@ static json_t *sample_json(const struct ctl *ctl, const struct sample *now,
 {
     const struct msg_welcome *w = &ctl->welcome;
     const struct msg_stats *s = &now->stats;
-    double seconds = seconds_since(now, before);
+    double seconds = sample_seconds(now, before);
     json_t *o =
         json_pack("{ss ss ss ss sI ss}", "version", w->version, "backend", w->backend, "device",
                   w->device, "uuid", w->uuid, "pid", (json_int_t)w->pid, "state", s->state);
@@ -257,7 +249,7 @@ static int loop(struct ctl *ctl, enum format format, double interval)
 
     for (;;) {
         struct sample now = {0};
-        int code = take(ctl, &now) ? ctl_fail() : CTL_OK;
+        int code = sample_take(ctl, &now) ? ctl_fail() : CTL_OK;
         if (code == CTL_OK)
             show(ctl, &now, &before, format, interval > 0);
         free(now.clients);

@@ -82,6 +82,7 @@ struct cu_copy {
     X(cuMemRelease, (uint64_t handle))                                                             \
     X(cuMemAlloc, (uint64_t * address, size_t bytes))                                              \
     X(cuMemFree, (uint64_t address))                                                               \
+    X(cuMemGetInfo, (size_t * available, size_t * total))                                          \
     X(cuMemcpyAsync, (uint64_t to, uint64_t from, size_t bytes, struct CUstream_st * stream))      \
     X(cuMemcpy3DAsync, (const struct cu_copy *copy, struct CUstream_st *stream))                   \
     X(cuMemcpyHtoD, (uint64_t to, const void *from, size_t bytes))                                 \

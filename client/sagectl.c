@@ -3,6 +3,7 @@
  */
 #include "client/ctl.h"
 
+#include <errno.h>
 #include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,11 +21,30 @@ static const struct command {
      "  -w, --watch SECONDS  again and again, with rates\n"},
     {"clients", ctl_clients, "[--json]", "who is connected",
      "  -j, --json           a JSON array\n"},
+    {"top", ctl_top, "[--interval SECONDS] [--count N]", "a live view of the clients",
+     "  -i, --interval SECONDS  between two frames (1)\n"
+     "  -c, --count N        end after so many\n"},
     {"ping", ctl_ping, "[--count N]", "measure the round trip of a request",
      "  -c, --count N        how often (100)\n"},
     {"health", ctl_health, "", "exit with 0: running, 1: not reachable, 2: draining", ""},
     {"doctor", ctl_doctor, "[--json]", "check everything from the socket to a computed result",
      "  -j, --json           a JSON array of the checks\n"},
+    {"bench", ctl_bench, "[--processes N] [--depth N] [--time SECONDS] [--json] [SHAPE]",
+     "throughput and latency through the daemon, results checked",
+     "  -p, --processes N    clients at once (1)\n"
+     "  -i, --depth N        jobs in flight of each, at most 63 (4)\n"
+     "  -t, --time SECONDS   how long (5)\n"
+     "  -j, --json           one JSON object\n"
+     "the shape of all jobs:\n"
+     "  -b, --batch N        sequences (1)\n"
+     "  -q, --heads N        query heads (8)\n"
+     "  -k, --kvheads N      heads of keys and values (as many as query heads)\n"
+     "  -n, --tokens N       queries, and as many keys (1024)\n"
+     "  -m, --keys N         keys, where they are not as many\n"
+     "  -d, --dim N          channels of a head (64)\n"
+     "  -e, --dtype NAME     f16 or bf16 (f16)\n"
+     "  -v, --variant NAME   auto, int8_fp16 or int8_fp8 (auto)\n"
+     "  -c, --causal         from the bottom right\n"},
     {"kernels", ctl_kernels, "", "the attention kernels for GPUs that there are", ""},
     {"drain", ctl_drain, "[--wait]", "refuse new jobs, finish what runs, exit",
      "  -w, --wait           until the daemon is gone\n"},
@@ -86,6 +106,19 @@ bool ctl_number(const char *command, const char *text, double min, double max, d
     if (end != text && !*end && *number >= min && *number <= max)
         return true;
     fprintf(stderr, "sagectl %s: %s: must be a number from %g to %g\n", command, text, min, max);
+    return false;
+}
+
+bool ctl_integer(const char *command, const char *text, int64_t min, int64_t max, int64_t *number)
+{
+    char *end;
+
+    errno = 0;
+    *number = strtoll(text, &end, 10);
+    if (end != text && !*end && !errno && *number >= min && *number <= max)
+        return true;
+    fprintf(stderr, "sagectl %s: %s: must be an integer from %lld to %lld\n", command, text,
+            (long long)min, (long long)max);
     return false;
 }
 

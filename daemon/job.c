@@ -455,6 +455,8 @@ static void count(struct job *job, int status)
     s->ops += job->ops;
     stats->ops += job->ops;
     hist_add(&stats->queue, job->start_ns - job->ready_ns);
+    hist_fade(&s->queue, QUEUE_RECENT);
+    hist_add(&s->queue, job->start_ns - job->ready_ns);
     hist_add(&stats->run, job->run_ns);
     hist_add(&stats->total, job->piece.end_ns - job->ready_ns);
     backend_kernel_name(s->daemon->backend, &job->attn, name);

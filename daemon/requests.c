@@ -219,6 +219,7 @@ static void describe(const struct session *s, uint64_t now, struct msg_client *c
     client->buffers = s->n_buffers;
     client->mapped_bytes = s->mapped_bytes;
     snprintf(client->mode, sizeof(client->mode), "%s", s->mode);
+    client->queue_p99_us = hist_percentile_us(&s->queue, 0.99);
 }
 
 static bool serve_clients(struct session *s, const struct packet *packet, struct fds *fds,

@@ -10,6 +10,7 @@
 
 #include "daemon/buffer.h"
 #include "daemon/job.h"
+#include "daemon/stats.h"
 #include "proto/page.h"
 #include "proto/proto.h"
 
@@ -36,7 +37,7 @@ struct outgoing {
     char data[];
 };
 
-enum { SESSION_BUCKETS = 64, BACKLOG_MAX = 65536 };
+enum { SESSION_BUCKETS = 64, BACKLOG_MAX = 65536, QUEUE_RECENT = 2048 };
 
 struct session {
     struct daemon *daemon;
@@ -73,7 +74,8 @@ struct session {
     TAILQ_ENTRY(session) active_link;
     uint64_t done, failed, run_ns;
     double ops;
-    const char *mode; /* of the last job; "" before any */
+    struct hist queue; /* of the last QUEUE_RECENT jobs or fewer, see hist_fade() */
+    const char *mode;  /* of the last job; "" before any */
 
     STAILQ_HEAD(, outgoing) backlog; /* packets that the socket did not take yet. Owned */
     size_t backlog_bytes;

@@ -27,6 +27,15 @@ void hist_add(struct hist *hist, uint64_t ns)
     hist->bucket[bucket_of(ns)]++;
 }
 
+void hist_fade(struct hist *hist, uint64_t most)
+{
+    if (hist->total < most)
+        return;
+    hist->total = 0;
+    for (unsigned i = 0; i < HIST_BUCKETS; i++)
+        hist->total += hist->bucket[i] /= 2;
+}
+
 double hist_percentile_us(const struct hist *hist, double share)
 {
     uint64_t below = 0;

@@ -18,6 +18,8 @@ struct hist {
 };
 
 void hist_add(struct hist *hist, uint64_t ns);
+/* Once there are `most` values let half of them count, so that the recent ones prevail. */
+void hist_fade(struct hist *hist, uint64_t most);
 /*
  * The upper edge of the bucket with the given share of the values below or in it, in us; 0 if
  * empty.

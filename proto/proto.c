@@ -198,7 +198,7 @@ static const struct field client_fields[] = {
     REQ(msg_client, done, K_U64),     REQ(msg_client, failed, K_U64),
     REQ(msg_client, ops, K_F64),      REQ(msg_client, run_ns, K_U64),
     REQ(msg_client, buffers, K_U32),  REQ(msg_client, mapped_bytes, K_U64),
-    OPT(msg_client, mode, K_STR),
+    OPT(msg_client, mode, K_STR),     OPT(msg_client, queue_p99_us, K_F64),
 };
 WHOLE(client);
 static const struct field client_list_fields[] = {

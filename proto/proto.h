@@ -184,6 +184,7 @@ struct msg_client {
     uint32_t buffers;
     uint64_t mapped_bytes;
     char mode[PROTO_NAME_MAX]; /* of its last job: "cpu", "sync", "event"; empty before any */
+    double queue_p99_us;       /* of its last thousand jobs or two: inputs ready to started */
 };
 
 struct msg_client_list {

@@ -48,6 +48,14 @@ sagectl=$SAGE_BUILDDIR/sagectl
 } >"$here/said"
 same "commands and options in sagectl.1"
 
+{ cat "$here/commands"; grep -e '^--' "$here/is"; } >"$here/is.all"
+mv "$here/is.all" "$here/is"
+{
+    sed -n "s/.*commands='\([a-z ]*\)'.*/\1/p" "$SAGE_SRCDIR/client/sagectl.bash" | tr ' ' '\n'
+    grep -o -E -e '--[a-z]+' "$SAGE_SRCDIR/client/sagectl.bash"
+} >"$here/said"
+same "commands and options in sagectl.bash"
+
 # The page of libsageclient tells of some calls of sageattn.h too, and those have to exist.
 calls() {
     sed -n '/^SAGE_API/,/;/p' "$1" | grep -o -E '\bsage_[a-z_]+\(' | tr -d '(' | sort -u

@@ -317,7 +317,7 @@ def mps(wanted):
 
 def sagectl(d, *args):
     done = subprocess.run([os.path.join(sage.BUILD, "sagectl"), "-s", d.path, *args], check=True,
-                          capture_output=True, text=True, timeout=20)
+                          capture_output=True, text=True, timeout=120)
     return json.loads(done.stdout)
 
 
@@ -386,6 +386,48 @@ def test_users_mps():
         raise Skip("daemon and clients under different users: wants root")
     with mps(True) as env:
         several(env, NOBODY, 1)
+
+
+# --- sagectl ---
+
+def looked_at(env):
+    """doctor finds nothing wrong; bench has right results from several clients."""
+    with daemon(env) as d, patched(env):
+        checks = {c["check"]: c for c in sagectl(d, "doctor", "--json")}
+        for name in ("driver", "gpu", "mps", "staging", "memory", "namespaces", "int8_fp16",
+                     "handoff", "mode"):
+            print(f"    {checks[name]['result']} {name:10} {checks[name]['text']}")
+        assert checks["handoff"]["handoff_us"] > 0
+        for n in (64, 4096):
+            said = sagectl(d, "bench", "--json", "-p", "3", "-t", "2", "-n", str(n), "-d", "128")
+            total, shares = said["all"], [round(c["share"], 2) for c in said["clients"]]
+            print(f"    {said['mode']}: 3 clients, {n} tokens: {total['jobs_per_second']:.0f} "
+                  f"jobs/s, {total['tops']:.1f} TOPS, shares {shares}, us: {total['latency_us']}")
+            assert all(c["jobs"] > 0 for c in said["clients"]), said
+        idle(d)
+        return checks
+
+
+@contextlib.contextmanager
+def patched(env):
+    """The same for what is started here."""
+    before = dict(os.environ)
+    os.environ.update(env)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_sagectl():
+    looked_at({})
+
+
+def test_sagectl_mps():
+    with mps(True) as env:
+        checks = looked_at(env)
+        assert checks["mps"]["result"] == "PASS", checks["mps"]
 
 
 # --- faults ---

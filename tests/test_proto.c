@@ -353,6 +353,7 @@ static void random_client(struct rng *rng, struct msg_client *c)
     U32(c->buffers);
     U64(c->mapped_bytes);
     STR(c->mode);
+    F64(c->queue_p99_us);
 }
 
 static void random_stats(struct rng *rng, struct msg_stats *m)

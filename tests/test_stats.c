@@ -66,6 +66,23 @@ static void test_percentiles(void **state)
     assert_true(hist_percentile_us(&mixed, 0.999) < 5700);
 }
 
+/* What was long ago is forgotten, what is recent counts. */
+static void test_fade(void **state)
+{
+    static struct hist hist;
+    (void)state;
+
+    for (int i = 0; i < 20000; i++) {
+        hist_fade(&hist, 2048);
+        hist_add(&hist, i < 10000 ? 5000000 : 10000);
+        assert_true(hist.total > 0 && hist.total <= 2048);
+        if (i == 9999)
+            assert_true(hist_percentile_us(&hist, 0.5) >= 5000);
+    }
+    assert_true(hist_percentile_us(&hist, 0.99) < 12);
+    assert_true(hist_percentile_us(&hist, 0.5) >= 10);
+}
+
 /* More kernels than the table has room for: the last row collects them, nothing is lost. */
 static void test_kernels(void **state)
 {
@@ -100,9 +117,8 @@ static void test_kernels(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_one_value),
-        cmocka_unit_test(test_extremes),
-        cmocka_unit_test(test_percentiles),
+        cmocka_unit_test(test_one_value),   cmocka_unit_test(test_extremes),
+        cmocka_unit_test(test_percentiles), cmocka_unit_test(test_fade),
         cmocka_unit_test(test_kernels),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
