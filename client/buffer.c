@@ -8,10 +8,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "kernels/problem.h"
+
+enum { FDS_KEPT_MAX = 1024 }; /* of chunks */
 
 /* --- the list --- */
 
@@ -149,6 +152,8 @@ void part_take(const struct sage_buffer *b, uint32_t first, struct part *part)
         memcpy(m->handle, b->handle.bytes, sizeof(b->handle.bytes));
     }
     while (part->next < b->n_spans && m->n_chunks < PROTO_FDS_MAX) {
+        int fd = b->fds ? b->fds[part->next] : -1;
+        part->fds.fd[part->fds.n++] = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 0);
         part->spans[m->n_chunks] = b->spans[part->next++];
         m->chunks[m->n_chunks] = part->spans[m->n_chunks].size;
         m->n_chunks++;
@@ -161,12 +166,35 @@ int part_open(struct part *part)
     if (part->msg.kind == BUFFER_MEMFD && part->fds.fd[0] < 0)
         return error_set(SAGE_ENOMEM, "no descriptor left");
     for (uint32_t i = 0; i < part->msg.n_chunks; i++) {
-        int rc = gpu_export(&part->spans[i], &part->fds.fd[i]);
+        int rc = part->fds.fd[i] < 0 ? gpu_export(&part->spans[i], &part->fds.fd[i]) : 0;
         if (rc)
             return rc;
-        part->fds.n++;
     }
     return 0;
+}
+
+/*
+ * Keep the chunks' descriptors for the next daemon: who hands them over then, the reader, should
+ * need no driver, which may be waiting for what that daemon is to do. Not all that the process may
+ * have.
+ */
+static void keep_fds(struct sage_buffer *b, struct part *part)
+{
+    struct sage_client *c = b->client;
+    uint32_t first = part->next - part->msg.n_chunks;
+    struct rlimit limit = {0};
+
+    getrlimit(RLIMIT_NOFILE, &limit);
+    uint32_t most = limit.rlim_cur / 4 < FDS_KEPT_MAX ? (uint32_t)limit.rlim_cur / 4 : FDS_KEPT_MAX;
+    pthread_mutex_lock(&c->lock);
+    for (uint32_t i = 0; b->fds && i < part->msg.n_chunks && c->gpu.n_kept < most; i++) {
+        if (b->fds[first + i] >= 0)
+            continue;
+        b->fds[first + i] = part->fds.fd[i];
+        part->fds.fd[i] = -1;
+        c->gpu.n_kept++;
+    }
+    pthread_mutex_unlock(&c->lock);
 }
 
 void part_close(struct part *part)
@@ -191,6 +219,8 @@ static int add_part(struct sage_buffer *b, struct part *part, uint64_t *only)
 
     if (!rc)
         rc = client_call(b->client, MSG_REGISTER, &part->msg, &part->fds, &request);
+    if (!rc)
+        keep_fds(b, part);
     part_close(part);
     *only = request.epoch;
     return rc;
@@ -224,17 +254,29 @@ int buffer_add(struct sage_buffer *b)
 
 /* --- the calls --- */
 
+void buffer_close(struct sage_buffer *b)
+{
+    if (b->fd >= 0)
+        close(b->fd);
+    for (uint32_t i = 0; b->fds && i < b->n_spans; i++)
+        if (b->fds[i] >= 0) {
+            close(b->fds[i]);
+            b->client->gpu.n_kept--;
+        }
+}
+
 void buffer_discard(struct sage_buffer *buffer)
 {
     struct sage_client *c = buffer->client;
 
     pthread_mutex_lock(&c->lock);
     buffer_unlist(buffer);
+    if (!c->forked)
+        buffer_close(buffer);
     pthread_mutex_unlock(&c->lock);
     if (buffer->data)
         munmap(buffer->data, buffer->size);
-    if (buffer->fd >= 0 && !c->forked)
-        close(buffer->fd);
+    free(buffer->fds);
     free(buffer);
 }
 

@@ -51,8 +51,7 @@ static void after_fork_in_child(void)
         close(c->event);
         close(c->page_fd);
         for (uint32_t i = 0; i < c->n_buffers; i++)
-            if (c->buffers[i]->fd >= 0)
-                close(c->buffers[i]->fd);
+            buffer_close(c->buffers[i]);
     }
     unlock_clients();
 }
@@ -249,6 +248,7 @@ void sage_disconnect(struct sage_client *client)
         eventfd_write(client->event, 1);
         pthread_join(client->reader, NULL);
         abandon_requests(client);
+        reader_fail_all(client, "the client is being closed"); /* streams go on */
         gpu_finish(client);
         close_all(client);
     } else if (!client->conn.unpacking) {

@@ -35,7 +35,8 @@ enum link_state { LINK_DOWN, LINK_LIVE, LINK_LOST };
 struct entry {
     uint32_t number;
     uint32_t len, capacity;
-    unsigned char *packet;        /* its SUBMIT, ready to be sent again */
+    unsigned char *packet;        /* its SUBMIT, ready to be sent, and sent again */
+    bool failed;                  /* by the reader */
     struct msg_done_job done;     /* of job done.number; status SAGE_ELOST: it will not be told */
     struct msg_launched launched; /* of job launched.number */
     uint64_t launched_epoch;      /* by the daemon of this connection */
@@ -49,7 +50,9 @@ struct sage_lane {
     bool used;             /* under `lock`, as the next three */
     uint64_t stream;       /* whose jobs these are: see stream_key(); 0: of no one stream */
     uint32_t looked;       /* the last job whose status was looked at for sage_stream_error() */
-    int error;             /* and what it is going to say */
+    int error;             /* and what it is going to say, */
+    uint32_t error_number; /* of this job */
+    uint64_t turn;         /* the client's `turns` when it was taken last */
     _Atomic uint64_t tail; /* jobs published, and the number of the last; under submit_lock */
     uint32_t head;         /* the first job not known to be over; under submit_lock */
     uint32_t sent;         /* the last job sent again on a new connection; the reader's */
@@ -67,6 +70,7 @@ struct sage_buffer {
     struct cu_handle handle;  /* cuda_ipc */
     const struct span *spans; /* vmm: the chunks; they belong to whoever owns the buffer */
     uint32_t n_spans;
+    int *fds;       /* of them, for the next daemon; -1: to be exported then. Under `lock` */
     bool closing;   /* under `lock`: new jobs are refused it */
     uint64_t epoch; /* under `lock`: the connection on which it is registered */
 };
@@ -130,7 +134,8 @@ struct sage_client {
     struct request *requests;
     struct sage_buffer **buffers; /* by address; the pointers are the callers' */
     uint32_t n_buffers, buffers_capacity, last_buffer;
-    uint32_t runners; /* threads in sage_attn_run() that hold a lane */
+    uint32_t runners; /* threads in a call that hold a lane for its time */
+    uint64_t turns;   /* lanes that were ever taken */
     uint64_t epoch;   /* counts connections */
     struct msg_welcome welcome;
     struct gpu gpu;
@@ -183,8 +188,9 @@ void *reader_main(void *client);
 int reader_attach(struct sage_client *client);
 /* Make the new connection the one that is sent to. For the owner of conn. */
 int reader_install(struct sage_client *client);
-/* Fail a job that no daemon has. */
+/* Fail a job that no daemon has; all jobs that are not over, once there is no reader any more. */
 void reader_fail(struct sage_lane *lane, uint32_t n, const char *text);
+void reader_fail_all(struct sage_client *client, const char *text);
 
 /* --- buffer.c --- */
 
@@ -206,6 +212,8 @@ bool buffer_is_host(struct sage_client *client, const void *data);
 /* Register it under a new id. When that fails the caller discards the buffer. */
 int buffer_add(struct sage_buffer *buffer);
 
+/* With `lock` held: close its descriptors, before it goes or in a fork child. */
+void buffer_close(struct sage_buffer *buffer);
 /* Unmap and free, without telling anybody. */
 void buffer_discard(struct sage_buffer *buffer);
 
@@ -220,13 +228,19 @@ void part_close(struct part *part);
 void lane_look(struct sage_lane *lane, uint32_t last);
 
 /*
- * A lane for one call: the stream's, or any (0). If other calls have them all, the next that comes
- * free.
+ * A lane for one call: the stream's, or any (0). If other calls and other streams' jobs have them
+ * all, the next that comes free.
  */
 int lane_take(struct sage_client *client, uint64_t stream, struct sage_lane **lane);
 void lane_put(struct sage_lane *lane);
 
-/* Submit; gpu: NULL, or where the tensors are. */
+/* After SAGE_EBUSY: was the lane full? Then its oldest job is over now, however long it took. */
+bool lane_drained(struct sage_lane *lane, int status);
+
+/*
+ * Submit; gpu: NULL, or where the tensors are. With gpu->view the lane is the caller's alone, and
+ * its stream is going to store the acquire word.
+ */
 int lane_submit(struct sage_lane *lane, const struct sage_attn *attn, unsigned flags,
                 struct gpu_job *gpu, struct sage_job *job);
 

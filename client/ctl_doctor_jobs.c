@@ -291,8 +291,9 @@ static void check_mode(struct doctor *d)
     static const struct {
         const char *mode, *text;
     } modes[] = {
-        {"sync",
-         ": the CPU waits for the stream and for the job (SAGE_MODE=event: the stream does)"},
+        {"lane", ": streams wait for the job, by words in shared memory"},
+        {"sync", ": the CPU waits for the stream and for the job: nothing else works here, or "
+                 "SAGE_MODE says so"},
         {"event", ": streams wait for the job, by interprocess events"},
     };
     struct msg_client self;

@@ -144,7 +144,7 @@ int work_open(struct work *w, const char *socket, const char *name)
     return rc ? rc : sage_lane_create(w->client, &w->lane);
 }
 
-/* The client first: it waits for nothing and its buffers go with it. Then what it looked at. */
+/* The client first: it lets streams go on, and its buffers go with it. Then what it looked at. */
 void work_close(struct work *w)
 {
     sage_disconnect(w->client);

@@ -16,6 +16,8 @@ struct CUctx_st;
 struct CUevent_st;
 struct CUstream_st;
 
+#define CU_STREAM_PER_THREAD ((struct CUstream_st *)2)
+
 /* Values of cuda.h. */
 enum {
     CU_OK = 0,
@@ -28,6 +30,8 @@ enum {
     CU_POSIX_FD = 1, /* CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR */
 
     CU_STREAM_ASIDE = 1,    /* CU_STREAM_NON_BLOCKING */
+    CU_HOST_MAPPED = 2,     /* CU_MEMHOSTREGISTER_DEVICEMAP */
+    CU_WAIT_GEQ = 0,        /* CU_STREAM_WAIT_VALUE_GEQ: (int32_t)(word - value) >= 0 */
     CU_EVENT_UNTIMED = 2,   /* CU_EVENT_DISABLE_TIMING */
     CU_EVENT_SHARED = 4,    /* CU_EVENT_INTERPROCESS */
     CU_CAPTURE_RELAXED = 2, /* CU_STREAM_CAPTURE_MODE_RELAXED */
@@ -73,6 +77,7 @@ struct cu_copy {
     X(cuCtxPopCurrent, (struct CUctx_st * *context))                                               \
     X(cuCtxGetDevice, (int *device))                                                               \
     X(cuCtxGetId, (struct CUctx_st * context, unsigned long long *id))                             \
+    X(cuCtxSynchronize, (void))                                                                    \
     X(cuThreadExchangeStreamCaptureMode, (int *mode))                                              \
     X(cuPointerGetAttributes, (unsigned n, int *attributes, void **data, uint64_t address))        \
     X(cuIpcGetMemHandle, (struct cu_handle * handle, uint64_t address))                            \
@@ -83,6 +88,9 @@ struct cu_copy {
     X(cuMemAlloc, (uint64_t * address, size_t bytes))                                              \
     X(cuMemFree, (uint64_t address))                                                               \
     X(cuMemGetInfo, (size_t * available, size_t * total))                                          \
+    X(cuMemHostGetDevicePointer, (uint64_t * address, void *memory, unsigned flags))               \
+    X(cuMemHostRegister, (void *memory, size_t bytes, unsigned flags))                             \
+    X(cuMemHostUnregister, (void *memory))                                                         \
     X(cuMemcpyAsync, (uint64_t to, uint64_t from, size_t bytes, struct CUstream_st * stream))      \
     X(cuMemcpy3DAsync, (const struct cu_copy *copy, struct CUstream_st *stream))                   \
     X(cuMemcpyHtoD, (uint64_t to, const void *from, size_t bytes))                                 \
@@ -93,6 +101,10 @@ struct cu_copy {
     X(cuStreamGetId, (struct CUstream_st * stream, unsigned long long *id))                        \
     X(cuStreamIsCapturing, (struct CUstream_st * stream, int *status))                             \
     X(cuStreamSynchronize, (struct CUstream_st * stream))                                          \
+    X(cuStreamWaitValue32,                                                                         \
+      (struct CUstream_st * stream, uint64_t address, uint32_t value, unsigned flags))             \
+    X(cuStreamWriteValue32,                                                                        \
+      (struct CUstream_st * stream, uint64_t address, uint32_t value, unsigned flags))             \
     X(cuStreamWaitEvent, (struct CUstream_st * stream, struct CUevent_st * event, unsigned flags)) \
     X(cuEventCreate, (struct CUevent_st * *event, unsigned flags))                                 \
     X(cuEventDestroy, (struct CUevent_st * event))                                                 \

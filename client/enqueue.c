@@ -1,5 +1,6 @@
 /*
- * enqueue.c - jobs as part of a CUDA stream: the CPU waits (sync), or the stream does (event).
+ * enqueue.c - jobs as part of a CUDA stream: it waits for a word of the page (lane) or for an event
+ * (event), or the CPU waits for it (sync).
  */
 #include "client/client.h"
 
@@ -19,6 +20,8 @@ static uint64_t stream_key(const struct driver *cu, struct CUstream_st *stream, 
 
     if (cu->cuStreamGetId(stream, &id) != CU_OK)
         id = (uintptr_t)stream;
+    if (stream == CU_STREAM_PER_THREAD)
+        id += (uintptr_t)pthread_self();
     uint64_t key = id * UINT64_C(0x9e3779b97f4a7c15) + context;
     return key ? key : 1;
 }
@@ -238,23 +241,80 @@ static void tell_waited(struct sage_client *c, uint32_t event, uint64_t epoch)
 
 enum sage_mode sage_client_mode(struct sage_client *client)
 {
-    return client->gpu.mode;
+    if (!gpu_is_there(client))
+        return SAGE_MODE_SYNC;
+    if (client->gpu.asked != SAGE_MODE_AUTO)
+        return client->gpu.asked;
+    pthread_mutex_lock(&client->lock);
+    enum sage_mode mode = client->gpu.in_force;
+    pthread_mutex_unlock(&client->lock);
+    return mode;
 }
 
-/* An event to hand the job over with; NULL: it is done in sync mode. */
-static int choose_mode(struct gpu_job *job, struct own_event **event)
+static bool daemon_has(struct sage_client *c, enum mode mode)
 {
-    struct sage_client *c = job->client;
-
-    *event = NULL;
-    if (c->gpu.mode == SAGE_MODE_SYNC)
-        return 0;
     pthread_mutex_lock(&c->lock);
-    bool can = c->welcome.modes & MODE_EVENT;
+    bool has = c->welcome.modes & mode;
     pthread_mutex_unlock(&c->lock);
-    if (!can)
+    return has;
+}
+
+static int choose_lane(struct gpu_job *job)
+{
+    const struct page_view *view;
+
+    if (!daemon_has(job->client, MODE_LANES))
+        return error_set(SAGE_EUNSUPPORTED, "mode: lane, but this daemon does not have it");
+    int rc = view_get(job, &view);
+    if (rc)
+        return rc;
+    if (!view->device)
+        return error_set(SAGE_EUNSUPPORTED, "mode: lane, but streams cannot use the page here: %s",
+                         view->why);
+    job->view = view;
+    return 0;
+}
+
+static int choose_event(struct gpu_job *job, struct own_event **event)
+{
+    if (!daemon_has(job->client, MODE_EVENT))
         return error_set(SAGE_EUNSUPPORTED, "mode: event, but this daemon does not have it");
     return take_event(job, event);
+}
+
+/* AUTO: events need not be tried again on this connection. */
+static void note_events(struct sage_client *c, int status)
+{
+    pthread_mutex_lock(&c->lock);
+    if (status == SAGE_EHANDLE || status == SAGE_EUNSUPPORTED)
+        c->gpu.no_events = c->epoch;
+    pthread_mutex_unlock(&c->lock);
+}
+
+/* The mode that was asked for; else the first of lane, event and sync that works here. */
+static int choose_mode(struct gpu_job *job, enum sage_mode *mode, struct own_event **event)
+{
+    struct sage_client *c = job->client;
+    const bool any = c->gpu.asked == SAGE_MODE_AUTO;
+    int rc = 0;
+
+    pthread_mutex_lock(&c->lock);
+    bool events = !any || c->gpu.no_events != c->epoch;
+    pthread_mutex_unlock(&c->lock);
+    *event = NULL;
+    *mode = any ? SAGE_MODE_LANE : c->gpu.asked;
+    if (*mode == SAGE_MODE_LANE && (rc = choose_lane(job)) && any)
+        *mode = events ? SAGE_MODE_EVENT : SAGE_MODE_SYNC;
+    if (*mode == SAGE_MODE_EVENT && (rc = choose_event(job, event)) && any) {
+        note_events(c, rc);
+        *mode = SAGE_MODE_SYNC;
+    }
+    if (*mode == SAGE_MODE_SYNC)
+        rc = 0;
+    pthread_mutex_lock(&c->lock);
+    c->gpu.in_force = *mode;
+    pthread_mutex_unlock(&c->lock);
+    return rc;
 }
 
 /* --- event mode --- */
@@ -332,6 +392,58 @@ static int run_event(struct gpu_job *job, struct own_event *event, struct patien
     return rc;
 }
 
+/* --- lane mode --- */
+
+int gpu_store_acquire(const struct gpu_job *job, const struct sage_lane *lane, uint32_t n)
+{
+    uint64_t at = view_word(job->view, job->client, &lane->words->acquire[n % SAGE_ENTRIES]);
+
+    return driver_check(job->cu->cuStreamWriteValue32(job->stream, at, n, 0),
+                        "stream: cuStreamWriteValue32");
+}
+
+/* Let the stream wait for the release. Where it cannot, the job is cancelled, or the CPU waits. */
+static int await_on_stream(struct gpu_job *job, struct sage_job submitted)
+{
+    const uint32_t *release = &submitted.lane->words->release[submitted.number % SAGE_ENTRIES];
+    uint64_t at = view_word(job->view, job->client, release);
+    int rc =
+        driver_check(job->cu->cuStreamWaitValue32(job->stream, at, submitted.number, CU_WAIT_GEQ),
+                     "stream: cuStreamWaitValue32");
+
+    if (!rc)
+        return 0;
+    bool started = sage_cancel(submitted);
+    int status = started ? sage_wait(submitted, -1) : 0;
+    take_status(submitted);
+    if (started)
+        return status;
+    return error_set(rc, "stream: it cannot wait for a word of the page");
+}
+
+/* For what is done before a job is submitted: no memory, a lost device are this process's own. */
+static bool may_prepare_again(struct patience *patience, int status)
+{
+    return status != SAGE_ENOMEM && status != SAGE_EDEVICE && patience_lasts(patience, status);
+}
+
+static int run_lane(struct gpu_job *job, struct patience *patience)
+{
+    struct sage_lane *lane;
+    struct sage_job submitted;
+    int rc = lane_take(job->client, stream_key(job->cu, job->stream, job->context.id), &lane);
+
+    if (rc)
+        return rc;
+    do
+        rc = lane_submit(lane, &job->attn, 0, job, &submitted);
+    while (rc && (lane_drained(lane, rc) || may_prepare_again(patience, rc)));
+    if (!rc)
+        rc = await_on_stream(job, submitted);
+    lane_put(lane);
+    return rc;
+}
+
 /* --- sync mode --- */
 
 static int run_sync(struct gpu_job *job, struct sage_times *times, struct patience *patience)
@@ -347,12 +459,6 @@ static int run_sync(struct gpu_job *job, struct sage_times *times, struct patien
 
 /* --- the calls --- */
 
-/* For what is done before a job is submitted: no memory, a lost device are this process's own. */
-static bool may_prepare_again(struct patience *patience, int status)
-{
-    return status != SAGE_ENOMEM && status != SAGE_EDEVICE && patience_lasts(patience, status);
-}
-
 static int begin(struct gpu_job *job, struct sage_client *c, const struct sage_attn *attn,
                  struct CUstream_st *stream, struct patience *patience)
 {
@@ -364,24 +470,36 @@ static int begin(struct gpu_job *job, struct sage_client *c, const struct sage_a
     return rc;
 }
 
-/* The daemon may be followed by one that cannot have our event: then in the mode that it can. */
+/*
+ * The daemon may be followed by one that cannot have our event, or we cannot open its events: then
+ * in the mode that works.
+ */
 static int run(struct gpu_job *job, struct patience *patience)
 {
+    const bool any = job->client->gpu.asked == SAGE_MODE_AUTO;
     struct own_event *event;
-    bool known;
+    enum sage_mode mode;
+    bool again;
     int rc;
 
     do {
         do
-            rc = choose_mode(job, &event);
+            rc = choose_mode(job, &mode, &event);
         while (rc && may_prepare_again(patience, rc));
         if (rc)
             return rc;
-        if (!event)
+        if (mode == SAGE_MODE_LANE)
+            return run_lane(job, patience);
+        if (mode == SAGE_MODE_SYNC)
             return run_sync(job, NULL, patience);
         rc = run_event(job, event, patience);
-        known = put_event(job->client, event);
-    } while (rc && !known && clock_ns() < patience->deadline);
+        again = !put_event(job->client, event);
+        job->event = 0;
+        if (any && rc == SAGE_EHANDLE && !again) {
+            note_events(job->client, rc);
+            again = true;
+        }
+    } while (rc && again && clock_ns() < patience->deadline);
     return rc;
 }
 
@@ -446,9 +564,14 @@ int sage_stream_error(struct sage_client *client, struct CUstream_st *stream)
         if (!lane || lane->stream != key)
             continue;
         lane_look(lane, lane_tail(lane));
-        status = status ? status : lane->error;
+        if (lane->error && !status) {
+            const struct msg_done_job *done = &lane->entry[lane->error_number % SAGE_ENTRIES].done;
+            bool told = done->number == lane->error_number && done->text[0];
+            status = error_set(lane->error, "a job of this stream: %s",
+                               told ? done->text : sage_strerror(lane->error));
+        }
         lane->error = 0;
     }
     pthread_mutex_unlock(&client->lock);
-    return status ? error_set(status, "a job of this stream: %s", sage_strerror(status)) : 0;
+    return status;
 }

@@ -27,17 +27,20 @@ struct sage_tensor *tensor_of(struct sage_attn *a, int i)
 
 static int set_mode(struct gpu *gpu, enum sage_mode mode)
 {
+    static const char *const names[] = {"auto", "sync", "event", "lane"};
     const char *name = secure_getenv("SAGE_MODE");
 
-    if (mode < SAGE_MODE_AUTO || mode > SAGE_MODE_EVENT)
-        return error_set(SAGE_EINVAL, "mode: %d, must be from 0 to 2", (int)mode);
-    gpu->mode = mode == SAGE_MODE_AUTO ? SAGE_MODE_SYNC : mode;
-    if (mode != SAGE_MODE_AUTO || !name || !*name || !strcmp(name, "auto"))
+    if (mode < SAGE_MODE_AUTO || mode > SAGE_MODE_LANE)
+        return error_set(SAGE_EINVAL, "mode: %d, must be from 0 to 3", (int)mode);
+    gpu->asked = mode;
+    if (mode != SAGE_MODE_AUTO || !name || !*name)
         return 0;
-    if (strcmp(name, "sync") && strcmp(name, "event"))
-        return error_set(SAGE_EINVAL, "$SAGE_MODE: %s, must be auto, sync or event", name);
-    gpu->mode = !strcmp(name, "sync") ? SAGE_MODE_SYNC : SAGE_MODE_EVENT;
-    return 0;
+    for (int i = SAGE_MODE_AUTO; i <= SAGE_MODE_LANE; i++)
+        if (!strcmp(name, names[i])) {
+            gpu->asked = (enum sage_mode)i;
+            return 0;
+        }
+    return error_set(SAGE_EINVAL, "$SAGE_MODE: %s, must be auto, lane, event or sync", name);
 }
 
 static int set_cap(struct gpu *gpu, uint64_t bytes)
@@ -202,6 +205,22 @@ static const char *why_not(const struct memory *m)
 }
 
 /*
+ * The tensors of a problem often lie in one allocation, and while its call lasts that stays what it
+ * is: asked about once.
+ */
+static int describe(struct gpu_job *job, uint64_t address, struct memory *m)
+{
+    int result = CU_OK;
+
+    if (!job->seen.size || address - job->seen.base >= job->seen.size)
+        result = driver_describe(job->cu, address, &job->seen);
+    *m = job->seen;
+    if (result)
+        job->seen.size = 0;
+    return result;
+}
+
+/*
  * What tensor i lies in, from one span to the next; *hidden: the first that cannot be exported, and
  * then the list is of no use.
  */
@@ -213,8 +232,7 @@ static int collect(struct gpu_job *job, int i, uint64_t bytes, struct spans *s,
     struct memory m;
 
     for (uint64_t next = at; next < end; next = m.base + m.size) {
-        int rc =
-            driver_check(driver_describe(job->cu, next, &m), "%s: cuPointerGetAttributes", name);
+        int rc = driver_check(describe(job, next, &m), "%s: cuPointerGetAttributes", name);
         if (rc)
             return rc;
         bool device = m.type == CU_MEMORY_DEVICE || m.managed;
@@ -295,7 +313,7 @@ static struct CUctx_st *find_context(struct gpu_job *job)
     for (int i = 0; i < N_TENSORS && !context; i++) {
         const struct sage_tensor *t = tensor_of(&job->attn, i);
         if (t->dtype != SAGE_NONE && t->data &&
-            driver_describe(job->cu, (uint64_t)(uintptr_t)t->data, &m) == CU_OK)
+            describe(job, (uint64_t)(uintptr_t)t->data, &m) == CU_OK)
             context = m.context;
     }
     if (!context)
@@ -309,16 +327,26 @@ static int check_device(struct gpu_job *job)
     char here[UUID_TEXT], there[PROTO_NAME_MAX];
     int rc = driver_check(job->cu->cuCtxGetDevice(&job->device), "cuCtxGetDevice");
 
-    if (!rc)
-        rc = driver_uuid(job->cu, job->device, here);
     if (rc)
         return rc;
     pthread_mutex_lock(&c->lock);
     memcpy(there, c->welcome.uuid, sizeof(there));
     c->gpu.used = true;
+    uint64_t epoch = c->epoch;
+    bool known = c->gpu.same_epoch == epoch && c->gpu.same_device == job->device;
     pthread_mutex_unlock(&c->lock);
-    if (!strcmp(here, there))
+    if (known)
         return 0;
+    rc = driver_uuid(job->cu, job->device, here);
+    if (rc)
+        return rc;
+    if (!strcmp(here, there)) {
+        pthread_mutex_lock(&c->lock);
+        c->gpu.same_device = job->device;
+        c->gpu.same_epoch = epoch;
+        pthread_mutex_unlock(&c->lock);
+        return 0;
+    }
     return error_set(SAGE_EINVAL, "%s of %s, but the daemon has %s: see sage_connect_options.gpu",
                      job->stream == GPU_NO_STREAM ? "the memory is" : "stream: is", here, there);
 }

@@ -39,6 +39,15 @@ struct their_event {
     struct CUevent_st *event; /* NULL: it could not be opened */
 };
 
+/* The session page for streams of one context. Once listed it does not change. */
+struct page_view {
+    struct page_view *next;
+    struct context context;
+    struct sage_page *page;   /* the mapping that CUDA knows */
+    uint64_t device;          /* its address for streams; 0: they cannot use it, */
+    char why[PROTO_TEXT_MAX]; /* for this reason */
+};
+
 /*
  * Device memory of our own, for tensors in memory that cannot be shared. A job has it for the time
  * of its call; what the streams still do with it by then is before `passed`.
@@ -58,9 +67,13 @@ enum { STAGE_BLOCKS = 2 };
 
 /* A client's part here. Under `lock`, except for what is set once by gpu_init(). */
 struct gpu {
-    enum sage_mode mode; /* set once; SYNC or EVENT */
-    bool staging;        /* set once */
-    uint64_t cap;        /* set once; 0: an eighth of the device */
+    enum sage_mode asked;    /* set once */
+    bool staging;            /* set once */
+    uint64_t cap;            /* set once; 0: an eighth of the device */
+    enum sage_mode in_force; /* of the last job of a stream; AUTO: there was none */
+    uint64_t no_events;      /* the connection on which events turned out not to work */
+    int same_device;         /* this one is the daemon's, */
+    uint64_t same_epoch;     /* on this connection */
     struct cache cache;
     bool used;     /* the driver has given us something */
     bool watching; /* there is a watcher */
@@ -69,6 +82,9 @@ struct gpu {
     struct own_event *own;
     struct their_event *theirs;
     uint32_t n_own, last_event; /* how many there are; the id of the last that was made */
+    struct page_view *views;
+    uint32_t n_views; /* how many were ever begun */
+    uint32_t n_kept;  /* descriptors that buffers keep */
     struct stage_block blocks[STAGE_BLOCKS];
 };
 
@@ -88,9 +104,11 @@ struct gpu_job {
     struct sage_attn attn;   /* checked; tensors that are staged lie in the block */
     struct sage_attn theirs; /* as the caller has it */
     struct place places[N_TENSORS];
-    struct stage_block *block; /* NULL: nothing is staged */
-    uint64_t staged;           /* bytes copied, both ways */
-    uint32_t event;            /* that the inputs are behind; 0: they are ready */
+    struct stage_block *block;    /* NULL: nothing is staged */
+    uint64_t staged;              /* bytes copied, both ways */
+    uint32_t event;               /* that the inputs are behind; 0: none */
+    const struct page_view *view; /* the stream tells and waits in the page; NULL: the CPU does */
+    struct memory seen;           /* what was asked for last, see describe() */
     struct CUstream_st *stream;
     struct context context; /* pushed */
     int device, capture_mode;
@@ -118,6 +136,18 @@ int gpu_begin(struct gpu_job *job, struct sage_client *client, const struct sage
 /* The job was submitted: its registrations stay until it is over. */
 void gpu_submitted(struct gpu_job *job, struct sage_job submitted);
 void gpu_end(struct gpu_job *job);
+
+/* --- view.c --- */
+
+/* The page for streams of the job's context; made, and tried out, when it is first asked for. */
+int view_get(struct gpu_job *job, const struct page_view **view);
+/* The address of a word of the page. */
+uint64_t view_word(const struct page_view *view, const struct sage_client *client,
+                   const uint32_t *word);
+/* All jobs are released: wait for the contexts' streams, and take the page from them. */
+void views_finish(struct sage_client *client, const struct driver *cu);
+/* Unmap and free, in a fork child too. */
+void views_destroy(struct sage_client *client);
 
 /* --- register.c --- */
 
@@ -169,6 +199,9 @@ void stage_end(struct gpu_job *job);
 void stage_trim(struct sage_client *client, const struct driver *cu, bool all);
 
 /* --- enqueue.c --- */
+
+/* The stream stores job n's acquire word. It may take as long as what the stream has to do. */
+int gpu_store_acquire(const struct gpu_job *job, const struct sage_lane *lane, uint32_t n);
 
 /* sage_attn_run() where the daemon has a GPU. */
 int gpu_run(struct sage_client *client, const struct sage_attn *attn, struct sage_times *times);

@@ -13,6 +13,7 @@
 enum {
     MAX_IN_FLIGHT = SAGE_ENTRIES - 1,
     DONE_MS = 100,    /* how long a job's text and times may come after its release */
+    LANE_MS = 10,     /* between two looks for a lane that nobody uses */
     NAP_MIN_US = 100, /* between two tries of sage_attn_run() */
     NAP_MAX_US = 20000,
 };
@@ -37,44 +38,81 @@ void lane_look(struct sage_lane *lane, uint32_t last)
 {
     while (lane->looked != last && lane_released(lane, lane->looked + 1)) {
         uint32_t n = ++lane->looked;
+        const struct entry *e = &lane->entry[n % SAGE_ENTRIES];
         int status = status_from_wire(page_load(&lane->words->status[n % SAGE_ENTRIES]));
-        if (!lane->error)
+        /* The word may be a daemon's, that finished late what we had failed. */
+        if (!status && e->number == n && e->failed)
+            status = SAGE_ELOST;
+        if (status && !lane->error) {
             lane->error = status;
+            lane->error_number = n;
+        }
     }
 }
 
-/*
- * How little a lane suits a stream (0: none): its own; idle ones, where no later job waits for an
- * earlier one of somebody else; of those rather one whose stream is not going to ask for it.
- */
-static int unfitness(const struct sage_lane *lane, uint64_t stream)
+static bool is_ready(const struct sage_lane *lane, uint32_t n)
 {
-    enum { OWN, FREE, NEW, IDLE, BUSY };
+    return page_reached(page_load(&lane->words->acquire[n % SAGE_ENTRIES]), n);
+}
 
+/*
+ * Nobody is going to write to its words. A job can be over before an earlier one (refused), and
+ * before its stream has come to store the acquire word.
+ */
+static bool is_idle(const struct sage_lane *lane)
+{
+    uint32_t tail = lane_tail(lane);
+
+    for (uint32_t n = tail - MAX_IN_FLIGHT + 1; n != tail + 1; n++)
+        if (!lane_released(lane, n) || (lane->stream && !is_ready(lane, n)))
+            return false;
+    return true;
+}
+
+/*
+ * How little a lane suits a new stream: rather one that no other is going to ask for, and never one
+ * where a job would wait for an earlier one of another stream, which may be waiting for it.
+ */
+enum { FREE, NEW, IDLE, BUSY };
+
+static int unfitness(const struct sage_lane *lane)
+{
     if (!lane)
         return NEW;
-    if (stream && lane->stream == stream)
-        return OWN;
-    if (!lane_released(lane, lane_tail(lane)))
+    if (lane->used || !is_idle(lane))
         return BUSY;
     return lane->stream ? IDLE : FREE;
+}
+
+/* The stream's, or the one that suits best; of equals that was taken longest ago. -1: none does. */
+static int choose(const struct sage_client *c, uint64_t stream)
+{
+    int best = -1, least = BUSY;
+    uint64_t turn = 0;
+
+    for (int i = 0; stream && i < SAGE_LANES; i++)
+        if (c->lanes[i] && !c->lanes[i]->used && c->lanes[i]->stream == stream)
+            return i;
+    for (int i = 0; i < SAGE_LANES; i++) {
+        const struct sage_lane *lane = c->lanes[i];
+        int unfit = unfitness(lane);
+        if (unfit < least || (unfit == IDLE && least == IDLE && lane->turn < turn)) {
+            best = i;
+            least = unfit;
+            turn = lane ? lane->turn : 0;
+        }
+    }
+    return best;
 }
 
 /* With `lock` held. A lane for one owner. */
 static int take(struct sage_client *c, uint64_t stream, struct sage_lane **out)
 {
-    struct sage_lane *lane = NULL;
-    int best = -1;
+    int best = choose(c, stream);
 
-    for (int i = 0; i < SAGE_LANES; i++) {
-        lane = c->lanes[i];
-        if (!(lane && lane->used) &&
-            (best < 0 || unfitness(lane, stream) < unfitness(c->lanes[best], stream)))
-            best = i;
-    }
     if (best < 0)
         return error_set(SAGE_EBUSY, "all %d lanes of this client are in use", SAGE_LANES);
-    lane = c->lanes[best];
+    struct sage_lane *lane = c->lanes[best];
     if (!lane)
         lane = create(c, (uint32_t)best);
     if (!lane)
@@ -85,6 +123,7 @@ static int take(struct sage_client *c, uint64_t stream, struct sage_lane **out)
         lane->error = 0;
     }
     lane_look(lane, lane_tail(lane));
+    lane->turn = ++c->turns;
     lane->used = true;
     *out = lane;
     return 0;
@@ -114,11 +153,13 @@ void sage_lane_destroy(struct sage_lane *lane)
     uint32_t tail = lane_tail(lane);
     for (uint32_t n = tail - MAX_IN_FLIGHT + 1; n != tail + 1; n++) {
         struct sage_job job = {lane, n};
+        bool ready = is_ready(lane, n);
         /* One that never became ready would never be over. */
-        if (!lane_released(lane, n) &&
-            !page_reached(page_load(&lane->words->acquire[n % SAGE_ENTRIES]), n))
+        if (!lane_released(lane, n) && !ready)
             sage_cancel(job);
         page_wait(&lane->words->release[n % SAGE_ENTRIES], n, -1);
+        if (!ready) /* nor is it going to be: the lane has no use for it any more */
+            page_store(&lane->words->acquire[n % SAGE_ENTRIES], n);
     }
     pthread_mutex_lock(&lane->client->lock);
     put(lane);
@@ -176,6 +217,7 @@ static int keep_packet(struct sage_lane *lane, uint32_t n, const void *packet, s
     memcpy(entry->packet, packet, len);
     entry->len = (uint32_t)len;
     entry->number = n;
+    entry->failed = false;
     pthread_mutex_unlock(&lane->client->lock);
     free(old);
     return 0;
@@ -196,6 +238,7 @@ static int check(struct sage_client *c, const struct sage_attn *attn, const stru
                              tensor_names[i], t->buffer ? "buffer" : "offset");
     }
     m->event = gpu ? gpu->event : 0;
+    m->streamed = gpu && gpu->view;
     m->staged = gpu ? gpu->staged : 0;
     m->n_q_offsets = m->n_k_offsets = 0;
     if (a->n_seqs > 0 && a->n_seqs <= SAGE_MAX_SEQS && a->q_offsets && a->k_offsets) {
@@ -213,15 +256,11 @@ static int check(struct sage_client *c, const struct sage_attn *attn, const stru
     return rc;
 }
 
-/*
- * Publish the checked job, then send it, unless the reader is going to. There was room for it, and
- * nobody else sends; so it waits only if the reader has just replaced the connection and filled it.
- */
-static int publish(struct sage_lane *lane, unsigned flags, struct sage_job *job)
+/* The packet of the checked job, as the lane's next. */
+static int prepare(struct sage_lane *lane, unsigned flags)
 {
     struct sage_client *c = lane->client;
-    uint64_t tail = atomic_load(&lane->tail) + 1;
-    uint32_t n = (uint32_t)tail;
+    uint32_t n = lane_tail(lane) + 1;
 
     c->submit.lane = lane->index;
     c->submit.number = n;
@@ -229,29 +268,83 @@ static int publish(struct sage_lane *lane, unsigned flags, struct sage_job *job)
     size_t len = packet_encode(c->out, sizeof(c->out), OP_SUBMIT, 0, MSG_SUBMIT, &c->submit);
     if (!len)
         return error_set(SAGE_EINTERNAL, "SUBMIT does not fit a packet");
-    int rc = keep_packet(lane, n, c->out, len);
-    if (rc)
-        return rc;
-    if (!(flags & SAGE_HELD))
-        page_store(&lane->words->acquire[n % SAGE_ENTRIES], n);
-    *job = (struct sage_job){lane, n};
-    c->in_flight++;
+    return keep_packet(lane, n, c->out, len);
+}
+
+/*
+ * The stream's number n is not going to be a job: released, without an error. The reader may have
+ * failed it already, if it saw it.
+ */
+static void use_up(struct sage_lane *lane, uint32_t n)
+{
+    pthread_mutex_lock(&lane->client->lock);
+    lane->entry[n % SAGE_ENTRIES].failed = false;
+    pthread_mutex_unlock(&lane->client->lock);
+    page_release(lane->words, n, 0);
+}
+
+/*
+ * Publish the prepared job, then send it, unless the reader is going to. There was room for it; so
+ * it waits only if the reader has just replaced the connection and filled it, or others have while
+ * the stream's acquire was stored.
+ */
+static int publish(struct sage_lane *lane, bool streamed, struct sage_job *job)
+{
+    struct sage_client *c = lane->client;
+    uint64_t tail = atomic_load(&lane->tail) + 1;
+    uint32_t n = (uint32_t)tail;
+    const struct entry *e = &lane->entry[n % SAGE_ENTRIES];
+
     atomic_store(&lane->tail, tail);
     enum link_state state = LINK_STATE(atomic_fetch_add(&c->link, 1));
     if (state == LINK_LIVE) {
-        rc = conn_send(c->fd, c->out, len, NULL);
+        int rc = conn_send(c->fd, e->packet, e->len, NULL);
         if (rc && rc != SAGE_ELOST) /* the reader then sends it again, or fails it */
             shutdown(c->fd, SHUT_RDWR);
-    } else if (state == LINK_LOST) { /* since client_revive() */
+    } else if (state == LINK_LOST && streamed) {
+        use_up(lane, n); /* since client_revive(); nobody waits for it yet */
+        return error_set(SAGE_ELOST, "the connection to the daemon broke");
+    } else if (state == LINK_LOST) {
         reader_fail(lane, n, "the connection to the daemon broke");
     }
+    *job = (struct sage_job){lane, n};
     return 0;
+}
+
+/*
+ * The stream stores the acquire word. Without submit_lock, for the driver may wait there for the
+ * stream. A number that may be on its way is used up: released, in a job that nobody knows of.
+ */
+static int store_acquire(struct sage_lane *lane, const struct gpu_job *gpu)
+{
+    struct sage_client *c = lane->client;
+    uint64_t tail = atomic_load(&lane->tail) + 1;
+
+    pthread_mutex_unlock(&c->submit_lock);
+    int rc = gpu_store_acquire(gpu, lane, (uint32_t)tail);
+    pthread_mutex_lock(&c->submit_lock);
+    if (!rc)
+        return 0;
+    page_store(&lane->words->acquire[tail % SAGE_ENTRIES], (uint32_t)tail);
+    use_up(lane, (uint32_t)tail);
+    atomic_store(&lane->tail, tail);
+    return rc;
+}
+
+bool lane_drained(struct sage_lane *lane, int status)
+{
+    uint32_t oldest = lane_tail(lane) - MAX_IN_FLIGHT + 1;
+
+    if (status != SAGE_EBUSY || lane_released(lane, oldest))
+        return false;
+    return page_wait(&lane->words->release[oldest % SAGE_ENTRIES], oldest, -1);
 }
 
 int lane_submit(struct sage_lane *lane, const struct sage_attn *attn, unsigned flags,
                 struct gpu_job *gpu, struct sage_job *job)
 {
     struct sage_client *c = lane->client;
+    bool streamed = gpu && gpu->view;
 
     pthread_mutex_lock(&c->submit_lock);
     int rc = check(c, attn, gpu);
@@ -260,7 +353,17 @@ int lane_submit(struct sage_lane *lane, const struct sage_attn *attn, unsigned f
     if (!rc)
         rc = take_credit(lane);
     if (!rc)
-        rc = publish(lane, flags, job);
+        rc = prepare(lane, flags);
+    if (!rc) {
+        uint32_t n = lane_tail(lane) + 1;
+        c->in_flight++;
+        if (streamed)
+            rc = store_acquire(lane, gpu);
+        else if (!(flags & SAGE_HELD))
+            page_store(&lane->words->acquire[n % SAGE_ENTRIES], n);
+    }
+    if (!rc)
+        rc = publish(lane, streamed, job);
     pthread_mutex_unlock(&c->submit_lock);
     if (!rc && gpu)
         gpu_submitted(gpu, *job);
@@ -406,12 +509,30 @@ int sage_cancel(struct sage_job job)
 
 /* --- all in one --- */
 
+/* Is there a lane that is not the program's own? It becomes free, and DONE or its owner tells. */
+static bool any_returns(const struct sage_client *c)
+{
+    for (int i = 0; i < SAGE_LANES; i++)
+        if (!c->lanes[i] || !c->lanes[i]->used)
+            return true;
+    return c->runners > 0;
+}
+
+/* With `lock` held. A lane whose stream has yet to store an acquire word becomes idle unheard. */
+static void await_change(struct sage_client *c)
+{
+    int64_t end = clock_ns() + LANE_MS * INT64_C(1000000);
+    struct timespec limit = {end / 1000000000, end % 1000000000};
+
+    pthread_cond_timedwait(&c->changed, &c->lock, &limit);
+}
+
 int lane_take(struct sage_client *c, uint64_t stream, struct sage_lane **lane)
 {
     pthread_mutex_lock(&c->lock);
     int rc = take(c, stream, lane);
-    while (rc == SAGE_EBUSY && c->runners > 0) {
-        pthread_cond_wait(&c->changed, &c->lock);
+    while (rc == SAGE_EBUSY && any_returns(c)) {
+        await_change(c);
         rc = take(c, stream, lane);
     }
     c->runners += rc == 0;

@@ -243,20 +243,30 @@ static void set_untold(struct sage_lane *lane, uint32_t n, const char *text)
     pthread_mutex_unlock(&lane->client->lock);
 }
 
+/* The daemon did it, but did not live to tell, nor to wake who sleeps until its device has. */
+static void set_released(struct sage_lane *lane, uint32_t n)
+{
+    set_untold(lane, n, "");
+    page_wake(lane->words, n);
+}
+
 void reader_fail(struct sage_lane *lane, uint32_t n, const char *text)
 {
     set_untold(lane, n, text);
+    pthread_mutex_lock(&lane->client->lock);
+    lane->entry[n % SAGE_ENTRIES].failed = true;
+    pthread_mutex_unlock(&lane->client->lock);
     page_release(lane->words, n, SAGE_ELOST);
 }
 
-static void fail_all(struct sage_client *c, const char *text)
+void reader_fail_all(struct sage_client *c, const char *text)
 {
     for (int i = 0; i < SAGE_LANES; i++) {
         struct sage_lane *lane = c->lanes[i];
         uint32_t n = lane ? oldest(lane) : 0;
         for (int e = 0; lane && e < SAGE_ENTRIES; e++, n++)
             if (lane_released(lane, n))
-                set_untold(lane, n, "");
+                set_released(lane, n);
             else
                 reader_fail(lane, n, text);
     }
@@ -322,7 +332,7 @@ static int resubmit(struct sage_client *c, bool again)
         while (lane->sent != tail) {
             uint32_t n = ++lane->sent;
             if (lane_released(lane, n)) {
-                set_untold(lane, n, "");
+                set_released(lane, n);
                 continue;
             }
             if (again && was_launched(c, lane, n)) {
@@ -402,7 +412,7 @@ static void give_up(struct sage_client *c)
     c->reason[0] = '\0';
     snprintf(text, sizeof(text), "%.*s", (int)sizeof(text) - 1, error_text());
     do
-        fail_all(c, text);
+        reader_fail_all(c, text);
     while (
         !atomic_compare_exchange_strong(&c->link, &seen, LINK_WORD(LINK_LOST, LINK_COUNT(seen))));
     announce(c);

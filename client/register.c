@@ -143,8 +143,10 @@ static void free_own(struct sage_client *c, bool all)
 
     cu->cuThreadExchangeStreamCaptureMode(&mode);
     stage_trim(c, cu, all);
-    if (all)
+    if (all) {
         events_finish(c, cu);
+        views_finish(c, cu);
+    }
     cu->cuThreadExchangeStreamCaptureMode(&mode);
 }
 
@@ -193,6 +195,7 @@ void gpu_destroy(struct sage_client *c)
         c->gpu.theirs = e->next;
         free(e);
     }
+    views_destroy(c);
 }
 
 /* --- registering --- */
@@ -210,7 +213,7 @@ int gpu_export(const struct span *span, int *fd)
     *fd = -1;
     result = cu->cuMemExportToShareableHandle(fd, handle, CU_POSIX_FD, 0);
     if (!result && !span_is_there(cu, span)) /* then it was another's that we got */
-        close(*fd), result = CU_INVALID_VALUE;
+        close(*fd), *fd = -1, result = CU_INVALID_VALUE;
     cu->cuMemRelease(handle);
     if (result)
         return driver_check(result, "cuMemExportToShareableHandle"), SAGE_EHANDLE;
@@ -228,6 +231,16 @@ static uint64_t cap_of(struct gpu_job *job)
     return total / CAP_SHARE;
 }
 
+/* None of n is there yet. NULL, and none ever will be, where there is no memory. */
+static int *no_fds(uint32_t n)
+{
+    int *fds = malloc(n * sizeof(*fds));
+
+    for (uint32_t i = 0; fds && i < n; i++)
+        fds[i] = -1;
+    return fds;
+}
+
 /* The buffer that an entry is for the daemon; several chunks, or one that has no older handle. */
 static int add_buffer(struct gpu_job *job, struct cached *e, bool ipc)
 {
@@ -240,7 +253,8 @@ static int add_buffer(struct gpu_job *job, struct cached *e, bool ipc)
                               .fd = -1,
                               .size = cached_bytes(e),
                               .spans = ipc ? NULL : e->spans,
-                              .n_spans = ipc ? 0 : e->n_spans};
+                              .n_spans = ipc ? 0 : e->n_spans,
+                              .fds = ipc ? NULL : no_fds(e->n_spans)};
     int rc = 0;
     if (ipc &&
         driver_check(job->cu->cuIpcGetMemHandle(&b->handle, cached_base(e)), "cuIpcGetMemHandle"))

@@ -37,10 +37,12 @@ enum sage_priority { SAGE_LOW = -1, SAGE_NORMAL = 0, SAGE_HIGH = 1 };
 
 /* How sage_attn_enqueue() orders a job with its stream. */
 enum sage_mode {
-    SAGE_MODE_AUTO = 0,  /* sync: who waits for the event of a killed daemon waits for ever */
+    SAGE_MODE_AUTO = 0,  /* lane where driver and device can, else event, else sync */
     SAGE_MODE_SYNC = 1,  /* the CPU waits for the stream, then for the job */
     SAGE_MODE_EVENT = 2, /* the CPU waits until the job is launched, the stream for the job;
-                            daemon and client must belong to the same user */
+                            daemon and client must belong to the same user. A stream that waits
+                            for a daemon that is killed waits for ever */
+    SAGE_MODE_LANE = 3,  /* nobody but the stream waits */
 };
 
 struct sage_connect_options {
@@ -60,7 +62,7 @@ struct sage_connect_options {
     int retry_ms;
     /* The GPU that the daemon must have, "GPU-..." as nvidia-smi -L shows it; NULL: any. */
     const char *gpu;
-    /* AUTO: $SAGE_MODE ("auto", "sync" or "event") if it is set. */
+    /* AUTO: $SAGE_MODE ("auto", "lane", "event" or "sync") if it is set. */
     enum sage_mode mode;
     /* Bytes of device memory that stay registered while no job uses them; 0: $SAGE_CACHE_BYTES if
      * it is set, otherwise an eighth of the device. */
@@ -78,8 +80,10 @@ SAGE_API int sage_connect(const struct sage_connect_options *options, struct sag
 
 /*
  * Close the connection and free the client, its lanes and its buffers. Jobs that are still in
- * flight are dropped and their outputs undefined. Waits for streams that work with memory of the
- * library's own, see sage_trim(). NULL is fine. In a fork child: frees the child's copy.
+ * flight are dropped and their outputs undefined: synchronise first. Lets streams that wait for
+ * them go on, and waits until streams that work with memory of the library's own, see sage_trim(),
+ * and the CUDA contexts whose streams had jobs in lane mode have nothing more to do. NULL is fine.
+ * In a fork child: frees the child's copy.
  */
 SAGE_API void sage_disconnect(struct sage_client *client);
 
@@ -216,19 +220,24 @@ SAGE_API int sage_attn_run(struct sage_client *client, const struct sage_attn *a
 
 /*
  * Compute as if by a kernel of `stream` (a CUstream or cudaStream_t; NULL: the default stream of
- * old, of the current context): after all that was put on it before, and before all that is put on
- * it later. Waits in sync mode until the job is over, in event mode until it is launched; in either
- * until what the stream had to do before is done. Nothing of *attn is kept; the tensors must stay
- * until the stream has passed the job.
- * Retries like sage_attn_run(). An error: nothing was computed, o and lse are undefined, and the
- * stream goes on. SAGE_ECAPTURE (the stream is being captured), SAGE_EINVAL (also: the stream or a
- * tensor is of another GPU than the daemon's, and the text names both), SAGE_EUNSUPPORTED (also: no
- * CUDA driver, a daemon without a GPU, no event mode where that was asked for), SAGE_EBUFFER (no
- * device memory), SAGE_EBOUNDS (the tensor ends behind its allocation), SAGE_EHANDLE (memory or
- * event handles cannot be exchanged), SAGE_EQUOTA, and what sage_attn_run() returns.
- * In event mode a job can still fail once this has returned: see sage_stream_error(). And a daemon
- * that is killed while it computes leaves the stream waiting for ever, for its event never comes:
- * only sync mode is proof against that.
+ * old, of the current context): after all that was put on it before, and before all that is put
+ * on it later. In lane mode it waits for nothing, except while 63 jobs of the stream are in flight,
+ * for the first of them, or while 64 other streams have jobs in flight. In event mode it waits
+ * until the job is launched, in sync mode until it is over; in either until what the stream had to
+ * do before is done. Memory that it meets for the first time is registered before that, which takes
+ * the daemon's answer. Nothing of *attn is kept; the tensors must stay until the stream has passed
+ * the job.
+ * Retries like sage_attn_run() what is refused here. An error: nothing was computed, o and lse are
+ * undefined, and the stream goes on. SAGE_ECAPTURE (the stream is being captured), SAGE_EINVAL
+ * (also: the stream or a tensor is of another GPU than the daemon's, and the text names both),
+ * SAGE_EUNSUPPORTED (also: no CUDA driver, a daemon without a GPU, no lane or event mode where that
+ * was asked for), SAGE_EBUFFER (no device memory), SAGE_EBOUNDS (the tensor ends behind its
+ * allocation), SAGE_EHANDLE (memory or event handles cannot be exchanged), SAGE_EQUOTA, and what
+ * sage_attn_run() returns.
+ * In lane and event mode a job can still fail once this has returned: see sage_stream_error(). What
+ * a daemon that died had not finished its successor does; where there is none after retry_ms, lane
+ * mode lets the stream go on, but in event mode a daemon that is killed while it computes leaves
+ * the stream waiting for ever, for its event never comes.
  */
 SAGE_API int sage_attn_enqueue(struct sage_client *client, const struct sage_attn *attn,
                                struct CUstream_st *stream);
@@ -236,13 +245,14 @@ SAGE_API int sage_attn_enqueue(struct sage_client *client, const struct sage_att
 /*
  * The status of the first job that sage_attn_enqueue() put on the stream and that failed after it
  * had returned, since this was last asked; 0: none that is known of. Synchronise with the stream,
- * then ask. Such a job's outputs are undefined: SAGE_ELOST (the daemon died), SAGE_EDEVICE. Waits
- * for nothing, so it also tells why a stream waits for ever. Of the 64 streams that were used last.
+ * then ask. Such a job's outputs are undefined: SAGE_ELOST (the daemon died, and had no successor
+ * within retry_ms), SAGE_EDEVICE, and in lane mode what the daemon refuses it for. Waits for
+ * nothing, so it also tells why a stream waits for ever. Of the 64 streams that were used last.
  * SAGE_EINVAL: the driver refused the stream.
  */
 SAGE_API int sage_stream_error(struct sage_client *client, struct CUstream_st *stream);
 
-/* The mode that is in force: SYNC or EVENT. */
+/* The mode that is in force; AUTO: no job of a stream has shown it yet. SYNC with a CPU daemon. */
 SAGE_API enum sage_mode sage_client_mode(struct sage_client *client);
 
 /*

@@ -1,9 +1,9 @@
 /*
  * backend.h - a device: maps client memory and computes pieces of jobs on streams.
  *
- * The loop thread calls everything but map(), unmap(), event_open() and event_close(), which run on
- * the libuv pool. A stream works through its pieces in order and tells of each by its completion
- * word; nobody waits for anybody.
+ * The loop thread calls everything but map(), unmap(), page_open(), page_close(), event_open() and
+ * event_close(), which run on the libuv pool. A stream works through its pieces in order and tells
+ * of each by its completion word; nobody waits for anybody.
  */
 #ifndef SAGE_BACKEND_H
 #define SAGE_BACKEND_H
@@ -19,7 +19,8 @@ struct stream;
 struct piece {
     const struct sage_attn *attn; /* data pointers in force */
     struct sage_part part;
-    struct sage_page_lane *lane; /* release job `number` there when this is done; NULL: do not */
+    struct sage_page_lane *lane;   /* release job `number` there when this is done; NULL: do not */
+    struct sage_page_lane *remote; /* the same for the device, which does it; NULL: we do */
     uint32_t number;
     bool brief; /* takes less than waking somebody, on an idle stream: may be done in start() */
     uint64_t launch_ns; /* CLOCK_MONOTONIC, like the others; just before start() */
@@ -63,6 +64,13 @@ struct backend {
     int (*map)(struct device *device, const struct mapping *what, void **base, uint64_t *size,
                char *why);
     void (*unmap)(struct device *device, const struct mapping *what, void *base, uint64_t size);
+    /*
+     * Let streams store into a client's page: *remote is its address for them, or NULL where they
+     * cannot. Both run on the libuv pool, both may be NULL.
+     */
+    int (*page_open)(struct device *device, struct sage_page *page, struct sage_page **remote,
+                     char *why);
+    void (*page_close)(struct device *device, struct sage_page *page);
     /* Memory of our own that pieces can use, all zero; NULL: there is not so much. */
     void *(*memory_get)(struct device *device, size_t bytes);
     void (*memory_put)(struct device *device, void *memory);

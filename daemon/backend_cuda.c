@@ -2,6 +2,9 @@
  * backend_cuda.c - a GPU as a device: a stream is a CUDA stream. The loop launches, and reads in
  * pinned memory what the device has written about each piece: when it began, when it ended.
  *
+ * The end of a job is told to its client by the stream itself, in the client's page; the piece's
+ * record comes behind that, so that nothing writes to a page any more whose pieces are all over.
+ *
  * The loop waits for nothing on the device. Its thread and those of the pool all have the primary
  * context of the one device current.
  */
@@ -307,6 +310,9 @@ static void start(struct stream *s, struct piece *piece)
     if (!rc) {
         piece->status = sage_attn_cuda(piece->attn, &piece->part, s->workspace, s->bytes, s->cuda,
                                        why, sizeof(why));
+        if (piece->status || !piece->remote ||
+            !share_release(s->device, s->cuda, piece->remote, piece->number))
+            piece->remote = NULL;
         /* Also behind a launch that failed: something before it may run. */
         rc = sage_cuda_stamp_end(stamp, s->cuda);
     }
@@ -345,7 +351,9 @@ static void set_times(struct device *d, struct piece *piece, const struct sage_c
 /* The oldest piece is over, or the device is. */
 static void finish(struct stream *s, struct piece *piece)
 {
-    if (piece->lane && piece->status != SAGE_EDEVICE)
+    if (piece->lane && piece->remote)
+        page_wake(piece->lane, piece->number);
+    else if (piece->lane && piece->status != SAGE_EDEVICE)
         page_release(piece->lane, piece->number, piece->status);
     s->out++;
     piece->done = 1;
@@ -403,7 +411,7 @@ static int event_record(struct stream *s, uint32_t *number, uint8_t handle[PROTO
 const struct backend backend_cuda = {
     .name = "cuda",
     .kinds = 1 << BUFFER_CUDA_IPC | 1 << BUFFER_VMM,
-    .modes = MODE_SYNC | MODE_EVENT,
+    .modes = MODE_SYNC | MODE_EVENT | MODE_LANES,
     .client_mode = "sync",
     .open = open_cuda,
     .close = close_cuda,
@@ -413,6 +421,8 @@ const struct backend backend_cuda = {
     .supports = supports,
     .map = share_map,
     .unmap = share_unmap,
+    .page_open = share_page_open,
+    .page_close = share_page_close,
     .memory_get = memory_get,
     .memory_put = memory_put,
     .stream_open = stream_open,

@@ -1,6 +1,6 @@
 /*
- * cuda_share.c - memory and events of other processes on the GPU. Opening and closing run on the
- * libuv pool: any thread there may be new to the device.
+ * cuda_share.c - memory, pages and events of other processes on the GPU. Opening and closing run on
+ * the libuv pool: any thread there may be new to the device.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -218,6 +218,76 @@ void share_unmap(struct device *d, const struct mapping *what, void *base, uint6
     cudaGetLastError();
 }
 
+/* --- pages of clients --- */
+
+static CUstreamBatchMemOpParams store(const uint32_t *word, uint32_t value)
+{
+    CUstreamBatchMemOpParams op = {.writeValue = {.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
+                                                  .address = (CUdeviceptr)word,
+                                                  .value = value}};
+    return op;
+}
+
+bool share_release(struct device *d, cudaStream_t stream, struct sage_page_lane *remote,
+                   uint32_t number)
+{
+    CUstreamBatchMemOpParams ops[] = {store(&remote->status[number % SAGE_ENTRIES], 0),
+                                      store(&remote->release[number % SAGE_ENTRIES], number)};
+
+    return d->cu.p_cuStreamBatchMemOp(stream, 2, ops, 0) == CUDA_SUCCESS;
+}
+
+/* By a real call, since there is nothing to ask. */
+static bool can_release(struct device *d)
+{
+    uint32_t *word, *remote;
+
+    if (cudaHostAlloc((void **)&word, sizeof(*word), cudaHostAllocMapped)) {
+        cudaGetLastError();
+        return false;
+    }
+    *word = 0;
+    cudaError_t rc = cudaHostGetDevicePointer((void **)&remote, word, 0);
+    if (!rc) {
+        CUstreamBatchMemOpParams op = store(remote, 1);
+        rc = (cudaError_t)d->cu.p_cuStreamBatchMemOp(d->probe, 1, &op, 0);
+    }
+    if (!rc)
+        rc = cudaStreamSynchronize(d->probe);
+    bool can = !rc && __atomic_load_n(word, __ATOMIC_ACQUIRE) == 1;
+    cudaFreeHost(word);
+    cudaGetLastError();
+    return can;
+}
+
+int share_page_open(struct device *d, struct sage_page *page, struct sage_page **remote, char *why)
+{
+    *remote = NULL;
+    if (!d->releases)
+        return 0;
+    cudaError_t rc = cudaSetDevice(d->ordinal);
+    if (!rc)
+        rc = cudaHostRegister(page, sizeof(*page), cudaHostRegisterMapped);
+    if (rc)
+        return cuda_error(d, rc, SAGE_EUNSUPPORTED, "page: cudaHostRegister", why);
+    rc = cudaHostGetDevicePointer((void **)remote, page, 0);
+    if (!rc)
+        return 0;
+    cudaHostUnregister(page);
+    return cuda_error(d, rc, SAGE_EUNSUPPORTED, "page: cudaHostGetDevicePointer", why);
+}
+
+void share_page_close(struct device *d, struct sage_page *page)
+{
+    cudaError_t rc = cudaSetDevice(d->ordinal);
+
+    if (!rc)
+        rc = cudaHostUnregister(page);
+    if (rc && !cuda_is_lost(d, rc, "cudaHostUnregister"))
+        log_error("page_close", "error=%s", cudaGetErrorName(rc));
+    cudaGetLastError();
+}
+
 /* --- events of clients --- */
 
 int share_event_open(struct device *d, const uint8_t handle[PROTO_HANDLE_MAX], void **event,
@@ -380,6 +450,9 @@ int share_open(struct device *d, char *why)
                                                         CU_MEM_ALLOC_GRANULARITY_MINIMUM);
     if (rc || !d->granularity)
         return driver_error(d, rc, "cuMemGetAllocationGranularity", why);
+    d->releases = can_release(d);
+    if (!d->releases)
+        log_warning("release", "by=cpu reason=\"streams cannot store words in host memory\"");
     d->completions = calloc(COMPLETIONS_MAX, sizeof(d->completions[0]));
     if (!d->completions)
         return SAGE_ENOMEM;

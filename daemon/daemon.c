@@ -307,6 +307,7 @@ int daemon_init(struct daemon *d, const struct config *config, char *why)
     TAILQ_INIT(&d->closing);
     TAILQ_INIT(&d->flushing);
     TAILQ_INIT(&d->users);
+    TAILQ_INIT(&d->spare);
     d->stats.started_ns = daemon_now();
     snprintf(why, PROTO_TEXT_MAX, "out of memory or descriptors");
     if (getrandom(&d->boot, sizeof(d->boot), 0) != sizeof(d->boot))
@@ -315,6 +316,8 @@ int daemon_init(struct daemon *d, const struct config *config, char *why)
         return SAGE_ENOMEM;
     d->unpacker = unpacker_create();
     rc = d->unpacker && uv_async_init(&d->loop, &d->completed, on_completed) == 0 ? 0 : SAGE_ENOMEM;
+    if (!rc)
+        rc = job_reserve(d, config->client_jobs);
     if (!rc)
         rc = open_device(d, why);
     if (!rc && watch_init(d) < 0) {
@@ -325,6 +328,7 @@ int daemon_init(struct daemon *d, const struct config *config, char *why)
     if (rc) {
         close_loop(d);
         unpacker_destroy(d->unpacker);
+        job_free_spare(d);
         return rc;
     }
     start_handles(d);
@@ -342,6 +346,7 @@ void daemon_finish(struct daemon *d)
     watch_finish(d);
     d->backend->close(d->device);
     unpacker_destroy(d->unpacker);
+    job_free_spare(d);
 }
 
 void daemon_stats(const struct daemon *d, struct msg_stats *msg)

@@ -32,6 +32,7 @@ struct daemon {
     TAILQ_HEAD(, session) closing;  /* all that are not, and not yet freed */
     TAILQ_HEAD(, session) flushing; /* with jobs to report */
     TAILQ_HEAD(, user) users;       /* who have a session, or one that is not yet freed */
+    TAILQ_HEAD(, job) spare;        /* to be used again. Owned */
     unsigned n_sessions;            /* connected */
     unsigned n_live;                /* connected or not yet freed */
     uint64_t next_session;

@@ -19,6 +19,54 @@ static struct sage_tensor *tensor_of(struct sage_attn *attn, int i)
     return tensors[i];
 }
 
+/* --- memory: what one job leaves the next one uses --- */
+
+int job_reserve(struct daemon *d, uint64_t n)
+{
+    while (n-- > 0) {
+        struct job *job = calloc(1, sizeof(*job));
+        if (!job)
+            return SAGE_ENOMEM;
+        TAILQ_INSERT_HEAD(&d->spare, job, lane_link);
+    }
+    return 0;
+}
+
+void job_free_spare(struct daemon *d)
+{
+    struct job *job;
+
+    while ((job = TAILQ_FIRST(&d->spare))) {
+        TAILQ_REMOVE(&d->spare, job, lane_link);
+        free(job->offsets);
+        free(job);
+    }
+}
+
+/* The one that was used last is still in the cache. */
+static void put_spare(struct daemon *d, struct job *job)
+{
+    TAILQ_INSERT_HEAD(&d->spare, job, lane_link);
+}
+
+/* With room for `n` offsets. */
+static struct job *take_spare(struct daemon *d, size_t n)
+{
+    if (TAILQ_EMPTY(&d->spare) && job_reserve(d, 1))
+        return NULL;
+    struct job *job = TAILQ_FIRST(&d->spare);
+    if (n > job->offsets_room) {
+        int32_t *offsets = realloc(job->offsets, n * sizeof(*offsets));
+        if (!offsets)
+            return NULL;
+        job->offsets = offsets;
+        job->offsets_room = n;
+    }
+    TAILQ_REMOVE(&d->spare, job, lane_link);
+    *job = (struct job){.offsets = job->offsets, .offsets_room = job->offsets_room};
+    return job;
+}
+
 /* --- admission --- */
 
 enum taken { TAKEN, DUPLICATE, BROKEN };
@@ -170,7 +218,7 @@ static int check(struct session *s, const struct msg_submit *msg, char *why)
 static struct job *job_create(struct session *s, const struct msg_submit *msg)
 {
     size_t n = msg->n_q_offsets;
-    struct job *job = calloc(1, sizeof(*job) + 2 * n * sizeof(int32_t));
+    struct job *job = take_spare(s->daemon, 2 * n);
 
     if (!job)
         return NULL;
@@ -182,7 +230,7 @@ static struct job *job_create(struct session *s, const struct msg_submit *msg)
     job->event = msg->event ? event_find(s, msg->event) : NULL;
     job->by_event = job->event;
     if (n) {
-        int32_t *offsets = (int32_t *)(job + 1);
+        int32_t *offsets = job->offsets;
         memcpy(offsets, msg->q_offsets, n * sizeof(int32_t));
         memcpy(offsets + n, msg->k_offsets, n * sizeof(int32_t));
         job->attn.q_offsets = offsets;
@@ -191,7 +239,7 @@ static struct job *job_create(struct session *s, const struct msg_submit *msg)
     return job;
 }
 
-static void accept_job(struct session *s, struct job *job)
+static void accept_job(struct session *s, struct job *job, bool streamed)
 {
     job->groups = sage_attn_groups(&job->attn);
     job->ops = sage_attn_ops(&job->attn, NULL);
@@ -202,7 +250,7 @@ static void accept_job(struct session *s, struct job *job)
     s->n_jobs++;
     s->user->n_jobs++;
     s->n_pledged += job->by_event;
-    s->mode = job->by_event ? "event" : s->daemon->backend->client_mode;
+    s->mode = streamed ? "lane" : job->by_event ? "event" : s->daemon->backend->client_mode;
     s->daemon->stats.accepted++;
     sched_lane(s, job->lane);
 }
@@ -213,6 +261,8 @@ bool job_submit(struct session *s, const struct msg_submit *msg, char *why)
 
     if (taken != TAKEN)
         return taken == DUPLICATE;
+    if (s->daemon->draining && msg->streamed) /* nobody could try again: for the next daemon */
+        return true;
     int rc = check(s, msg, why);
     struct job *job = rc ? NULL : job_create(s, msg);
     if (!rc && !job) {
@@ -225,10 +275,11 @@ bool job_submit(struct session *s, const struct msg_submit *msg, char *why)
         /* Its word alone; but staged is only what lies in memory that is mapped here. */
         s->daemon->stats.staged_bytes +=
             msg->staged < s->mapped_bytes ? msg->staged : s->mapped_bytes;
-        accept_job(s, job);
+        accept_job(s, job, msg->streamed);
         return true;
     }
-    free(job);
+    if (job)
+        put_spare(s->daemon, job);
     refuse(s, msg->lane, msg->number, rc, why);
     return true;
 }
@@ -346,6 +397,7 @@ static void cut_group(struct job *job, const struct backend *backend, double qua
 void job_next_piece(struct job *job, const struct backend *backend, double quantum_ns,
                     size_t workspace, double ns_per_op)
 {
+    const struct session *s = job->session;
     struct sage_part *part = &job->piece.part;
     int64_t left = is_within_group(job) ? 1 : job->groups - job->group;
 
@@ -363,8 +415,8 @@ void job_next_piece(struct job *job, const struct backend *backend, double quant
         cut_group(job, backend, quantum_ns, ns_per_op);
     job->piece.attn = &job->attn;
     job->piece.number = job->number;
-    job->piece.lane =
-        job_is_last_piece(job) && !job->dropped ? &job->session->page->lane[job->lane] : NULL;
+    job->piece.lane = job_is_last_piece(job) && !job->dropped ? &s->page->lane[job->lane] : NULL;
+    job->piece.remote = job->piece.lane && s->remote ? &s->remote->lane[job->lane] : NULL;
     job->piece.start_ns = job->piece.end_ns = 0;
     job->piece.done = 0;
     job->made = true;
@@ -426,7 +478,7 @@ static void job_free(struct job *job)
     s->user->n_jobs--;
     s->n_pledged -= job->by_event;
     uint32_t lane_index = job->lane;
-    free(job);
+    put_spare(s->daemon, job);
     if (s->closing)
         session_free_if_unused(s);
     else

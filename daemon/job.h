@@ -8,6 +8,7 @@
 
 #include "daemon/backend.h"
 
+struct daemon;
 struct session;
 struct buffer;
 struct event;
@@ -30,7 +31,9 @@ struct job {
     bool watched;  /* in watch.jobs */
     bool by_event; /* its client wants to be told of an event behind it */
     bool holds;    /* one of its groups is longer than a quantum: keeps its slot between pieces */
-    struct sage_attn attn; /* data pointers into the buffers; offsets behind this struct */
+    struct sage_attn attn; /* data pointers into the buffers; offsets below */
+    int32_t *offsets;      /* of q, then of k. Owned, and kept for the next job */
+    size_t offsets_room;
     struct buffer *buffers[JOB_TENSORS]; /* referenced; NULL where the tensor is absent */
     struct event *event;                 /* of the session's, that the inputs are behind, or NULL */
     int64_t groups;                      /* how many there are */
@@ -42,10 +45,14 @@ struct job {
     struct piece piece; /* the one in a slot, or made up for the next one */
     bool made;          /* it is made up */
     double piece_ops, piece_est_ns;
-    TAILQ_ENTRY(job) lane_link;  /* lane.jobs */
+    TAILQ_ENTRY(job) lane_link;  /* lane.jobs, or daemon.spare */
     TAILQ_ENTRY(job) ready_link; /* session.ready */
     TAILQ_ENTRY(job) watch_link; /* watch.jobs */
 };
+
+/* Jobs for n of them to be in flight without an allocation. 0 or SAGE_ENOMEM. */
+int job_reserve(struct daemon *d, uint64_t n);
+void job_free_spare(struct daemon *d);
 
 /*
  * SUBMIT: legal? After this nothing looks at the problem again. A job that is not is released with

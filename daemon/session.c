@@ -154,12 +154,70 @@ struct session *session_create(struct daemon *d, int fd)
     return s;
 }
 
+/* --- the page, for streams of the device --- */
+
+static void queue_page_work(struct session *s, uv_work_cb work, uv_after_work_cb after)
+{
+    s->page_busy = true;
+    s->page_work.data = s;
+    uv_queue_work(&s->daemon->loop, &s->page_work, work, after);
+}
+
+static void open_page_work(uv_work_t *work)
+{
+    struct session *s = work->data;
+    const struct daemon *d = s->daemon;
+    char why[PROTO_TEXT_MAX];
+
+    s->page_status = d->backend->page_open(d->device, s->page, &s->page_opened, why);
+    if (s->page_status)
+        log_warning("page", "client=%llu reason=\"%s\"", (unsigned long long)s->id, why);
+}
+
+/* Until then, and where it cannot be opened, the loop releases jobs. */
+static void after_open_page(uv_work_t *work, int status)
+{
+    struct session *s = work->data;
+    (void)status;
+
+    s->page_busy = false;
+    if (s->page_status == SAGE_EDEVICE)
+        daemon_lose(s->daemon, "found by opening a page to it");
+    else if (!s->page_status)
+        s->remote = s->page_opened;
+    if (s->closing)
+        session_free_if_unused(s);
+}
+
+static void close_page_work(uv_work_t *work)
+{
+    const struct session *s = work->data;
+    const struct daemon *d = s->daemon;
+
+    d->backend->page_close(d->device, s->page);
+}
+
+static void after_close_page(uv_work_t *work, int status)
+{
+    struct session *s = work->data;
+    (void)status;
+
+    s->page_busy = false;
+    s->remote = NULL;
+    session_free_if_unused(s);
+}
+
+/* All that needed the struct tells so; the page goes last. */
 void session_free_if_unused(struct session *s)
 {
     struct daemon *d = s->daemon;
 
-    if (s->handles || s->n_jobs || s->n_mappings || s->n_events)
+    if (s->handles || s->n_jobs || s->n_mappings || s->n_events || s->page_busy)
         return;
+    if (s->remote) {
+        queue_page_work(s, close_page_work, after_close_page);
+        return;
+    }
     TAILQ_REMOVE(&d->closing, s, link);
     user_put(d, s->user);
     page_unmap(s->page);
@@ -190,6 +248,8 @@ int session_set_page(struct session *s, int fd, const char **why)
     s->page = page_map(fd, why);
     s->page_ino = st.st_ino;
     s->page_dev = st.st_dev;
+    if (s->page && s->daemon->backend->page_open)
+        queue_page_work(s, open_page_work, after_open_page);
     return s->page ? 0 : SAGE_EPROTO;
 }
 

@@ -54,6 +54,11 @@ struct session {
     bool closing; /* jobs in slots and buffers being opened or closed still need the struct */
 
     struct sage_page *page;
+    struct sage_page *remote;      /* the page for the device's streams, or NULL */
+    struct sage_page *page_opened; /* by the pool, for the loop; the same with */
+    int page_status;
+    bool page_busy; /* it is being opened to streams, or closed */
+    uv_work_t page_work;
     dev_t page_dev; /* which memfd it is */
     ino_t page_ino;
     struct lane lanes[SAGE_LANES];

@@ -42,7 +42,6 @@ int watch_init(struct daemon *d)
     struct watch *w = &d->watch;
 
     TAILQ_INIT(&w->jobs);
-    w->delay_ns = DELAY_MIN_NS;
     w->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
     if (w->timer_fd < 0)
         return -errno;
@@ -73,7 +72,6 @@ void watch_remove(struct daemon *d, struct job *job)
 void watch_stir(struct daemon *d)
 {
     d->watch.hot_until_ns = daemon_now() + HOT_NS;
-    d->watch.delay_ns = DELAY_MIN_NS;
 }
 
 void watch_again(struct daemon *d)
@@ -129,6 +127,14 @@ static void scan(struct daemon *d)
     }
 }
 
+/* Between two looks when nothing has come for so long: what is seen is late by a sixteenth. */
+static uint64_t delay_after(uint64_t quiet_ns)
+{
+    uint64_t delay = quiet_ns / 16;
+
+    return delay < DELAY_MIN_NS ? DELAY_MIN_NS : delay < DELAY_MAX_NS ? delay : DELAY_MAX_NS;
+}
+
 void watch_turn(struct daemon *d)
 {
     struct watch *w = &d->watch;
@@ -141,8 +147,8 @@ void watch_turn(struct daemon *d)
     }
     uv_idle_stop(&w->hot);
     if (!TAILQ_EMPTY(&w->jobs)) {
-        wait = wait < w->delay_ns ? wait : w->delay_ns;
-        w->delay_ns = w->delay_ns * 2 < DELAY_MAX_NS ? w->delay_ns * 2 : DELAY_MAX_NS;
+        uint64_t delay = delay_after(now - w->hot_until_ns);
+        wait = wait < delay ? wait : delay;
     }
     if (wait != UINT64_MAX)
         sleep_for(w, wait);

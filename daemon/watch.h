@@ -19,7 +19,7 @@ struct watch {
     uv_idle_t hot;                 /* keeps the loop from sleeping */
     uv_poll_t timer;               /* a timerfd: libuv's timers count milliseconds */
     int timer_fd;
-    uint64_t delay_ns, hot_until_ns;
+    uint64_t hot_until_ns;
 };
 
 int watch_init(struct daemon *d);    /* 0 or a negative errno */

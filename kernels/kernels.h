@@ -110,7 +110,7 @@ extern "C" {
 extern const struct sage_kernel sage_kernels[];
 extern const int sage_n_kernels;
 
-/* The first kernel that can do it on a device of compute capability `sm`; 0: one for all devices. */
+/* The first kernel that can do it on a device of compute capability `sm`, or 0: on any; or -1. */
 int sage_kernel_find(int sm, int head_dim, int bf16, int fp8, int mask);
 
 #ifdef __cplusplus

@@ -24,11 +24,14 @@ enum { SPIN_NS = 100 * 1000 };
 
 void page_release(struct sage_page_lane *lane, uint32_t n, int status)
 {
-    uint32_t *release = &lane->release[n % SAGE_ENTRIES];
-
     page_store(&lane->status[n % SAGE_ENTRIES], (uint32_t)-status);
-    page_store(release, n);
-    syscall(SYS_futex, release, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    page_store(&lane->release[n % SAGE_ENTRIES], n);
+    page_wake(lane, n);
+}
+
+void page_wake(struct sage_page_lane *lane, uint32_t n)
+{
+    syscall(SYS_futex, &lane->release[n % SAGE_ENTRIES], FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 
 static int64_t now_ns(void)

@@ -22,14 +22,14 @@ enum {
 
 struct sage_page_lane {
     uint32_t acquire[SAGE_ENTRIES]; /* client: = n when the inputs of job n are ready */
-    uint32_t release[SAGE_ENTRIES]; /* daemon: = n when job n is over; a futex */
-    uint32_t status[SAGE_ENTRIES];  /* daemon, before release: 0 or the number of a SAGE_E* */
+    uint32_t release[SAGE_ENTRIES]; /* daemon or its device: = n when job n is over; a futex */
+    uint32_t status[SAGE_ENTRIES];  /* the same, before release: 0 or the number of a SAGE_E* */
     uint32_t reserved[SAGE_ENTRIES];
 };
 
 struct sage_page {
     uint32_t magic, layout, lanes, entries;
-    uint8_t reserved[4096 - 16];
+    uint32_t own[(4096 - 16) / 4]; /* the client's; no daemon looks at it */
     struct sage_page_lane lane[SAGE_LANES];
 };
 
@@ -56,6 +56,8 @@ static inline void page_store(uint32_t *word, uint32_t value)
 
 /* Tell the job's client: first the status, then the release, then wake who sleeps on it. */
 void page_release(struct sage_page_lane *lane, uint32_t n, int status);
+/* Wake who sleeps on a release that a device has stored. */
+void page_wake(struct sage_page_lane *lane, uint32_t n);
 
 /*
  * Sleep until the word reaches n: a short spin, then a futex (the page is shared, so not a private

@@ -122,6 +122,7 @@ static const struct field submit_fields[] = {
     OPT(msg_submit, prompt, K_BOOL),
     OPT(msg_submit, event, K_U32),
     OPT(msg_submit, staged, K_U64),
+    OPT(msg_submit, streamed, K_BOOL),
     SUB(msg_submit, attn, true, attn_table),
     ARRAY(msg_submit, q_offsets, K_OFFSETS, NULL),
     ARRAY(msg_submit, k_offsets, K_OFFSETS, NULL),
@@ -330,16 +331,22 @@ bool packet_walk(const void *data, size_t len)
 
 /* --- decoding --- */
 
+/* The zone keeps its first chunk, where any SUBMIT finds room: no packet of a job allocates. */
 struct unpacker {
-    msgpack_unpacked result;
+    msgpack_zone zone;
+    msgpack_object object;
 };
+
+enum { ZONE_BYTES = 16384 };
 
 struct unpacker *unpacker_create(void)
 {
     struct unpacker *u = malloc(sizeof(*u));
 
-    if (u)
-        msgpack_unpacked_init(&u->result);
+    if (u && !msgpack_zone_init(&u->zone, ZONE_BYTES)) {
+        free(u);
+        u = NULL;
+    }
     return u;
 }
 
@@ -347,7 +354,7 @@ void unpacker_destroy(struct unpacker *u)
 {
     if (!u)
         return;
-    msgpack_unpacked_destroy(&u->result);
+    msgpack_zone_destroy(&u->zone);
     free(u);
 }
 
@@ -380,13 +387,14 @@ int packet_open(struct unpacker *u, const void *data, size_t len, struct packet 
 
     if (!packet_walk(data, len))
         return fail(SAGE_EPROTO, why, "packet of %zu bytes is not one sound msgpack value", len);
-    msgpack_unpack_return rc = msgpack_unpack_next(&u->result, data, len, &offset);
+    msgpack_zone_clear(&u->zone);
+    msgpack_unpack_return rc = msgpack_unpack(data, len, &offset, &u->zone, &u->object);
     if (rc == MSGPACK_UNPACK_NOMEM_ERROR)
         return fail(SAGE_ENOMEM, why, "packet: out of memory");
     if (rc != MSGPACK_UNPACK_SUCCESS)
         return fail(SAGE_EPROTO, why, "packet cannot be unpacked");
 
-    const msgpack_object *o = &u->result.data;
+    const msgpack_object *o = &u->object;
     if (o->type != MSGPACK_OBJECT_ARRAY || o->via.array.size != 3)
         return fail(SAGE_EPROTO, why, "packet is not [op, seq, map]");
     const msgpack_object *item = o->via.array.ptr;

@@ -95,6 +95,7 @@ struct msg_submit {
     bool prompt;     /* report at once, not with the next DONE_BATCH jobs or after DONE_DELAY_MS */
     uint32_t event;  /* the inputs are ready when this event of the client's is done; 0: none */
     uint64_t staged; /* bytes that the client copied, for their memory cannot be shared */
+    bool streamed;   /* a stream of the client's stores acquire and waits for release */
     struct sage_attn attn;             /* decoded: its offsets point to the arrays below */
     uint32_t n_q_offsets, n_k_offsets; /* elements used: attn.n_seqs + 1, or 0 */
     int32_t q_offsets[SAGE_MAX_SEQS + 1], k_offsets[SAGE_MAX_SEQS + 1];
@@ -183,7 +184,7 @@ struct msg_client {
     uint64_t run_ns;          /* measured time of its jobs */
     uint32_t buffers;
     uint64_t mapped_bytes;
-    char mode[PROTO_NAME_MAX]; /* of its last job: "cpu", "sync", "event"; empty before any */
+    char mode[PROTO_NAME_MAX]; /* of its last job: "cpu", "sync", "event", "lane"; or empty */
     double queue_p99_us;       /* of its last thousand jobs or two: inputs ready to started */
 };
 

@@ -203,6 +203,7 @@ static void submit(struct peer *p)
     m.prompt = options & 1;
     m.event = (uint32_t)number(0);
     m.staged = number(0);
+    m.streamed = m.staged & 1;
     a->q = tensor(0, heads, tokens, dim);
     a->k = tensor(16384, heads, tokens, dim);
     a->v = tensor(32768, heads, tokens, dim);

@@ -7,7 +7,7 @@ import numpy as np
 import sage
 
 VARIANTS = {"auto": 0, "int8_fp16": 1, "int8_fp8": 2}
-MODES = {0: "auto", 1: "sync", 2: "event"}
+MODES = {0: "auto", 1: "sync", 2: "event", 3: "lane"}
 # Largest relL1 against double precision: INT8 scores; rounding of P and V to e4m3 as well.
 BOUNDS = {"int8_fp16": 0.03, "int8_fp8": 0.06}
 
@@ -39,6 +39,11 @@ def tensor(address, shape, dtype=1):
     for i in (2, 1, 0):
         stride[i] = stride[i + 1] * max(shape[i + 1], 1)
     return Tensor(dtype, 0, 0, address, (ctypes.c_int64 * 4)(*shape), (ctypes.c_int64 * 4)(*stride))
+
+
+def pointer(stream):
+    """A stream may come as the number that PyTorch calls it by."""
+    return ctypes.c_void_p(stream) if isinstance(stream, int) else stream
 
 
 class Cuda:
@@ -108,11 +113,11 @@ class Cuda:
 class Client:
     """A connection of libsageclient."""
 
-    def __init__(self, socket, name="gpu_daemon"):
+    def __init__(self, socket, name="gpu_daemon", retry_ms=0):
         self.lib = ctypes.CDLL(os.path.join(sage.BUILD, ".libs", "libsageclient.so"))
         self.lib.sage_last_error.restype = ctypes.c_char_p
         self.client = ctypes.c_void_p()
-        options = Options(socket=socket.encode(), name=name.encode())
+        options = Options(socket=socket.encode(), name=name.encode(), retry_ms=retry_ms)
         self.must(self.lib.sage_connect(ctypes.byref(options), ctypes.byref(self.client)))
 
     def must(self, status):
@@ -120,10 +125,19 @@ class Client:
             raise sage.SageError(-status, self.lib.sage_last_error().decode())
 
     def enqueue(self, attn, stream):
-        self.must(self.lib.sage_attn_enqueue(self.client, ctypes.byref(attn), stream))
+        self.must(self.lib.sage_attn_enqueue(self.client, ctypes.byref(attn), pointer(stream)))
+
+    def submit_held(self, attn, lanes=1, jobs=1):
+        """Jobs whose inputs are never going to be ready."""
+        for _ in range(lanes):
+            lane = ctypes.c_void_p()
+            self.must(self.lib.sage_lane_create(self.client, ctypes.byref(lane)))
+            for _ in range(jobs):
+                job = (ctypes.c_void_p * 2)()
+                self.must(self.lib.sage_attn_submit(lane, ctypes.byref(attn), 1, job))
 
     def stream_error(self, stream):
-        self.must(self.lib.sage_stream_error(self.client, stream))
+        self.must(self.lib.sage_stream_error(self.client, pointer(stream)))
 
     def trim(self):
         self.must(self.lib.sage_trim(self.client))
@@ -186,3 +200,10 @@ def capture(name):
     folder = os.path.join(os.environ.get("SAGE_SRCDIR", "."), "tests", "data")
     arrays = [np.load(os.path.join(folder, f"{name}-{t}.npy")) for t in "qkv"]
     return arrays, name.startswith("smollm2")
+
+
+def torch_attn(q, k, v, o, variant="int8_fp16"):
+    """Of dense fp16 tensors of PyTorch's."""
+    t = [tensor(x.data_ptr(), tuple(x.shape)) for x in (q, k, v, o)]
+    return Attn(q=t[0], k=t[1], v=t[2], o=t[3], variant=VARIANTS[variant], smooth_k=True,
+                window_left=-1, window_right=-1)

@@ -21,7 +21,8 @@ import time
 import numpy as np
 
 import sage
-from gpu_client import BOUNDS, Attn, Client, Cuda, Problem, VARIANTS, capture, synthetic, tensor
+from gpu_client import (BOUNDS, Attn, Client, Cuda, Problem, VARIANTS, capture, synthetic, tensor,
+                        torch_attn)
 from sage import EXIT_DEVICE_LOST, Daemon, Skip, refused, until
 
 KILLS = int(os.environ.get("SAGE_GPU_KILLS", 200))
@@ -208,10 +209,7 @@ def child_torch(socket, megabytes):
         n = min(n, 65536)
         q, k, v = (torch.randn(1, 8, n, 64, device="cuda", dtype=torch.float16) for _ in range(3))
         o = torch.full_like(q, float("nan"))
-        t = [tensor(x.data_ptr(), tuple(x.shape)) for x in (q, k, v, o)]
-        attn = Attn(q=t[0], k=t[1], v=t[2], o=t[3], variant=VARIANTS["int8_fp16"], smooth_k=True,
-                    window_left=-1, window_right=-1)
-        client.enqueue(attn, torch.cuda.current_stream().cuda_stream)
+        client.enqueue(torch_attn(q, k, v, o), torch.cuda.current_stream().cuda_stream)
         torch.cuda.synchronize()
         rows = torch.arange(0, n, max(1, n // 64), device="cuda")
         scores = q[:, :, rows].double() @ k.double().transpose(2, 3) / 8
@@ -225,13 +223,253 @@ def child_torch(socket, megabytes):
     say(error=worst, mode=client.mode(), config=os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
 
 
+# --- lanes: children with PyTorch, whose kernels surround the daemon's ---
+
+SLEEP_CYCLES = 600_000_000  # some 0.35 s of torch.cuda._sleep() on an H100
+
+
+def torch_problem(torch, n=1024, heads=8, d=64):
+    """q, k, v, and room for o."""
+    return [torch.randn(1, heads, n, d, device="cuda", dtype=torch.float16) for _ in range(3)] + \
+        [torch.full((1, heads, n, d), float("nan"), device="cuda", dtype=torch.float16)]
+
+
+def near(torch, o, q, k, v):
+    """relL1 to double precision."""
+    wanted = (q.double() @ k.double().transpose(2, 3) / q.shape[3] ** 0.5).softmax(-1) @ v.double()
+    return ((o.double() - wanted).abs().sum() / wanted.abs().sum()).item()
+
+
+def own_stream(torch, cuda):
+    """PyTorch's own come from a pool of 32, and may be the same."""
+    return torch.cuda.ExternalStream(cuda.stream().value)
+
+
+def child_chain(socket, which):
+    """Kernel, attention, kernel on one stream; the calls return long before the first is over."""
+    import torch
+    torch.zeros(1, device="cuda")
+    client, cuda = Client(socket, "chain"), Cuda()
+    stream = {"own": lambda: own_stream(torch, cuda), "legacy": torch.cuda.default_stream,
+              "per_thread": lambda: torch.cuda.ExternalStream(2)}[which]()
+    source, k, v, o = torch_problem(torch)
+    q, late = torch.zeros_like(source), torch.zeros_like(source)
+    attn = torch_attn(q, k, v, o)
+
+    def once(cycles):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(cycles)
+            torch.mul(source, 1.0, out=q)
+            start = time.monotonic()
+            client.enqueue(attn, stream.cuda_stream)
+            took = time.monotonic() - start
+            torch.mul(o, 1.0, out=late)
+        return took
+    torch.cuda.synchronize()
+    once(1000)  # what is loaded late is loaded, and the memory registered
+    stream.synchronize()
+    client.stream_error(stream.cuda_stream)
+    q.zero_(), late.zero_(), o.fill_(float("nan"))
+    torch.cuda.synchronize()
+    took = once(SLEEP_CYCLES)
+    done = stream.query()
+    stream.synchronize()
+    client.stream_error(stream.cuda_stream)
+    error = near(torch, late, source, k, v)
+    if which == "own":
+        graph = torch.cuda.CUDAGraph()
+        with refused("ECAPTURE"), torch.cuda.graph(graph):
+            torch.mul(source, 1.0, out=q)
+            client.enqueue(attn, torch.cuda.current_stream().cuda_stream)
+        once(1000)
+        stream.synchronize()
+        client.stream_error(stream.cuda_stream)
+    say(took_us=took * 1e6, done=done, error=error, mode=client.mode())
+    client.close()
+
+
+def child_streams(socket, n):
+    """n streams, each of which goes on with the result of the one before."""
+    import torch
+    torch.zeros(1, device="cuda")
+    client, cuda = Client(socket, "streams"), Cuda()
+    streams = [own_stream(torch, cuda) for _ in range(n)]
+    problems = [torch_problem(torch, 256) for _ in range(n)]
+    attns = [torch_attn(*p) for p in problems]
+    wanted = []
+    for i, (q, _, _, o) in enumerate(problems):
+        if i:
+            torch.mul(problems[i - 1][3], 1.0, out=q)
+        torch.cuda.synchronize()
+        client.enqueue(attns[i], 0)
+        torch.cuda.synchronize()
+        client.stream_error(0)
+        wanted.append(o.clone())
+    wrong, queued = 0, []
+    for _ in range(3):
+        for i, (q, _, _, o) in enumerate(problems):
+            o.fill_(float("nan"))
+            if i:
+                q.zero_()
+        torch.cuda.synchronize()
+        event = None
+        start = time.monotonic()
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if event:
+                    stream.wait_event(event)
+                    torch.mul(problems[i - 1][3], 1.0, out=problems[i][0])
+                else:
+                    torch.cuda._sleep(SLEEP_CYCLES)
+                client.enqueue(attns[i], stream.cuda_stream)
+                event = torch.cuda.Event()
+                event.record(stream)
+        queued.append((time.monotonic() - start) * 1e3)
+        torch.cuda.synchronize()
+        for i, stream in enumerate(streams):
+            client.stream_error(stream.cuda_stream)
+            wrong += not torch.equal(problems[i][3], wanted[i])
+    say(wrong=wrong, queued_ms=queued, mode=client.mode())
+    client.close()
+
+
+def child_flood(socket, jobs):
+    """More jobs than a lane has entries, behind a kernel that takes its time."""
+    import torch
+    torch.zeros(1, device="cuda")
+    client, cuda = Client(socket, "flood"), Cuda()
+    stream, (q, k, v, o) = own_stream(torch, cuda), torch_problem(torch, 256)
+    attn = torch_attn(q, k, v, o)
+    client.enqueue(attn, stream.cuda_stream)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(SLEEP_CYCLES)
+    start = time.monotonic()
+    for i in range(jobs):
+        client.enqueue(attn, stream.cuda_stream)
+        if i == 62:
+            full = time.monotonic() - start
+    took = time.monotonic() - start
+    stream.synchronize()
+    client.stream_error(stream.cuda_stream)
+    say(full_ms=full * 1e3, took_ms=took * 1e3, error=near(torch, o, q, k, v))
+    client.close()
+
+
+def child_refused(socket):
+    """The daemon refuses what no slot can hold: the stream goes on, and says so when asked."""
+    import torch
+    torch.zeros(1, device="cuda")
+    client, stream = Client(socket, "refused"), torch.cuda.default_stream().cuda_stream
+    good = torch_problem(torch, 256)
+    bad = torch_problem(torch, 262144, 1, 128)
+    for _ in range(2):
+        client.enqueue(torch_attn(*bad), stream)
+        client.enqueue(torch_attn(*good), stream)
+        torch.cuda.synchronize()
+        with refused("EQUOTA"):
+            client.stream_error(stream)
+        client.stream_error(stream)  # told once
+        error = near(torch, good[3], *good[:3])
+        assert error < BOUNDS["int8_fp16"], error
+    say(error=error)
+    client.close()
+
+
+def child_waiting(socket, retry_ms, lost):
+    """Streams wait for jobs while something happens to the daemon; results, or errors if `lost`."""
+    import torch
+    torch.zeros(1, device="cuda")
+    client, cuda = Client(socket, "waiting", retry_ms), Cuda()
+    streams = [own_stream(torch, cuda) for _ in range(6)]
+    problems = [torch_problem(torch, 4096, 32, 128) for _ in streams]
+    attns = [torch_attn(*p) for p in problems]
+    wanted = []
+    for attn, stream, p in zip(attns, streams, problems):
+        client.enqueue(attn, stream.cuda_stream)
+        torch.cuda.synchronize()
+        wanted.append(p[3].clone())
+        p[3].fill_(float("nan"))
+    torch.cuda.synchronize()
+    late = [torch.zeros_like(w) for w in wanted]
+    torch.mul(wanted[0], 1.0, out=late[0])  # what is loaded late is loaded
+    torch.cuda._sleep(1000)
+    late[0].zero_()
+    torch.cuda.synchronize()
+    for i, stream in enumerate(streams):
+        with torch.cuda.stream(stream):
+            if i % 2:
+                torch.cuda._sleep(SLEEP_CYCLES)
+            for _ in range(8):
+                client.enqueue(attns[i], stream.cuda_stream)
+            torch.mul(problems[i][3], 1.0, out=late[i])
+    say(queued=True)
+    start, statuses, wrong = time.monotonic(), [], 0
+    for i, stream in enumerate(streams):
+        stream.synchronize()
+        try:
+            client.stream_error(stream.cuda_stream)
+            statuses.append("OK")
+            wrong += not torch.equal(late[i], wanted[i])
+        except sage.SageError as error:
+            statuses.append(sage.STATUS_NAMES[error.status])
+    seconds = time.monotonic() - start
+    if not lost:
+        assert statuses == ["OK"] * len(streams), statuses
+    say(statuses=statuses, wrong=wrong, seconds=seconds, mode=client.mode())
+    client.close()
+
+
+def child_silent(socket):
+    """63 jobs on each of 4 lanes whose inputs are never ready."""
+    cuda = Cuda()
+    p, client = Problem(cuda, *synthetic(4, 256, 64, 1), False), Client(socket, "silent")
+    client.submit_held(p.attn, 4, 63)
+    say(ready=True)
+    sys.stdin.read()
+    client.close()
+
+
+def child_latency(socket, jobs):
+    """How long small jobs take, and registering memory does: median and worst but one in 100."""
+    cuda = Cuda()
+    stream, client, times, mapped = cuda.stream(), Client(socket, "latency"), [], []
+    p = Problem(cuda, *synthetic(4, 256, 64, 1), False)
+    client.enqueue(p.attn, stream)
+    cuda.sync(stream)
+    for i in range(jobs):
+        start = time.monotonic()
+        client.enqueue(p.attn, stream)
+        cuda.sync(stream)
+        times.append(time.monotonic() - start)
+        if i % 20 == 0:
+            other = Problem(cuda, *p.arrays, False)
+            start = time.monotonic()
+            client.enqueue(other.attn, stream)
+            cuda.sync(stream)
+            mapped.append(time.monotonic() - start)
+            cuda.free(other.base)
+            client.trim()
+    client.stream_error(stream)
+    p.check()
+    times.sort()
+    mapped.sort()
+    say(median_ms=times[len(times) // 2] * 1e3, p99_ms=times[len(times) * 99 // 100] * 1e3,
+        register_ms=mapped[len(mapped) // 2] * 1e3)
+    client.close()
+
+
 # --- processes ---
 
 class Child:
+    """A process with child_NAME() of the program, or of this module."""
+
     def __init__(self, name, *args, env=None):
+        own = hasattr(sys.modules["__main__"], "child_" + name)
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(sys.argv[0]), "--child", name, json.dumps(args)],
+            [sys.executable, os.path.abspath(sys.argv[0] if own else __file__), "--child", name,
+             json.dumps(args)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=sage.environment(**env or {}), preexec_fn=sage._die_with_parent)
 
@@ -363,14 +601,23 @@ def several(env, uid=0, seconds=3):
 
 
 def test_several():
+    several({})
+
+
+def test_several_event():
     several({"SAGE_MODE": "event"})
 
 
 def test_several_sync():
-    several({})
+    several({"SAGE_MODE": "sync"})
 
 
 def test_several_mps():
+    with mps(True) as env:
+        several(env)
+
+
+def test_several_event_mps():
     with mps(True) as env:
         several({**env, "SAGE_MODE": "event"})
 
@@ -534,6 +781,136 @@ def test_expandable_segments():
 
 def test_cuda_malloc_async():
     assert torch_tensors("backend:cudaMallocAsync", 64) > 0, "nothing was staged"
+
+
+# --- lanes ---
+
+def need_torch():
+    try:
+        subprocess.run([sys.executable, "-c", "import torch"], check=True, capture_output=True)
+    except subprocess.CalledProcessError:
+        raise Skip("no PyTorch") from None
+
+
+def lanes(env):
+    need_torch()
+    with daemon(env) as d:
+        for which in ("own", "legacy", "per_thread"):
+            said = run_child("chain", d.path, which, env=env)
+            print(f"    chain, {which} stream: mode {said['mode']}, relL1 {said['error']:.5f}, "
+                  f"queued in {said['took_us']:.0f} us")
+            assert said["mode"] == "lane", said
+            assert not said["done"], "the stream was over when the call returned: it waited"
+            assert said["took_us"] < 50000, said
+            assert said["error"] < BOUNDS["int8_fp16"], said
+        said = run_child("streams", d.path, 40, env=env)
+        print(f"    40 streams: {said}")
+        assert said["wrong"] == 0 and said["mode"] == "lane", said
+        said = run_child("flood", d.path, 300, env=env)
+        print(f"    300 jobs on a stream: {said}")
+        assert said["error"] < BOUNDS["int8_fp16"], said
+        assert said["full_ms"] < 200, f"63 jobs fit a lane, and yet the call waited: {said}"
+        assert said["took_ms"] > 200, f"it did not wait with a full lane: {said}"
+        idle(d)
+    with daemon(env, slot_bytes="16M") as d:
+        print(f"    refused: {run_child('refused', d.path, env=env)}")
+
+
+def test_lanes():
+    lanes({})
+
+
+def test_lanes_mps():
+    with mps(True) as env:
+        lanes(env)
+
+
+def waiting(env, retry_ms, what):
+    """Jobs in flight and queued; what(d) does something to the daemon, then is its successor."""
+    with contextlib.ExitStack() as stack:
+        d = stack.enter_context(daemon(env, slot_bytes="256M"))
+        child = Child("waiting", d.path, retry_ms, what is kill, env=env)
+        child.line()
+        time.sleep(0.01)
+        what(d, stack, env)
+        said = child.line()
+        child.end()
+        print(f"    {what.__name__}: {said}")
+        assert said["mode"] == "lane", said
+        return said
+
+
+def restart(d, stack, env):
+    d.process.kill()
+    d.process.wait()
+    stack.enter_context(daemon(env, directory=d.directory, slot_bytes="256M"))
+
+
+def drain(d, stack, env):
+    assert d.stop() == 0
+    stack.enter_context(daemon(env, directory=d.directory, slot_bytes="256M"))
+
+
+def stop(d, _stack, _env):
+    d.process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    d.process.send_signal(signal.SIGCONT)
+
+
+def kill(d, _stack, _env):
+    d.process.kill()
+    d.process.wait()
+
+
+def restarts(env):
+    need_torch()
+    for what in (restart, drain, stop):
+        said = waiting(env, 30000, what)
+        assert said["wrong"] == 0, f"{what.__name__}: {said}"
+    chunks = {**env, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    said = waiting(chunks, 30000, restart)
+    assert said["wrong"] == 0, f"with memory in chunks: {said}"
+    said = waiting(env, 700, kill)
+    assert said["wrong"] == 0, f"told to be right, and is not: {said}"
+    assert "ELOST" in said["statuses"] and set(said["statuses"]) <= {"ELOST", "OK"}, said
+    assert said["seconds"] < 10, said
+
+
+def test_restart():
+    restarts({})
+
+
+def test_restart_mps():
+    """Under MPS a daemon that is killed in its kernel may take its clients' contexts with it."""
+    need_torch()
+    with mps(True) as env:
+        for what in (drain, stop):
+            said = waiting(env, 30000, what)
+            assert said["wrong"] == 0, f"{what.__name__}: {said}"
+
+
+def silent(env):
+    with daemon(env) as d:
+        before = run_child("latency", d.path, 400, env=env)
+        children = [Child("silent", d.path, env=env) for _ in range(2)]
+        for child in children:
+            child.line()
+        after = run_child("latency", d.path, 400, env=env)
+        for child in children:
+            child.end()
+        print(f"    alone: {before}; beside two that never signal: {after}")
+        for name in before:
+            assert after[name] < before[name] + 5, name
+        idle(d)
+
+
+def test_silent():
+    silent({})
+
+
+def test_silent_mps():
+    with mps(True) as env:
+        silent(env)
 
 
 # --- leaks ---

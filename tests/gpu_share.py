@@ -20,7 +20,6 @@ import numpy as np
 
 import sage
 from gpu_client import BOUNDS, Client, Cuda, Problem, synthetic
-from gpu_daemon import child_probe, child_work  # noqa: F401 - started by mps() and served()
 from gpu_daemon import Child, again, daemon, idle, main, mps, run_child, sagectl, say, served
 from sage import EXIT_DEVICE_LOST, Manager, until
 

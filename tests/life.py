@@ -244,13 +244,14 @@ def test_notify():
 
 
 def lost(fault, reason, work):
-    """The daemon ends with its own status while work(daemon) goes on; it has said why."""
+    """The daemon ends with its own status while work(daemon) goes on; it has said why. What work()
+    returns stays connected."""
     directory = tempfile.mkdtemp(prefix="sage")
     try:
         manager = Manager(directory)
         with Daemon(env={"NOTIFY_SOCKET": manager.path}, directory=directory, backend="fault",
                     fault=fault) as daemon:
-            work(daemon)
+            _connected = work(daemon)
             assert manager.wait_for("STATUS=device lost") == f"STATUS=device lost: {reason}"
             assert daemon.wait() == sage.EXIT_DEVICE_LOST
             log = daemon.log()
@@ -264,6 +265,7 @@ def test_lost_by_piece():
     def work(daemon):
         client = daemon.client()
         client.submit(Problem(client).attn)
+        return client
 
     lost("lose=1", "found by a piece of a job", work)
 

@@ -762,6 +762,28 @@ static void has_no_streams_on_the_cpu(void **state)
     sage_disconnect(client);
 }
 
+/* A mode that is asked for may be one that another daemon has: it is refused when it is used. */
+static void refuses_lanes_on_the_cpu(void **state)
+{
+    const struct private_daemon *d = *state;
+    struct sage_connect_options options = {.socket = d->socket};
+    struct private_problem p;
+
+    for (int i = 0; i < 2; i++) {
+        struct sage_client *client = NULL;
+        options.mode = i ? SAGE_MODE_LANE : SAGE_MODE_AUTO;
+        assert_int_equal(setenv("SAGE_MODE", i ? "event" : "lane", 1), 0);
+        assert_int_equal(sage_connect(&options, &client), 0);
+        unsetenv("SAGE_MODE");
+        private_problem_init(&p, client, 16, 14);
+        assert_int_equal(sage_attn_enqueue(client, &p.attn, NULL), SAGE_EUNSUPPORTED);
+        assert_non_null(strstr(sage_last_error(), "CPU"));
+        assert_int_equal(sage_client_mode(client), SAGE_MODE_SYNC);
+        private_problem_finish(&p);
+        sage_disconnect(client);
+    }
+}
+
 static void takes_only_the_gpu_that_was_named(void **state)
 {
     const struct private_daemon *d = *state;
@@ -788,7 +810,7 @@ static void refuses_variable(const struct private_daemon *d, const char *name, c
 static void refuses_options_that_it_does_not_know(void **state)
 {
     const struct private_daemon *d = *state;
-    struct sage_connect_options options = {.socket = d->socket, .mode = 3};
+    struct sage_connect_options options = {.socket = d->socket, .mode = 4};
     struct sage_client *client = NULL;
 
     assert_int_equal(sage_connect(&options, &client), SAGE_EINVAL);
@@ -1010,6 +1032,7 @@ int main(void)
         cmocka_unit_test(survives_a_fork),
         cmocka_unit_test(leaves_a_grandchild_its_files),
         cmocka_unit_test(has_no_streams_on_the_cpu),
+        cmocka_unit_test(refuses_lanes_on_the_cpu),
         cmocka_unit_test(takes_only_the_gpu_that_was_named),
         cmocka_unit_test(refuses_options_that_it_does_not_know),
     };

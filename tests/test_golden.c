@@ -171,6 +171,21 @@ static const struct msg_submit submit_event = {
             .window_right = SAGE_UNLIMITED,
         },
 };
+static const struct msg_submit submit_lane = {
+    .lane = 5,
+    .number = 64,
+    .streamed = true,
+    .attn =
+        {
+            .q = F16_TENSOR(2, 0, 1, 8),
+            .k = F16_TENSOR(2, 1024, 1, 8),
+            .v = F16_TENSOR(2, 2048, 1, 8),
+            .o = F16_TENSOR(2, 3072, 1, 8),
+            .smooth_k = true,
+            .window_left = SAGE_UNLIMITED,
+            .window_right = SAGE_UNLIMITED,
+        },
+};
 static const struct msg_cancel cancel = {.lane = 3, .number = 200};
 static const struct msg_canceled canceled = {.canceled = true};
 static const struct msg_empty empty;
@@ -247,6 +262,7 @@ static const struct golden {
     {"submit_mask", OP_SUBMIT, 5, MSG_SUBMIT, sizeof(submit_mask), &submit_mask},
     {"submit_varlen", OP_SUBMIT, 6, MSG_SUBMIT, sizeof(submit_varlen), &submit_varlen},
     {"submit_event", OP_SUBMIT, 7, MSG_SUBMIT, sizeof(submit_event), &submit_event},
+    {"submit_lane", OP_SUBMIT, 7, MSG_SUBMIT, sizeof(submit_lane), &submit_lane},
     {"cancel", OP_CANCEL, 7, MSG_CANCEL, sizeof(cancel), &cancel},
     {"canceled", OP_CANCEL, 7, MSG_CANCELED, sizeof(canceled), &canceled},
     {"stats", OP_STATS, 65536, MSG_EMPTY, sizeof(empty), &empty},

@@ -314,6 +314,7 @@ static void random_submit(struct rng *rng, struct msg_submit *m)
     U32(m->number);
     U32(m->event);
     U64(m->staged);
+    BOOL(m->streamed);
     random_tensor(rng, &a->q);
     random_tensor(rng, &a->k);
     random_tensor(rng, &a->v);

@@ -813,6 +813,109 @@ static void test_event_limit(void **state)
     disconnect(p);
 }
 
+/* A device that stores releases itself, at the same address as we do. */
+static struct {
+    int opened, closed;
+    struct sage_page *page;
+} paged;
+
+static int paged_open(struct device *device, struct sage_page *page, struct sage_page **remote,
+                      char *why)
+{
+    (void)device, (void)why;
+    *remote = paged.page = page;
+    paged.opened++;
+    return 0;
+}
+
+static void paged_close(struct device *device, struct sage_page *page)
+{
+    (void)device;
+    assert_ptr_equal(page, paged.page);
+    paged.closed++;
+}
+
+/* Of a job's pieces the device releases the last one's, and only that. */
+static void check_remote(struct job *job, struct stream *stream, uint64_t took_ns)
+{
+    const struct piece *piece = &job->piece;
+    (void)stream, (void)took_ns;
+
+    assert_ptr_equal(piece->remote, piece->lane);
+    assert_int_equal(piece->lane != NULL, job_is_last_piece(job));
+}
+
+/* The device has a page from when its client came until all its jobs are over. */
+static void test_page(void **state)
+{
+    struct peer *p = &peers[0];
+    (void)state;
+
+    start_daemon(1, 1000);
+    memset(&paged, 0, sizeof(paged));
+    fake.page_open = paged_open;
+    fake.page_close = paged_close;
+    connect_peer(p, PRIORITY_NORMAL);
+    while (p->s->page_busy)
+        uv_run(&d.loop, UV_RUN_ONCE);
+    assert_ptr_equal(p->s->remote, p->s->page);
+    model.on_start = check_remote;
+    submit(p, 0, problem(8, 1024, 1024)); /* several pieces */
+    while (!released(p, 0))
+        assert_true(step());
+    submit(p, 0, problem(8, 64, 64));
+    session_close(p->s, "test");
+    for (int i = 0; i < 100; i++)
+        uv_run(&d.loop, UV_RUN_NOWAIT);
+    assert_int_equal(paged.closed, 0);
+    assert_true(step());
+    while (d.n_live)
+        uv_run(&d.loop, UV_RUN_ONCE);
+    model.on_start = NULL;
+    assert_int_equal(paged.opened, 1);
+    assert_int_equal(paged.closed, 1);
+    stop_daemon();
+    disconnect(p);
+}
+
+/* A stream's job comes to a daemon that drains: it is left to the next one, not refused. */
+static void test_drain_streamed(void **state)
+{
+    static struct msg_submit msg;
+    static struct msg_done done;
+    char answer[256];
+    struct peer *p = &peers[0];
+    (void)state;
+
+    start_daemon(1, 1000);
+    connect_peer(p, PRIORITY_NORMAL);
+    while (recv(p->fd, answer, sizeof(answer), MSG_DONTWAIT) > 0)
+        continue;
+    submit(p, 0, problem(8, 64, 64)); /* keeps it */
+    d.draining = true;
+    for (uint32_t lane = 1; lane <= 2; lane++) {
+        msg.lane = lane;
+        msg.number = ++p->last[lane];
+        msg.streamed = lane == 1;
+        msg.attn = problem(1, 64, 64);
+        page_store(&p->page->lane[lane].acquire[msg.number % SAGE_ENTRIES], msg.number);
+        say(p, OP_SUBMIT, MSG_SUBMIT, &msg, 0);
+    }
+    hear(p, OP_DONE, MSG_DONE, &done);
+    assert_int_equal(done.n_jobs, 1);
+    assert_int_equal(done.jobs[0].lane, 2);
+    assert_int_equal(done.jobs[0].status, -SAGE_EDRAIN);
+    assert_true(released(p, 2));
+    assert_false(released(p, 1));
+    assert_int_equal(p->s->n_jobs, 1);
+    d.draining = false;
+    assert_true(step());
+    assert_true(released(p, 0));
+    assert_false(released(p, 1));
+    stop_daemon();
+    disconnect(p);
+}
+
 static int lowest_fd(void)
 {
     int fd = dup(STDERR_FILENO);
@@ -1002,6 +1105,7 @@ int main(void)
         cmocka_unit_test(test_pieces),     cmocka_unit_test(test_held_slots),
         cmocka_unit_test(test_lanes),      cmocka_unit_test(test_close_anywhere),
         cmocka_unit_test(test_events),     cmocka_unit_test(test_event_limit),
+        cmocka_unit_test(test_page),       cmocka_unit_test(test_drain_streamed),
         cmocka_unit_test(test_chunks),     cmocka_unit_test(test_polled),
         cmocka_unit_test(test_hung),       cmocka_unit_test(test_events_lost),
     };

@@ -1,0 +1,255 @@
+/*
+ * handoff_gpu.c - what a hand-off costs a CUDA stream; bench/bench_handoff starts it.
+ *
+ *   handoff_gpu chain SOCKET: 20 times (kernel, attention, kernel) on one stream, then a wait for
+ *       it. Attention by the daemon and in this process take turns; and how long submissions took
+ *   handoff_gpu rate SOCKET SECONDS: tiny jobs on one stream, as many as the daemon takes, from the
+ *       first byte on its input on
+ *
+ * Prints lines of tab-separated name, value.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/cuda_stamp.h"
+#include "sageclient.h"
+
+enum {
+    CHAINS = 20, /* queued before the stream is waited for */
+    ROUNDS_MAX = 201,
+};
+
+struct bench {
+    struct sage_client *client;
+    struct sage_attn attn;
+    char *memory, *workspace;
+    size_t workspace_bytes;
+    uint64_t *word; /* pinned: what the kernels around the attention write to */
+    cudaStream_t stream;
+};
+
+__attribute__((noreturn)) static void die(const char *what, const char *why)
+{
+    fprintf(stderr, "handoff_gpu: %s: %s\n", what, why);
+    exit(1);
+}
+
+static void must(cudaError_t rc, const char *what)
+{
+    if (rc)
+        die(what, cudaGetErrorString(rc));
+}
+
+static double now(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec / 1e9;
+}
+
+static int compare(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+
+    return (x > y) - (x < y);
+}
+
+/* Of n values, which it sorts. */
+static double percentile(double *values, int n, double p)
+{
+    qsort(values, (size_t)n, sizeof(*values), compare);
+    return values[(int)(p * (n - 1) + 0.5)];
+}
+
+/* --- the problem --- */
+
+static struct sage_tensor tensor(void *data, int64_t heads, int64_t tokens, int64_t dim)
+{
+    return (struct sage_tensor){.dtype = SAGE_F16,
+                                .data = data,
+                                .shape = {1, heads, tokens, dim},
+                                .stride = {heads * tokens * dim, tokens * dim, dim, 1}};
+}
+
+/* q, k, v and o in one allocation; its contents do not matter here, as long as they are numbers. */
+static void make_problem(struct bench *b, int64_t heads, int64_t tokens, int64_t dim)
+{
+    size_t bytes = (size_t)(heads * tokens * dim) * 2;
+    struct sage_attn attn = SAGE_ATTN_INIT;
+
+    cudaFree(b->memory);
+    cudaFree(b->workspace);
+    must(cudaMalloc((void **)&b->memory, 4 * bytes), "cudaMalloc");
+    must(cudaMemset(b->memory, 0x11, 4 * bytes), "cudaMemset");
+    attn.q = tensor(b->memory, heads, tokens, dim);
+    attn.k = tensor(b->memory + bytes, heads, tokens, dim);
+    attn.v = tensor(b->memory + 2 * bytes, heads, tokens, dim);
+    attn.o = tensor(b->memory + 3 * bytes, heads, tokens, dim);
+    attn.variant = SAGE_INT8_FP16;
+    b->attn = attn;
+    b->workspace_bytes = sage_attn_cuda_workspace(&b->attn, NULL);
+    must(cudaMalloc((void **)&b->workspace, b->workspace_bytes + 1), "cudaMalloc");
+    must(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+}
+
+static void compute_here(struct bench *b)
+{
+    struct sage_part part = {.n_groups = sage_attn_groups(&b->attn), .n_rows = -1};
+    char why[256];
+
+    if (sage_attn_cuda(&b->attn, &part, b->workspace, b->workspace_bytes, b->stream, why,
+                       sizeof(why)))
+        die("sage_attn_cuda", why);
+}
+
+/* Seconds that the call took. */
+static double compute_there(struct bench *b)
+{
+    double start = now();
+
+    if (sage_attn_enqueue(b->client, &b->attn, b->stream))
+        die("sage_attn_enqueue", sage_last_error());
+    return now() - start;
+}
+
+static void open_bench(struct bench *b, const char *socket, const char *name)
+{
+    struct sage_connect_options options = {.socket = socket, .name = name};
+    char why[256];
+
+    memset(b, 0, sizeof(*b));
+    must(cudaSetDevice(0), "cudaSetDevice");
+    if (sage_cuda_load(why, sizeof(why)) || sage_cuda_stamp_load())
+        die("sage_cuda_load", why);
+    must(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    must(cudaHostAlloc((void **)&b->word, sizeof(*b->word), cudaHostAllocMapped), "cudaHostAlloc");
+    if (sage_connect(&options, &b->client))
+        die("sage_connect", sage_last_error());
+}
+
+static void close_bench(struct bench *b)
+{
+    must(cudaStreamSynchronize(b->stream), "cudaStreamSynchronize");
+    if (sage_stream_error(b->client, b->stream))
+        die("sage_stream_error", sage_last_error());
+    sage_disconnect(b->client);
+}
+
+/* --- chains --- */
+
+/* Microseconds a chain; submit: NULL for attention in this process, or CHAINS times to fill in. */
+static double run_chains(struct bench *b, double *submit)
+{
+    double start = now();
+
+    for (int i = 0; i < CHAINS; i++) {
+        must((cudaError_t)sage_cuda_stamp_start(b->word, b->stream), "kernel");
+        if (submit)
+            submit[i] = compute_there(b) * 1e6;
+        else
+            compute_here(b);
+        must((cudaError_t)sage_cuda_stamp_start(b->word, b->stream), "kernel");
+    }
+    must(cudaStreamSynchronize(b->stream), "cudaStreamSynchronize");
+    return (now() - start) / CHAINS * 1e6;
+}
+
+/* As many heads as take `target_us` here, at 8,192 tokens of D = 128 (of 1 ms: 4,096). */
+static void calibrate(struct bench *b, double target_us)
+{
+    int64_t tokens = target_us > 5000 ? 8192 : 4096, heads = 16;
+
+    for (int i = 0; i < 2; i++) {
+        make_problem(b, heads, tokens, 128);
+        for (int k = 0; k < 2; k++)
+            run_chains(b, NULL);
+        double us = run_chains(b, NULL);
+        heads = (int64_t)((double)heads * target_us / us + 0.5);
+    }
+    make_problem(b, heads < 1 ? 1 : heads, tokens, 128);
+}
+
+static void measure_chain(struct bench *b, const char *name, int rounds)
+{
+    static double here[ROUNDS_MAX], there[ROUNDS_MAX], submit[ROUNDS_MAX * CHAINS];
+
+    for (int i = 0; i < 3; i++) {
+        run_chains(b, NULL);
+        run_chains(b, submit);
+    }
+    for (int i = 0; i < rounds; i++) {
+        here[i] = run_chains(b, NULL);
+        there[i] = run_chains(b, submit + i * CHAINS);
+    }
+    double h = percentile(here, rounds, 0.5), t = percentile(there, rounds, 0.5);
+    printf("%s_in_process_us\t%.2f\n%s_daemon_us\t%.2f\n", name, h, name, t);
+    printf("%s_added_us\t%.2f\n%s_added_percent\t%.3f\n", name, t - h, name, (t / h - 1) * 100);
+    printf("%s_submit_us\t%.2f\n", name, percentile(submit, rounds * CHAINS, 0.5));
+    printf("%s_submit_p99_us\t%.2f\n", name, percentile(submit, rounds * CHAINS, 0.99));
+    fflush(stdout);
+}
+
+static void chain(const char *socket)
+{
+    static const char *const modes[] = {"auto", "sync", "event", "lane"};
+    struct bench b;
+
+    open_bench(&b, socket, "bench_handoff");
+    make_problem(&b, 1, 64, 64);
+    measure_chain(&b, "tiny", ROUNDS_MAX);
+    calibrate(&b, 1000);
+    measure_chain(&b, "1ms", 41);
+    calibrate(&b, 10000);
+    measure_chain(&b, "10ms", 11);
+    printf("mode\t%s\n", modes[sage_client_mode(b.client)]);
+    close_bench(&b);
+}
+
+/* --- rate --- */
+
+static void rate(const char *socket, double seconds)
+{
+    struct bench b;
+    long jobs = 0;
+    char byte;
+
+    open_bench(&b, socket, "rate");
+    make_problem(&b, 1, 64, 64);
+    for (int i = 0; i < 100; i++)
+        compute_there(&b);
+    must(cudaStreamSynchronize(b.stream), "cudaStreamSynchronize");
+    printf("ready\t1\n");
+    fflush(stdout);
+    if (read(STDIN_FILENO, &byte, 1) != 1)
+        die("start", "end of file");
+    double start = now();
+    while (now() - start < seconds) {
+        for (int i = 0; i < 16; i++)
+            compute_there(&b);
+        jobs += 16;
+    }
+    must(cudaStreamSynchronize(b.stream), "cudaStreamSynchronize");
+    double took = now() - start;
+    printf("jobs\t%ld\nseconds\t%.3f\njobs_per_s\t%.0f\n", jobs, took, (double)jobs / took);
+    fflush(stdout);
+    close_bench(&b);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc == 3 && !strcmp(argv[1], "chain")) {
+        chain(argv[2]);
+    } else if (argc == 4 && !strcmp(argv[1], "rate")) {
+        rate(argv[2], atof(argv[3]));
+    } else {
+        fprintf(stderr, "usage: handoff_gpu chain SOCKET | rate SOCKET SECONDS\n");
+        return 2;
+    }
+    return 0;
+}
