@@ -1,6 +1,6 @@
 /*
- * cuda_attn_sm90.cu - attention kernels of the table: Hopper. Without machine code for sm_90a, which
- * no other PTX can become, the rows are empty.
+ * cuda_attn_sm90.cu - attention kernels of the table: Hopper. Without machine code for sm_90a,
+ * which no PTX for others can become, the rows are empty.
  */
 #include "config.h"
 

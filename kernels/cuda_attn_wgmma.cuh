@@ -302,7 +302,7 @@ template <int D, bool BF16, bool FP8, bool MASK> struct wgmma_attention {
         const int64_t last = (next_row < r.t.end ? next_row : r.t.end) + r.t.high;
         const int64_t most = static_cast<int64_t>(end_tile) * KEYS;
         const int64_t of_both = last < r.t.last ? last : r.t.last;
-        /* all lanes agree; the shuffle tells it to the compiler, which then has uniform addresses */
+        /* all lanes agree; the shuffle tells the compiler, which then has uniform addresses */
         const int end = __shfl_sync(~0u, static_cast<int>(of_both < most ? of_both : most), 0);
         place at;
 

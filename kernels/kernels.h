@@ -42,8 +42,8 @@
     X(256, bf16, fp8, mask)
 
 /*
- * The same, for compute capability 9.0 only; they come first. V has to be a tensor that a tensor map
- * can describe: plain batches, 16-byte multiples.
+ * The same, for compute capability 9.0 only; they come first. V has to be a tensor that a tensor
+ * map can describe: plain batches, multiples of 16 bytes.
  */
 #define SAGE_KERNELS_SM90(X)                                                                       \
     X(64, f16, fp16, band)                                                                         \
@@ -81,8 +81,8 @@ enum {
 
 /*
  * On Hopper: warpgroups that compute, 64 rows each, and one that fetches; their registers (65536 in
- * all); stages of K and V in shared memory. Three warpgroups, where their registers are enough, hide
- * more of each other's latencies.
+ * all); stages of K and V in shared memory. Three warpgroups, where their registers are enough,
+ * hide more of each other's latencies.
  */
 #define WGMMA_TILE_K 128
 #define WGMMA_GROUPS(d) ((d) <= 64 ? 3 : 2)
