@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "inputs.h"
+#include "kernels/kernels.h"
 #include "kernels/problem.h"
 #include "ref64.h"
 
@@ -493,6 +494,35 @@ static void test_errors(void **state)
     assert_false(sage_retryable(SAGE_OK));
 }
 
+/* The table of GPU kernels: who does what where. Every problem has one for any device. */
+static void test_kernels(void **state)
+{
+    (void)state;
+    for (int d = 8; d <= 256; d += 8)
+        for (int bits = 0; bits < 8; bits++) {
+            const int bf16 = bits & 1, fp8 = bits >> 1 & 1, mask = bits >> 2;
+            const int any = sage_kernel_find(0, d, bf16, fp8, mask);
+            const int hopper = sage_kernel_find(90, d, bf16, fp8, mask);
+
+            assert_true(any >= 0 && hopper >= 0);
+            assert_true(sage_kernels[any].max_head_dim >= d);
+            assert_true(sage_kernels[any].max_sm > 120);
+            assert_true(sage_kernels[any].min_sm == (fp8 ? 89 : 80));
+            assert_int_equal(sage_kernel_find(120, d, bf16, fp8, mask), any);
+            assert_int_equal(sage_kernel_find(80, d, bf16, fp8, mask), fp8 ? -1 : any);
+            assert_string_equal(sage_kernels[hopper].variant, fp8 ? "int8_fp8" : "int8_fp16");
+            assert_string_equal(sage_kernels[hopper].dtype, bf16 ? "bf16" : "f16");
+            if (fp8 || mask || d > 128) {
+                assert_int_equal(hopper, any);
+            } else {
+                assert_int_equal(sage_kernels[hopper].max_sm, 90);
+                assert_int_equal(sage_kernels[hopper].max_head_dim, d <= 64 ? 64 : 128);
+                assert_true(sage_kernels[hopper].smem_bytes <= 227 * 1024);
+            }
+        }
+    assert_int_equal(sage_kernel_find(90, 264, 0, 0, 0), -1);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -503,7 +533,7 @@ int main(void)
         cmocka_unit_test(test_interleaved), cmocka_unit_test(test_random_overlaps),
         cmocka_unit_test(test_garbage),     cmocka_unit_test(test_bytes),
         cmocka_unit_test(test_bands),       cmocka_unit_test(test_resolved),
-        cmocka_unit_test(test_errors),
+        cmocka_unit_test(test_errors),      cmocka_unit_test(test_kernels),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
