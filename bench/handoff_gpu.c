@@ -1,12 +1,17 @@
 /*
- * handoff_gpu.c - what a hand-off costs a CUDA stream; bench/bench_handoff starts it.
+ * handoff_gpu.c - what a hand-off costs a CUDA stream, and what tenants of a GPU get;
+ * bench/bench_handoff and bench/bench_tenants start it.
  *
  *   handoff_gpu chain SOCKET: 20 times (kernel, attention, kernel) on one stream, then a wait for
  *       it. Attention by the daemon and in this process take turns; and how long submissions took
  *   handoff_gpu rate SOCKET SECONDS: tiny jobs on one stream, as many as the daemon takes, from the
  *       first byte on its input on
+ *   handoff_gpu size: the heads of 8,192 tokens, D = 128, that attention takes 10 ms for
+ *   handoff_gpu tenant SOCKET NAME: for each line "PLACE HEADS NQ NK DEPTH SECONDS" of its input,
+ *       attention here (by libsageattn) or there (by the daemon), DEPTH jobs in flight, from the
+ *       next line on
  *
- * Prints lines of tab-separated name, value.
+ * Prints lines of tab-separated name, value; a tenant an empty line after each run.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,6 +27,8 @@
 enum {
     CHAINS = 20, /* queued before the stream is waited for */
     ROUNDS_MAX = 201,
+    DEPTH_MAX = 16,
+    LAPS_MAX = 1 << 16, /* of a tenant's jobs, the first that count */
 };
 
 struct bench {
@@ -78,19 +85,19 @@ static struct sage_tensor tensor(void *data, int64_t heads, int64_t tokens, int6
 }
 
 /* q, k, v and o in one allocation; its contents do not matter here, as long as they are numbers. */
-static void make_problem(struct bench *b, int64_t heads, int64_t tokens, int64_t dim)
+static void make_problem(struct bench *b, int64_t heads, int64_t nq, int64_t nk, int64_t dim)
 {
-    size_t bytes = (size_t)(heads * tokens * dim) * 2;
+    size_t rows = (size_t)(heads * nq * dim) * 2, keys = (size_t)(heads * nk * dim) * 2;
     struct sage_attn attn = SAGE_ATTN_INIT;
 
     cudaFree(b->memory);
     cudaFree(b->workspace);
-    must(cudaMalloc((void **)&b->memory, 4 * bytes), "cudaMalloc");
-    must(cudaMemset(b->memory, 0x11, 4 * bytes), "cudaMemset");
-    attn.q = tensor(b->memory, heads, tokens, dim);
-    attn.k = tensor(b->memory + bytes, heads, tokens, dim);
-    attn.v = tensor(b->memory + 2 * bytes, heads, tokens, dim);
-    attn.o = tensor(b->memory + 3 * bytes, heads, tokens, dim);
+    must(cudaMalloc((void **)&b->memory, 2 * (rows + keys)), "cudaMalloc");
+    must(cudaMemset(b->memory, 0x11, 2 * (rows + keys)), "cudaMemset");
+    attn.q = tensor(b->memory, heads, nq, dim);
+    attn.k = tensor(b->memory + rows, heads, nk, dim);
+    attn.v = tensor(b->memory + rows + keys, heads, nk, dim);
+    attn.o = tensor(b->memory + rows + 2 * keys, heads, nq, dim);
     attn.variant = SAGE_INT8_FP16;
     b->attn = attn;
     b->workspace_bytes = sage_attn_cuda_workspace(&b->attn, NULL);
@@ -118,6 +125,7 @@ static double compute_there(struct bench *b)
     return now() - start;
 }
 
+/* socket: NULL for no daemon. */
 static void open_bench(struct bench *b, const char *socket, const char *name)
 {
     struct sage_connect_options options = {.socket = socket, .name = name};
@@ -129,14 +137,14 @@ static void open_bench(struct bench *b, const char *socket, const char *name)
         die("sage_cuda_load", why);
     must(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking), "cudaStreamCreate");
     must(cudaHostAlloc((void **)&b->word, sizeof(*b->word), cudaHostAllocMapped), "cudaHostAlloc");
-    if (sage_connect(&options, &b->client))
+    if (socket && sage_connect(&options, &b->client))
         die("sage_connect", sage_last_error());
 }
 
 static void close_bench(struct bench *b)
 {
     must(cudaStreamSynchronize(b->stream), "cudaStreamSynchronize");
-    if (sage_stream_error(b->client, b->stream))
+    if (b->client && sage_stream_error(b->client, b->stream))
         die("sage_stream_error", sage_last_error());
     sage_disconnect(b->client);
 }
@@ -166,13 +174,13 @@ static void calibrate(struct bench *b, double target_us)
     int64_t tokens = target_us > 5000 ? 8192 : 4096, heads = 16;
 
     for (int i = 0; i < 2; i++) {
-        make_problem(b, heads, tokens, 128);
+        make_problem(b, heads, tokens, tokens, 128);
         for (int k = 0; k < 2; k++)
             run_chains(b, NULL);
         double us = run_chains(b, NULL);
         heads = (int64_t)((double)heads * target_us / us + 0.5);
     }
-    make_problem(b, heads < 1 ? 1 : heads, tokens, 128);
+    make_problem(b, heads < 1 ? 1 : heads, tokens, tokens, 128);
 }
 
 static void measure_chain(struct bench *b, const char *name, int rounds)
@@ -201,7 +209,7 @@ static void chain(const char *socket)
     struct bench b;
 
     open_bench(&b, socket, "bench_handoff");
-    make_problem(&b, 1, 64, 64);
+    make_problem(&b, 1, 64, 64, 64);
     measure_chain(&b, "tiny", ROUNDS_MAX);
     calibrate(&b, 1000);
     measure_chain(&b, "1ms", 41);
@@ -220,7 +228,7 @@ static void rate(const char *socket, double seconds)
     char byte;
 
     open_bench(&b, socket, "rate");
-    make_problem(&b, 1, 64, 64);
+    make_problem(&b, 1, 64, 64, 64);
     for (int i = 0; i < 100; i++)
         compute_there(&b);
     must(cudaStreamSynchronize(b.stream), "cudaStreamSynchronize");
@@ -241,14 +249,126 @@ static void rate(const char *socket, double seconds)
     close_bench(&b);
 }
 
+/* --- tenants --- */
+
+static void size(void)
+{
+    struct bench b;
+
+    open_bench(&b, NULL, NULL);
+    calibrate(&b, 10000);
+    printf("heads\t%lld\n", (long long)b.attn.q.shape[1]);
+    close_bench(&b);
+}
+
+/* What a tenant is told to do. */
+struct order {
+    char place[8];
+    int heads, nq, nk, depth;
+    double seconds;
+};
+
+static void submit(struct bench *b, const struct order *order)
+{
+    if (order->place[0] == 'h')
+        compute_here(b);
+    else
+        compute_there(b);
+}
+
+/* `depth` jobs in flight, an event behind each: *took seconds, until the last is over. */
+static long fly(struct bench *b, const struct order *order, cudaEvent_t *events, double *laps,
+                double *took)
+{
+    double starts[DEPTH_MAX], start = now();
+    long in = 0, out = 0;
+
+    for (;;) {
+        bool more = now() - start < order->seconds;
+        if (!more && out == in)
+            break;
+        if (more && in - out < order->depth) {
+            starts[in % order->depth] = now();
+            submit(b, order);
+            must(cudaEventRecord(events[in++ % order->depth], b->stream), "cudaEventRecord");
+            continue;
+        }
+        must(cudaEventSynchronize(events[out % order->depth]), "cudaEventSynchronize");
+        if (out < LAPS_MAX)
+            laps[out] = (now() - starts[out % order->depth]) * 1e3;
+        out++;
+    }
+    *took = now() - start;
+    return out;
+}
+
+static bool read_order(struct order *order)
+{
+    char line[128];
+
+    if (!fgets(line, sizeof(line), stdin))
+        return false;
+    if (sscanf(line, "%7s %d %d %d %d %lf", order->place, &order->heads, &order->nq, &order->nk,
+               &order->depth, &order->seconds) != 6 ||
+        order->depth < 1 || order->depth > DEPTH_MAX)
+        die("order", line);
+    return true;
+}
+
+/* One job of the order's, so that all there is to load and to register is. */
+static void get_ready(struct bench *b, const struct order *order)
+{
+    const struct sage_attn *a = &b->attn;
+    char go[8];
+
+    if (!b->memory || a->q.shape[1] != order->heads || a->q.shape[2] != order->nq ||
+        a->k.shape[2] != order->nk)
+        make_problem(b, order->heads, order->nq, order->nk, 128);
+    submit(b, order);
+    must(cudaStreamSynchronize(b->stream), "cudaStreamSynchronize");
+    printf("ready\t1\n");
+    fflush(stdout);
+    if (!fgets(go, sizeof(go), stdin))
+        die("start", "end of file");
+}
+
+static void tenant(const char *socket, const char *name)
+{
+    static double laps[LAPS_MAX];
+    cudaEvent_t events[DEPTH_MAX];
+    struct order order;
+    struct bench b;
+    double took;
+
+    open_bench(&b, socket, name);
+    for (int i = 0; i < DEPTH_MAX; i++)
+        must(cudaEventCreateWithFlags(&events[i], cudaEventDisableTiming), "cudaEventCreate");
+    while (read_order(&order)) {
+        get_ready(&b, &order);
+        long jobs = fly(&b, &order, events, laps, &took);
+        int n = jobs < LAPS_MAX ? (int)jobs : LAPS_MAX;
+        double ops = (double)jobs * sage_attn_ops(&b.attn, NULL);
+        printf("jobs\t%ld\nseconds\t%.4f\ntops\t%.4f\n", jobs, took, ops / took / 1e12);
+        printf("p50_ms\t%.4f\n", percentile(laps, n, 0.5));
+        printf("p99_ms\t%.4f\n\n", percentile(laps, n, 0.99));
+        fflush(stdout);
+    }
+    close_bench(&b);
+}
+
 int main(int argc, char **argv)
 {
     if (argc == 3 && !strcmp(argv[1], "chain")) {
         chain(argv[2]);
     } else if (argc == 4 && !strcmp(argv[1], "rate")) {
         rate(argv[2], atof(argv[3]));
+    } else if (argc == 2 && !strcmp(argv[1], "size")) {
+        size();
+    } else if (argc == 4 && !strcmp(argv[1], "tenant")) {
+        tenant(argv[2], argv[3]);
     } else {
-        fprintf(stderr, "usage: handoff_gpu chain SOCKET | rate SOCKET SECONDS\n");
+        fprintf(stderr, "usage: handoff_gpu chain SOCKET | rate SOCKET SECONDS | size |"
+                        " tenant SOCKET NAME\n");
         return 2;
     }
     return 0;
