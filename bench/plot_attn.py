@@ -73,7 +73,7 @@ def legend(names, y):
         yield (f'<line x1="{x}" x2="{x + 28}" y1="{y}" y2="{y}" stroke-width="2" '
                f'stroke="{COLORS.get(contender, "#000")}"{dash}/>')
         yield text(x + 34, y + 4, words, "start")
-        x += 220
+        x += 290
         if x > LEFT + 2 * WIDTH - 100:
             x, y = LEFT, y + 20
 
@@ -86,7 +86,7 @@ def draw(panels, title):
     rows = (len(panels) + 1) // 2
     foot = TOP + rows * (HEIGHT + GAP_Y)
     width = LEFT + 2 * (WIDTH + GAP_X)
-    height = foot + 20 * (-(-len(names) // 4) + 1)
+    height = foot + 20 * (-(-len(names) // 3) + 1)
     yield (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
            'font-family="sans-serif">')
     yield f'<rect width="{width}" height="{height}" fill="#fff"/>'
