@@ -4,9 +4,10 @@
  *   cuda.cu           sage_attn_cuda(): workspace, arguments, launches
  *   cuda_quant.cu     the two kernels before attention: sums over the tokens, then K to INT8 and V
  *                     to e4m3
- *   cuda_attn.cuh     attention: one tile of query rows over the key blocks that it sees
- *   cuda_attn_*.cu    its instantiations
- *   cuda_mma.cuh      PTX
+ *   cuda_attn.cuh     attention: what is done for a tile of query rows on any GPU
+ *   cuda_attn_mma.cuh, cuda_mma.cuh       over the keys that it sees, from sm_80 on; PTX
+ *   cuda_attn_wgmma.cuh, cuda_wgmma.cuh   the same on Hopper; PTX
+ *   cuda_attn_*.cu    instantiations
  *
  * Numerics are those of cpu.h but for two things: the maximum m that a row subtracts may lag behind
  * the true one by up to MAX_LAG (16-bit P V), and sums are added up in another order.

@@ -123,32 +123,19 @@ __device__ __forceinline__ void wgmma_s8_add(int (&d)[16][4], uint64_t a, uint64
 #define WGMMA_16_A_32 "32, %33, %34, %35}, %36, "
 #define WGMMA_16_A_64 "64, %65, %66, %67}, %68, "
 
-template <bool BF16>
-__device__ __forceinline__ void wgmma_16(float (&d)[1][4], const uint32_t (&a)[4], uint64_t b)
-{
-    if constexpr (BF16)
-        WGMMA_16(4, 8, bf16);
-    else
-        WGMMA_16(4, 8, f16);
-}
-
-template <bool BF16>
-__device__ __forceinline__ void wgmma_16(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b)
-{
-    if constexpr (BF16)
-        WGMMA_16(32, 64, bf16);
-    else
-        WGMMA_16(32, 64, f16);
-}
-
-template <bool BF16>
-__device__ __forceinline__ void wgmma_16(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b)
-{
-    if constexpr (BF16)
-        WGMMA_16(64, 128, bf16);
-    else
-        WGMMA_16(64, 128, f16);
-}
+#define WGMMA_16_FUNCTION(n, tiles, columns)                                                       \
+    template <bool BF16>                                                                           \
+    __device__ __forceinline__ void wgmma_16(float(&d)[tiles][4], const uint32_t(&a)[4],           \
+                                             uint64_t b)                                           \
+    {                                                                                              \
+        if constexpr (BF16)                                                                        \
+            WGMMA_16(n, columns, bf16);                                                            \
+        else                                                                                       \
+            WGMMA_16(n, columns, f16);                                                             \
+    }
+WGMMA_16_FUNCTION(4, 1, 8)
+WGMMA_16_FUNCTION(32, 8, 64)
+WGMMA_16_FUNCTION(64, 16, 128)
 
 /* Registers of the threads of this warpgroup: of those that it was started with, 8 at a time. */
 template <int N> __device__ __forceinline__ void registers_more()

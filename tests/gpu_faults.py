@@ -281,13 +281,18 @@ def new_clients(place, row):
     place.others(row)
 
 
+def rest(place):
+    """The witness computes nothing until it is asked for its outcome."""
+    tell(place.children["witness"], "rest")
+    hear(place.children["witness"])
+
+
 def daemon_killed(place, row, state):
     child, base = place.children["client"], place.snapshot()
     # Or a kernel for it would be the one that is killed.
     resting = place.mps and state in ("idle", "registering", "held")
     if resting:
-        tell(place.children["witness"], "rest")
-        hear(place.children["witness"])
+        rest(place)
     place.enter(child, state)
     place.daemon.process.kill()
     since = time.monotonic()
@@ -321,8 +326,7 @@ def unreplaced(place, row, state):
     child = place.spawn("patient", "client", "patient", patience)
     hear(child)
     if place.mps:
-        tell(place.children["witness"], "rest")
-        hear(place.children["witness"])
+        rest(place)
     place.enter(child, state)
     place.daemon.process.kill()
     since = time.monotonic()

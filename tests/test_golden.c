@@ -155,36 +155,26 @@ static const struct msg_submit submit_varlen = {
     .q_offsets = {0, 5, 12},
     .k_offsets = {0, 12, 12},
 };
+/* Four rows of one buffer, and what has to be said besides. */
+#define SMALL_ATTN                                                                                 \
+    {                                                                                              \
+        .q = F16_TENSOR(2, 0, 1, 8), .k = F16_TENSOR(2, 1024, 1, 8),                               \
+        .v = F16_TENSOR(2, 2048, 1, 8), .o = F16_TENSOR(2, 3072, 1, 8), .smooth_k = true,          \
+        .window_left = SAGE_UNLIMITED, .window_right = SAGE_UNLIMITED,                             \
+    }
+
 static const struct msg_submit submit_event = {
     .lane = 1,
     .number = 2,
     .event = 1,
     .staged = 4096,
-    .attn =
-        {
-            .q = F16_TENSOR(2, 0, 1, 8),
-            .k = F16_TENSOR(2, 1024, 1, 8),
-            .v = F16_TENSOR(2, 2048, 1, 8),
-            .o = F16_TENSOR(2, 3072, 1, 8),
-            .smooth_k = true,
-            .window_left = SAGE_UNLIMITED,
-            .window_right = SAGE_UNLIMITED,
-        },
+    .attn = SMALL_ATTN,
 };
 static const struct msg_submit submit_lane = {
     .lane = 5,
     .number = 64,
     .streamed = true,
-    .attn =
-        {
-            .q = F16_TENSOR(2, 0, 1, 8),
-            .k = F16_TENSOR(2, 1024, 1, 8),
-            .v = F16_TENSOR(2, 2048, 1, 8),
-            .o = F16_TENSOR(2, 3072, 1, 8),
-            .smooth_k = true,
-            .window_left = SAGE_UNLIMITED,
-            .window_right = SAGE_UNLIMITED,
-        },
+    .attn = SMALL_ATTN,
 };
 static const struct msg_cancel cancel = {.lane = 3, .number = 200};
 static const struct msg_canceled canceled = {.canceled = true};
