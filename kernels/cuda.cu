@@ -2,6 +2,7 @@
  * cuda.cu - sage_attn_cuda(): what goes where in the workspace, the arguments, the launches.
  */
 #include "cuda_args.h"
+#include "cuda_stamp.h"
 
 #include <atomic>
 #include <cudaTypedefs.h>
@@ -424,6 +425,13 @@ size_t sage_attn_cuda_workspace(const struct sage_attn *attn, const struct sage_
 int sage_attn_cuda(const struct sage_attn *attn, const struct sage_part *part, void *workspace,
                    size_t bytes, struct CUstream_st *stream, char *why, size_t len)
 {
+    return sage_attn_cuda_stamped(attn, part, workspace, bytes, nullptr, stream, why, len);
+}
+
+int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part *part,
+                           void *workspace, size_t bytes, uint64_t *start_ns,
+                           struct CUstream_st *stream, char *why, size_t len)
+{
     const struct sage_part p = whole(attn, part);
     struct cuda_args a;
     struct layout at;
@@ -455,6 +463,7 @@ int sage_attn_cuda(const struct sage_attn *attn, const struct sage_part *part, v
     if (reinterpret_cast<uintptr_t>(workspace) % ALIGN)
         return refuse(why, len, SAGE_EINVAL, "workspace: must be a multiple of %d", ALIGN);
     fill(attn, &at, static_cast<char *>(workspace), &a);
+    a.start_ns = start_ns;
     if (maps_v) {
         a.swizzled = true;
         a.v_map = v_map;

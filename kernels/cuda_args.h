@@ -67,6 +67,7 @@ struct cuda_args {
     float scale_lse;                         /* without */
     int swizzled;                            /* k8, as wgmma wants it */
     CUtensorMap v_map;                       /* v, for wgmma */
+    uint64_t *start_ns;                      /* where the first kernel writes its time; NULL */
     int64_t low, high;                       /* row i sees keys i + low ... i + high */
     int bottom_right;                        /* and then both are nk - nq higher */
     /* the workspace */
@@ -94,10 +95,22 @@ extern const struct cuda_kernel cuda_attn_sm90[], cuda_attn_f16[], cuda_attn_bf1
     cuda_attn_fp8[];
 /* cuda_quant.cu: functions to be loaded, ended by NULL; both launches. */
 extern const void *const cuda_quant_functions[];
-cudaError_t cuda_quant_launch(const struct cuda_args *args, unsigned blocks, cudaStream_t stream);
+cudaError_t cuda_quant_launch(struct cuda_args *args, unsigned blocks, cudaStream_t stream);
 }
 
 #ifdef __CUDACC__
+/* The first kernel of a call says when it begins. */
+__device__ inline void stamp_start(const cuda_args &a)
+{
+    if (a.start_ns && blockIdx.x == 0 && threadIdx.x == 0)
+        asm volatile("{\n"
+                     ".reg .u64 ns;\n"
+                     "mov.u64 ns, %%globaltimer;\n"
+                     "st.volatile.global.u64 [%0], ns;\n"
+                     "}" ::"l"(a.start_ns)
+                     : "memory");
+}
+
 /* One sequence, and where it starts in the index spaces. */
 struct cuda_seq {
     int64_t batch, q0, k0;

@@ -382,6 +382,7 @@ __global__ void __launch_bounds__(32 * KERNEL_WARPS, 2)
     __shared__ tile place;
     __shared__ query queries[KERNEL_TILE_Q(D)];
 
+    stamp_start(args);
     if (threadIdx.x == 0)
         place = find_tile(args, KERNEL_TILE_Q(D));
     __syncthreads();

@@ -331,6 +331,7 @@ __global__ void __launch_bounds__(128 * (WGMMA_GROUPS(D) + 1), 1)
         shared + (-shared_address(shared) & (WGMMA_ALIGN - 1)));
     const int group = threadIdx.x / 128;
 
+    stamp_start(args);
     for (int i = threadIdx.x; i < 16 * 64; i += blockDim.x)
         m.ones[0][i] = BF16 ? 0x3f80 : 0x3c00;
     async_fence();

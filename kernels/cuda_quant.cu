@@ -83,6 +83,7 @@ __global__ void __launch_bounds__(QUANT_THREADS) sum_kernel(const __grid_constan
     __shared__ float shared[QUANT_THREADS][8];
     const chunk c = find_chunk(a, blockIdx.x);
 
+    stamp_start(a);
     if (!c.there)
         return;
     /* a thread has one vector of 8 channels, and every lanes-th key */
@@ -279,6 +280,7 @@ __global__ void __launch_bounds__(QUANT_THREADS)
     const chunk c = find_chunk(a, gridDim.x - 1 - blockIdx.x);
     const int64_t block0 = c.head * a.blocks.total + c.block;
 
+    stamp_start(a);
     if (!c.there)
         return;
     if (threadIdx.x == 0)
@@ -334,7 +336,7 @@ extern "C" const void *const cuda_quant_functions[] = {
         sum_kernel<false>,
     (const void *)sum_kernel<true>, nullptr};
 
-extern "C" cudaError_t cuda_quant_launch(const cuda_args *a, unsigned blocks, cudaStream_t stream)
+extern "C" cudaError_t cuda_quant_launch(cuda_args *a, unsigned blocks, cudaStream_t stream)
 {
     if (a->smooth_k || a->fp8) {
         if (a->bf16)
@@ -344,7 +346,10 @@ extern "C" cudaError_t cuda_quant_launch(const cuda_args *a, unsigned blocks, cu
         const cudaError_t error = cudaGetLastError();
         if (error != cudaSuccess)
             return error;
+        a->start_ns = nullptr;
     }
-    return a->fp8 ? launch_quantise<true>(a, blocks, stream)
-                  : launch_quantise<false>(a, blocks, stream);
+    const cudaError_t error = a->fp8 ? launch_quantise<true>(a, blocks, stream)
+                                     : launch_quantise<false>(a, blocks, stream);
+    a->start_ns = nullptr;
+    return error;
 }
