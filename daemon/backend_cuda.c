@@ -297,6 +297,17 @@ err_free:
 
 /* --- pieces --- */
 
+/* What the device has to store behind the piece. */
+static struct sage_cuda_release release_of(const struct piece *piece)
+{
+    uint32_t entry = piece->number % SAGE_ENTRIES;
+
+    if (!piece->remote)
+        return (struct sage_cuda_release){0};
+    return (struct sage_cuda_release){&piece->remote->status[entry], &piece->remote->release[entry],
+                                      piece->number};
+}
+
 static void start(struct stream *s, struct piece *piece)
 {
     struct sage_cuda_stamp *stamp = &s->stamps[s->in % STREAM_DEPTH];
@@ -305,17 +316,12 @@ static void start(struct stream *s, struct piece *piece)
     s->ring[s->in++ % STREAM_DEPTH] = piece;
     stamp->start_ns = stamp->end_ns = 0;
     __atomic_store_n(&stamp->done, 0, __ATOMIC_RELEASE); /* its last user was read long ago */
-    piece->status = 0;
-    int rc = sage_cuda_stamp_start(&stamp->start_ns, s->cuda);
-    if (!rc) {
-        piece->status = sage_attn_cuda(piece->attn, &piece->part, s->workspace, s->bytes, s->cuda,
-                                       why, sizeof(why));
-        if (piece->status || !piece->remote ||
-            !share_release(s->device, s->cuda, piece->remote, piece->number))
-            piece->remote = NULL;
-        /* Also behind a launch that failed: something before it may run. */
-        rc = sage_cuda_stamp_end(stamp, s->cuda);
-    }
+    piece->status = sage_attn_cuda_stamped(piece->attn, &piece->part, s->workspace, s->bytes,
+                                           &stamp->start_ns, s->cuda, why, sizeof(why));
+    if (piece->status)
+        piece->remote = NULL;
+    /* Also behind a launch that failed: something before it may run. */
+    int rc = sage_cuda_stamp_end(stamp, release_of(piece), s->cuda);
     if (!rc && !piece->status)
         return;
     cudaError_t last = cudaGetLastError(); /* or the next launch would be told of it */
@@ -334,17 +340,19 @@ static void start(struct stream *s, struct piece *piece)
 static void set_times(struct device *d, struct piece *piece, const struct sage_cuda_stamp *stamp,
                       uint64_t now)
 {
-    uint64_t took = stamp->end_ns > stamp->start_ns ? stamp->end_ns - stamp->start_ns : 0;
+    /* Where nothing was computed nothing began. */
+    uint64_t start_ns = stamp->start_ns ? stamp->start_ns : stamp->end_ns;
+    uint64_t took = stamp->end_ns > start_ns ? stamp->end_ns - start_ns : 0;
 
     if (took > now - piece->launch_ns)
         took = now - piece->launch_ns;
-    int64_t low = (int64_t)(piece->launch_ns - stamp->start_ns);
-    int64_t high = (int64_t)(now - took - stamp->start_ns);
+    int64_t low = (int64_t)(piece->launch_ns - start_ns);
+    int64_t high = (int64_t)(now - took - start_ns);
     if (d->clock_ns < low)
         d->clock_ns = low;
     if (d->clock_ns > high)
         d->clock_ns = high;
-    piece->start_ns = stamp->start_ns + (uint64_t)d->clock_ns;
+    piece->start_ns = start_ns + (uint64_t)d->clock_ns;
     piece->end_ns = piece->start_ns + took;
 }
 

@@ -25,8 +25,7 @@
     X(cuMemMap, PFN_cuMemMap_v10020)                                                               \
     X(cuMemRelease, PFN_cuMemRelease_v10020)                                                       \
     X(cuMemSetAccess, PFN_cuMemSetAccess_v10020)                                                   \
-    X(cuMemUnmap, PFN_cuMemUnmap_v10020)                                                           \
-    X(cuStreamBatchMemOp, PFN_cuStreamBatchMemOp_v11070)
+    X(cuMemUnmap, PFN_cuMemUnmap_v10020)
 
 /* cuda.h makes macros of some of these names, so members are called otherwise. */
 struct cuda_driver {
@@ -46,7 +45,7 @@ struct device {
     uint64_t slots;     /* that there will be */
     cudaStream_t probe; /* always empty: what a query says of it is said of the context */
     int lost;           /* cudaError_t it was lost by, or 0. Any thread, atomically; stays */
-    bool releases;      /* streams can store words in host memory */
+    bool releases;      /* kernels can store words in pages of clients */
     int64_t clock_ns;   /* CLOCK_MONOTONIC - %globaltimer; INT64_MAX: not known */
     struct cuda_driver cu;
     /* Events of ours: by their numbers, from 1; and those that nobody waits for. Both owned. */
@@ -73,9 +72,6 @@ int share_map(struct device *d, const struct mapping *what, void **base, uint64_
 void share_unmap(struct device *d, const struct mapping *what, void *base, uint64_t size);
 int share_page_open(struct device *d, struct sage_page *page, struct sage_page **remote, char *why);
 void share_page_close(struct device *d, struct sage_page *page);
-/* Behind all that was started on the stream: status 0, then the release. false: not queued. */
-bool share_release(struct device *d, cudaStream_t stream, struct sage_page_lane *remote,
-                   uint32_t number);
 int share_event_open(struct device *d, const uint8_t handle[PROTO_HANDLE_MAX], void **event,
                      char *why);
 void share_event_close(struct device *d, void *event);

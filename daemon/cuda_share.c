@@ -5,9 +5,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "daemon/backend_cuda.h"
 #include "daemon/log.h"
+#include "kernels/cuda_stamp.h"
 
 enum {
     COMPLETIONS_FIRST = 64,            /* made at start */
@@ -220,61 +222,68 @@ void share_unmap(struct device *d, const struct mapping *what, void *base, uint6
 
 /* --- pages of clients --- */
 
-static CUstreamBatchMemOpParams store(const uint32_t *word, uint32_t value)
+static int open_page(struct sage_page *page, struct sage_page **remote, const char **what)
 {
-    CUstreamBatchMemOpParams op = {.writeValue = {.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32,
-                                                  .address = (CUdeviceptr)word,
-                                                  .value = value}};
-    return op;
+    *what = "page: cudaHostRegister";
+    cudaError_t rc = cudaHostRegister(page, sizeof(*page), cudaHostRegisterMapped);
+    if (rc)
+        return rc;
+    *what = "page: cudaHostGetDevicePointer";
+    rc = cudaHostGetDevicePointer((void **)remote, page, 0);
+    if (rc)
+        cudaHostUnregister(page);
+    return rc;
 }
 
-bool share_release(struct device *d, cudaStream_t stream, struct sage_page_lane *remote,
-                   uint32_t number)
+/* Release a job in a page like a client's. */
+static bool try_out(struct device *d, struct sage_page *page, struct sage_cuda_stamp *stamp)
 {
-    CUstreamBatchMemOpParams ops[] = {store(&remote->status[number % SAGE_ENTRIES], 0),
-                                      store(&remote->release[number % SAGE_ENTRIES], number)};
+    struct sage_page_lane *lane = &page->lane[0];
+    struct sage_page *remote;
+    const char *what;
 
-    return d->cu.p_cuStreamBatchMemOp(stream, 2, ops, 0) == CUDA_SUCCESS;
-}
-
-/* By a real call, since there is nothing to ask. */
-static bool can_release(struct device *d)
-{
-    uint32_t *word, *remote;
-
-    if (cudaHostAlloc((void **)&word, sizeof(*word), cudaHostAllocMapped)) {
-        cudaGetLastError();
+    if (open_page(page, &remote, &what))
         return false;
-    }
-    *word = 0;
-    cudaError_t rc = cudaHostGetDevicePointer((void **)&remote, word, 0);
-    if (!rc) {
-        CUstreamBatchMemOpParams op = store(remote, 1);
-        rc = (cudaError_t)d->cu.p_cuStreamBatchMemOp(d->probe, 1, &op, 0);
-    }
+    page_store(&lane->status[1], 1);
+    int rc = sage_cuda_stamp_end(
+        stamp,
+        (struct sage_cuda_release){&remote->lane[0].status[1], &remote->lane[0].release[1], 1},
+        d->probe);
     if (!rc)
         rc = cudaStreamSynchronize(d->probe);
-    bool can = !rc && __atomic_load_n(word, __ATOMIC_ACQUIRE) == 1;
-    cudaFreeHost(word);
+    cudaHostUnregister(page);
+    return !rc && page_load(&lane->release[1]) == 1 && page_load(&lane->status[1]) == 0;
+}
+
+/* By real stores, since there is nothing to ask. */
+static bool can_release(struct device *d)
+{
+    struct sage_cuda_stamp *stamp = NULL;
+    int fd;
+    struct sage_page *page = page_create(&fd);
+
+    if (!page)
+        return false;
+    bool can = !cudaHostAlloc((void **)&stamp, sizeof(*stamp), cudaHostAllocMapped) &&
+               try_out(d, page, stamp);
+    cudaFreeHost(stamp);
     cudaGetLastError();
+    page_unmap(page);
+    close(fd);
     return can;
 }
 
 int share_page_open(struct device *d, struct sage_page *page, struct sage_page **remote, char *why)
 {
+    const char *what = "cudaSetDevice";
+
     *remote = NULL;
     if (!d->releases)
         return 0;
-    cudaError_t rc = cudaSetDevice(d->ordinal);
+    int rc = cudaSetDevice(d->ordinal);
     if (!rc)
-        rc = cudaHostRegister(page, sizeof(*page), cudaHostRegisterMapped);
-    if (rc)
-        return cuda_error(d, rc, SAGE_EUNSUPPORTED, "page: cudaHostRegister", why);
-    rc = cudaHostGetDevicePointer((void **)remote, page, 0);
-    if (!rc)
-        return 0;
-    cudaHostUnregister(page);
-    return cuda_error(d, rc, SAGE_EUNSUPPORTED, "page: cudaHostGetDevicePointer", why);
+        rc = open_page(page, remote, &what);
+    return rc ? cuda_error(d, (cudaError_t)rc, SAGE_EUNSUPPORTED, what, why) : 0;
 }
 
 void share_page_close(struct device *d, struct sage_page *page)
@@ -452,7 +461,7 @@ int share_open(struct device *d, char *why)
         return driver_error(d, rc, "cuMemGetAllocationGranularity", why);
     d->releases = can_release(d);
     if (!d->releases)
-        log_warning("release", "by=cpu reason=\"streams cannot store words in host memory\"");
+        log_warning("release", "by=cpu reason=\"kernels cannot store words in clients' pages\"");
     d->completions = calloc(COMPLETIONS_MAX, sizeof(d->completions[0]));
     if (!d->completions)
         return SAGE_ENOMEM;

@@ -1,8 +1,8 @@
 /*
- * cuda_stamp.cu - times and completion words that a stream writes into host memory.
+ * cuda_stamp.cu - the end of a piece: what a stream writes into host memory behind it.
  *
  * A kernel starts when all kernels before it in its stream are over and their writes are visible:
- * that, and no fence of theirs, is what `done` rests on.
+ * that, and no fence of theirs, is what `release` and `done` rest on.
  */
 #include <cuda_runtime_api.h>
 
@@ -19,16 +19,21 @@ __device__ uint64_t globaltimer()
     return ns;
 }
 
-__global__ void stamp_start_kernel(volatile uint64_t *ns_word)
+/* Whoever sees the word sees all that this thread has stored before. */
+__device__ void publish(volatile uint32_t *word, uint32_t value)
 {
-    *ns_word = globaltimer();
+    __threadfence_system();
+    *word = value;
 }
 
-__global__ void stamp_end_kernel(volatile sage_cuda_stamp *stamp)
+__global__ void stamp_end_kernel(volatile sage_cuda_stamp *stamp, sage_cuda_release to)
 {
     stamp->end_ns = globaltimer();
-    __threadfence_system(); /* the host must not see `done` before it */
-    stamp->done = 1;
+    if (to.release) {
+        *const_cast<volatile uint32_t *>(to.status) = 0;
+        publish(to.release, to.number);
+    }
+    publish(&stamp->done, 1);
 }
 
 } // namespace
@@ -36,25 +41,14 @@ __global__ void stamp_end_kernel(volatile sage_cuda_stamp *stamp)
 int sage_cuda_stamp_load(void)
 {
     cudaFuncAttributes unused;
-    cudaError_t rc =
-        cudaFuncGetAttributes(&unused, reinterpret_cast<const void *>(stamp_start_kernel));
 
-    if (rc == cudaSuccess)
-        rc = cudaFuncGetAttributes(&unused, reinterpret_cast<const void *>(stamp_end_kernel));
-    return rc;
+    return cudaFuncGetAttributes(&unused, reinterpret_cast<const void *>(stamp_end_kernel));
 }
 
-int sage_cuda_stamp_start(uint64_t *ns_word, struct CUstream_st *stream)
+int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, struct sage_cuda_release to,
+                        struct CUstream_st *stream)
 {
-    void *args[] = {&ns_word};
-
-    return cudaLaunchKernel(reinterpret_cast<const void *>(stamp_start_kernel), dim3(1), dim3(1),
-                            args, 0, stream);
-}
-
-int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, struct CUstream_st *stream)
-{
-    void *args[] = {&stamp};
+    void *args[] = {&stamp, &to};
 
     return cudaLaunchKernel(reinterpret_cast<const void *>(stamp_end_kernel), dim3(1), dim3(1),
                             args, 0, stream);

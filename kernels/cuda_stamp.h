@@ -1,7 +1,8 @@
 /*
- * cuda_stamp.h - times and completion words that a stream writes into host memory.
+ * cuda_stamp.h - what a stream writes into host memory around a piece: times, a completion word,
+ * the release of a job.
  *
- * All return a cudaError_t. The memory is pinned and mapped (cudaHostAlloc()).
+ * All return a cudaError_t, if they do not say otherwise. The memory is pinned and mapped.
  */
 #ifndef SAGE_CUDA_STAMP_H
 #define SAGE_CUDA_STAMP_H
@@ -23,7 +24,13 @@ struct sage_cuda_stamp {
     uint32_t done;             /* 1, after all the rest */
 };
 
-/* Load the kernels: a first launch must not wait for what the stream waits for. */
+/* A job to be released: its words as the device sees them. All NULL: none. */
+struct sage_cuda_release {
+    uint32_t *status, *release;
+    uint32_t number;
+};
+
+/* Load the kernel: a first launch must not wait for what the stream waits for. */
 int sage_cuda_stamp_load(void);
 
 /*
@@ -33,8 +40,12 @@ int sage_cuda_stamp_load(void);
 int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part *part,
                            void *workspace, size_t bytes, uint64_t *start_ns,
                            struct CUstream_st *stream, char *why, size_t len);
-/* The stream writes end_ns, then done, when all before is done and can be seen by everybody. */
-int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, struct CUstream_st *stream);
+/*
+ * When all before is done and can be seen by everybody, the stream writes: status 0, then the
+ * release, and last of all done. end_ns is the time before that.
+ */
+int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, struct sage_cuda_release to,
+                        struct CUstream_st *stream);
 
 #ifdef __cplusplus
 }
