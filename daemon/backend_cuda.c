@@ -421,6 +421,7 @@ const struct backend backend_cuda = {
     .kinds = 1 << BUFFER_CUDA_IPC | 1 << BUFFER_VMM,
     .modes = MODE_SYNC | MODE_EVENT | MODE_LANES,
     .client_mode = "sync",
+    .forms = true,
     .open = open_cuda,
     .close = close_cuda,
     .describe = describe,

@@ -16,6 +16,9 @@
 enum {
     TICK_MS = 500,
     COMPLAINTS_MAX = 10, /* logged in a tick */
+    /* of warm-up jobs */
+    HEADS = 2,
+    TOKENS = 128,
 };
 
 uint64_t daemon_now(void)
@@ -180,36 +183,56 @@ static int run_and_wait(struct daemon *d, struct stream *stream, const struct sa
     return piece.status;
 }
 
+/* Problems of one shape for which there may be different kernels. */
+enum form { PLAIN, SEQUENCES, MASKED, FORMS };
+
+/* In `memory`, all of it zero, or at no address yet (NULL). */
+static struct sage_attn warm_up_problem(enum form form, enum sage_variant variant,
+                                        enum sage_dtype dtype, int64_t dim, uint16_t *memory)
+{
+    static const int32_t offsets[] = {0, TOKENS / 2, TOKENS};
+    const int64_t elements = HEADS * TOKENS * dim;
+    struct sage_attn attn = SAGE_ATTN_INIT;
+    struct sage_tensor *const tensors[] = {&attn.q, &attn.k, &attn.v, &attn.o};
+
+    attn.variant = variant;
+    for (int i = 0; i < 4; i++)
+        *tensors[i] = (struct sage_tensor){
+            .dtype = dtype,
+            .data = memory ? memory + i * elements : NULL,
+            .shape = {1, HEADS, TOKENS, dim},
+            .stride = {elements, TOKENS * dim, dim, 1},
+        };
+    if (form == SEQUENCES) {
+        attn.n_seqs = 2;
+        attn.q_offsets = attn.k_offsets = offsets;
+    }
+    if (form == MASKED) /* zeros that are added; those of q are as good as any */
+        attn.mask = (struct sage_tensor){
+            .dtype = dtype, .data = memory, .shape = {1, 1, 1, TOKENS}, .stride = {0, 0, 0, 1}};
+    return attn;
+}
+
 /*
  * One small job of a kind on every slot: what is loaded late or cannot run is known before READY.
  */
 static int warm_up_kind(struct daemon *d, enum sage_variant variant, enum sage_dtype dtype,
                         int64_t dim, char *why)
 {
-    enum { HEADS = 2, TOKENS = 128 };
-    const int64_t elements = HEADS * TOKENS * dim;
-    struct sage_attn attn = SAGE_ATTN_INIT;
+    struct sage_attn attn = warm_up_problem(PLAIN, variant, dtype, dim, NULL);
 
-    attn.variant = variant;
-    attn.q = attn.k = attn.v = attn.o = (struct sage_tensor){
-        .dtype = dtype,
-        .shape = {1, HEADS, TOKENS, dim},
-        .stride = {elements, TOKENS * dim, dim, 1},
-    };
     if (d->backend->supports && d->backend->supports(d->device, &attn, why))
         return 0;
-    if (dim > 64 && d->backend->workspace(&attn, NULL) > d->sched.workspace)
-        return 0; /* nor will it for a client */
-    uint16_t *memory = d->backend->memory_get(d->device, 4 * (size_t)elements * sizeof(*memory));
+    uint16_t *memory =
+        d->backend->memory_get(d->device, 4 * HEADS * TOKENS * (size_t)dim * sizeof(*memory));
     int rc = memory ? 0 : SAGE_ENOMEM;
-    if (memory) {
-        attn.q.data = memory;
-        attn.k.data = memory + elements;
-        attn.v.data = memory + 2 * elements;
-        attn.o.data = memory + 3 * elements;
+    for (enum form form = PLAIN; !rc && form < (d->backend->forms ? FORMS : 1); form++) {
+        attn = warm_up_problem(form, variant, dtype, dim, memory);
+        if ((form != PLAIN || dim > 64) && d->backend->workspace(&attn, NULL) > d->sched.workspace)
+            continue; /* nor will a client's fit */
+        for (unsigned i = 0; !rc && i < d->sched.n_slots; i++)
+            rc = run_and_wait(d, d->sched.slots[i].stream, &attn);
     }
-    for (unsigned i = 0; !rc && i < d->sched.n_slots; i++)
-        rc = run_and_wait(d, d->sched.slots[i].stream, &attn);
     if (memory)
         d->backend->memory_put(d->device, memory);
     snprintf(why, PROTO_TEXT_MAX, "warm-up of %s %s d%d: %s", sage_variant_name(variant),
