@@ -17,9 +17,14 @@
 
 #include "daemon/daemon.h"
 #include "daemon/log.h"
-#include "kernels/cuda_stamp.h"
 
 #define ASK_NS UINT64_C(10000000) /* how often a stream is asked whether it still lives */
+
+struct started {
+    struct piece *piece; /* not owned */
+    struct sage_cuda_stamp *stamp;
+    struct graph *graph; /* whose stamp it is, or NULL */
+};
 
 /* The ring has one writer and one reader, both the loop. */
 struct stream {
@@ -27,8 +32,9 @@ struct stream {
     cudaStream_t cuda;
     void *workspace;
     size_t bytes;
-    struct sage_cuda_stamp *stamps;   /* pinned: the device writes, the loop reads. By ring entry */
-    struct piece *ring[STREAM_DEPTH]; /* not owned */
+    struct graphs *graphs;
+    struct sage_cuda_stamp *stamps; /* pinned: the device writes, the loop reads. By ring entry */
+    struct started ring[STREAM_DEPTH];
     unsigned in, out;
     uint64_t asked_ns;
 };
@@ -254,6 +260,7 @@ static void memory_put(struct device *d, void *memory)
 static void stream_close(struct stream *s)
 {
     cudaStreamSynchronize(s->cuda); /* nothing is in it, but for the ends of completion events */
+    graphs_destroy(s->graphs);
     cudaStreamDestroy(s->cuda);
     cudaFreeHost(s->stamps);
     cudaFree(s->workspace);
@@ -278,9 +285,15 @@ static int stream_open(struct device *d, size_t workspace, struct stream **strea
     rc = cudaMalloc(&s->workspace, workspace);
     if (rc)
         goto err_stamps;
+    s->graphs = graphs_create();
+    if (!s->graphs)
+        goto err_workspace;
     *stream = s;
     return 0;
 
+err_workspace:
+    rc = cudaErrorMemoryAllocation;
+    cudaFree(s->workspace);
 err_stamps:
     cudaFreeHost(s->stamps);
 err_stream:
@@ -297,33 +310,59 @@ err_free:
 
 /* --- pieces --- */
 
-/* What the device has to store behind the piece. */
-static struct sage_cuda_release release_of(const struct piece *piece)
+/* What the device is told of the piece, and has told of it: nothing yet. */
+static void prepare(struct sage_cuda_stamp *stamp, const struct piece *piece)
 {
     uint32_t entry = piece->number % SAGE_ENTRIES;
+    struct sage_page_lane *remote = piece->remote;
 
-    if (!piece->remote)
-        return (struct sage_cuda_release){0};
-    return (struct sage_cuda_release){&piece->remote->status[entry], &piece->remote->release[entry],
-                                      piece->number};
+    *stamp = (struct sage_cuda_stamp){.number = piece->number,
+                                      .status = remote ? &remote->status[entry] : NULL,
+                                      .release = remote ? &remote->release[entry] : NULL};
+}
+
+static int launch(struct stream *s, struct piece *piece, struct sage_cuda_stamp *stamp, char *why)
+{
+    piece->status = sage_attn_cuda_stamped(piece->attn, &piece->part, s->workspace, s->bytes,
+                                           &stamp->start_ns, s->cuda, why, PROTO_TEXT_MAX);
+    if (piece->status)
+        stamp->release = NULL;
+    /* Also behind a launch that failed: something before it may run. */
+    return sage_cuda_stamp_end(stamp, s->cuda);
+}
+
+/* By a graph, which is recorded first if need be. false: nothing was launched. */
+static bool launch_graph(struct stream *s, struct piece *piece, struct graph *graph, char *why)
+{
+    if (!graph->exec) {
+        if (graph_begin(graph, s->cuda))
+            return false;
+        int rc = launch(s, piece, graph->stamp, why);
+        if (graph_end(graph, s->cuda, !rc && !piece->status))
+            return false;
+    }
+    if (cudaGraphLaunch(graph->exec, s->cuda) == cudaSuccess)
+        return true;
+    cudaGetLastError();
+    return false;
 }
 
 static void start(struct stream *s, struct piece *piece)
 {
-    struct sage_cuda_stamp *stamp = &s->stamps[s->in % STREAM_DEPTH];
+    struct graph *graph = graph_take(s->graphs, piece);
+    struct sage_cuda_stamp *stamp = graph ? graph->stamp : &s->stamps[s->in % STREAM_DEPTH];
     char why[PROTO_TEXT_MAX] = "";
 
-    s->ring[s->in++ % STREAM_DEPTH] = piece;
-    stamp->start_ns = stamp->end_ns = 0;
-    __atomic_store_n(&stamp->done, 0, __ATOMIC_RELEASE); /* its last user was read long ago */
-    piece->status = sage_attn_cuda_stamped(piece->attn, &piece->part, s->workspace, s->bytes,
-                                           &stamp->start_ns, s->cuda, why, sizeof(why));
-    if (piece->status)
-        piece->remote = NULL;
-    /* Also behind a launch that failed: something before it may run. */
-    int rc = sage_cuda_stamp_end(stamp, release_of(piece), s->cuda);
+    s->ring[s->in++ % STREAM_DEPTH] = (struct started){piece, stamp, graph};
+    piece->status = 0;
+    prepare(stamp, piece);
+    if (graph && launch_graph(s, piece, graph, why))
+        return;
+    prepare(stamp, piece);
+    int rc = launch(s, piece, stamp, why);
     if (!rc && !piece->status)
         return;
+    piece->remote = NULL;
     cudaError_t last = cudaGetLastError(); /* or the next launch would be told of it */
     if (piece->status)
         log_error("launch", "status=%s reason=\"%s\"", sage_errname(piece->status), why);
@@ -363,7 +402,7 @@ static void finish(struct stream *s, struct piece *piece)
         page_wake(piece->lane, piece->number);
     else if (piece->lane && piece->status != SAGE_EDEVICE)
         page_release(piece->lane, piece->number, piece->status);
-    s->out++;
+    graph_put(s->ring[s->out++ % STREAM_DEPTH].graph);
     piece->done = 1;
 }
 
@@ -393,8 +432,8 @@ static void poll(struct stream *s)
     uint64_t now = daemon_now();
 
     while (s->out != s->in) {
-        struct sage_cuda_stamp *stamp = &s->stamps[s->out % STREAM_DEPTH];
-        struct piece *piece = s->ring[s->out % STREAM_DEPTH];
+        struct sage_cuda_stamp *stamp = s->ring[s->out % STREAM_DEPTH].stamp;
+        struct piece *piece = s->ring[s->out % STREAM_DEPTH].piece;
         if (__atomic_load_n(&s->device->lost, __ATOMIC_RELAXED)) {
             piece->status = SAGE_EDEVICE;
         } else if (__atomic_load_n(&stamp->done, __ATOMIC_ACQUIRE)) {
@@ -409,7 +448,7 @@ static void poll(struct stream *s)
 
 static int event_record(struct stream *s, uint32_t *number, uint8_t handle[PROTO_HANDLE_MAX])
 {
-    const struct piece *newest = s->ring[(s->in - 1) % STREAM_DEPTH];
+    const struct piece *newest = s->ring[(s->in - 1) % STREAM_DEPTH].piece;
 
     if (newest->status)
         return newest->status;

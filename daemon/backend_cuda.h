@@ -1,7 +1,8 @@
 /*
- * backend_cuda.h - what the two files of the CUDA backend share.
+ * backend_cuda.h - what the files of the CUDA backend share.
  *
  *   backend_cuda.c   the device, its streams, pieces
+ *   cuda_graph.c     pieces that come again
  *   cuda_share.c     memory and events of other processes
  */
 #ifndef SAGE_BACKEND_CUDA_H
@@ -13,6 +14,7 @@
 #include <sys/queue.h>
 
 #include "daemon/backend.h"
+#include "kernels/cuda_stamp.h"
 
 /* Of the driver, by name and type of version 12.0; nothing here is linked against libcuda. */
 #define CUDA_DRIVER(X)                                                                             \
@@ -64,6 +66,32 @@ bool cuda_is_lost(struct device *d, int rc, const char *what);
  * `status`. Forgets CUDA's last error.
  */
 int cuda_error(struct device *d, cudaError_t rc, int status, const char *what, char *why);
+
+/* --- cuda_graph.c --- */
+
+/* A piece on a stream, and what launches it by one call. */
+struct graph {
+    struct sage_attn attn;
+    struct sage_part part;
+    cudaGraphExec_t exec; /* NULL: to be recorded. Owned */
+    struct sage_cuda_stamp *stamp;
+    uint64_t used; /* when, by graphs.clock; 0: it stands for no piece yet */
+    bool taken;    /* it is running, or its stamp has not been read */
+    bool useless;  /* it cannot be recorded */
+};
+
+/* Of one stream. NULL: no memory. */
+struct graphs *graphs_create(void);
+void graphs_destroy(struct graphs *graphs);
+/* The piece's graph, if it came before and that does not run; until it is given back (or NULL). */
+struct graph *graph_take(struct graphs *graphs, const struct piece *piece);
+void graph_put(struct graph *graph);
+/*
+ * What is launched on the stream between these two is recorded; nothing is launched. cudaError_t.
+ * good: it is all there is to the piece.
+ */
+int graph_begin(struct graph *graph, cudaStream_t stream);
+int graph_end(struct graph *graph, cudaStream_t stream, bool good);
 
 /* cuda_share.c: members of backend_cuda, and what open() and close() have to do for them. */
 int share_open(struct device *d, char *why);

@@ -9,7 +9,6 @@
 
 #include "daemon/backend_cuda.h"
 #include "daemon/log.h"
-#include "kernels/cuda_stamp.h"
 
 enum {
     COMPLETIONS_FIRST = 64,            /* made at start */
@@ -245,10 +244,9 @@ static bool try_out(struct device *d, struct sage_page *page, struct sage_cuda_s
     if (open_page(page, &remote, &what))
         return false;
     page_store(&lane->status[1], 1);
-    int rc = sage_cuda_stamp_end(
-        stamp,
-        (struct sage_cuda_release){&remote->lane[0].status[1], &remote->lane[0].release[1], 1},
-        d->probe);
+    *stamp = (struct sage_cuda_stamp){
+        .number = 1, .status = &remote->lane[0].status[1], .release = &remote->lane[0].release[1]};
+    int rc = sage_cuda_stamp_end(stamp, d->probe);
     if (!rc)
         rc = cudaStreamSynchronize(d->probe);
     cudaHostUnregister(page);

@@ -26,12 +26,15 @@ __device__ void publish(volatile uint32_t *word, uint32_t value)
     *word = value;
 }
 
-__global__ void stamp_end_kernel(volatile sage_cuda_stamp *stamp, sage_cuda_release to)
+__global__ void stamp_end_kernel(volatile sage_cuda_stamp *stamp)
 {
+    volatile uint32_t *const status = stamp->status, *const release = stamp->release;
+    const uint32_t number = stamp->number;
+
     stamp->end_ns = globaltimer();
-    if (to.release) {
-        *const_cast<volatile uint32_t *>(to.status) = 0;
-        publish(to.release, to.number);
+    if (release) {
+        *status = 0;
+        publish(release, number);
     }
     publish(&stamp->done, 1);
 }
@@ -45,10 +48,9 @@ int sage_cuda_stamp_load(void)
     return cudaFuncGetAttributes(&unused, reinterpret_cast<const void *>(stamp_end_kernel));
 }
 
-int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, struct sage_cuda_release to,
-                        struct CUstream_st *stream)
+int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, struct CUstream_st *stream)
 {
-    void *args[] = {&stamp, &to};
+    void *args[] = {&stamp};
 
     return cudaLaunchKernel(reinterpret_cast<const void *>(stamp_end_kernel), dim3(1), dim3(1),
                             args, 0, stream);

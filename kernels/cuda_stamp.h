@@ -18,16 +18,16 @@ struct CUstream_st;
 struct sage_attn;
 struct sage_part;
 
-/* What happened around the work between its first kernel and sage_cuda_stamp_end(). */
+/*
+ * What happened around the work between its first kernel and sage_cuda_stamp_end(); and, set before
+ * that work is launched, what is to be stored in a client's page then, at addresses of the device.
+ * So all that differs from one launch to the next of the same work lies here.
+ */
 struct sage_cuda_stamp {
-    uint64_t start_ns, end_ns; /* %globaltimer: nanoseconds of the device's clock; never 0 */
-    uint32_t done;             /* 1, after all the rest */
-};
-
-/* A job to be released: its words as the device sees them. All NULL: none. */
-struct sage_cuda_release {
-    uint32_t *status, *release;
-    uint32_t number;
+    uint64_t start_ns, end_ns;  /* %globaltimer: nanoseconds of the device's clock; never 0 */
+    uint32_t done;              /* 1, after all the rest */
+    uint32_t number;            /* for *release; 0 is for *status */
+    uint32_t *status, *release; /* NULL: nothing is */
 };
 
 /* Load the kernel: a first launch must not wait for what the stream waits for. */
@@ -41,11 +41,10 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
                            void *workspace, size_t bytes, uint64_t *start_ns,
                            struct CUstream_st *stream, char *why, size_t len);
 /*
- * When all before is done and can be seen by everybody, the stream writes: status 0, then the
- * release, and last of all done. end_ns is the time before that.
+ * When all before is done and can be seen by everybody, the stream writes: *status, then *release,
+ * and last of all done. end_ns is the time before that.
  */
-int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, struct sage_cuda_release to,
-                        struct CUstream_st *stream);
+int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, struct CUstream_st *stream);
 
 #ifdef __cplusplus
 }
