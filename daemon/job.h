@@ -38,9 +38,10 @@ struct job {
     struct event *event;                 /* of the session's, that the inputs are behind, or NULL */
     int64_t groups;                      /* how many there are */
     int64_t group, row,
-        head;           /* the next piece starts here; only a job that holds is within a group */
-    int64_t block_rows; /* of the pieces that share a row: each has some of the heads */
-    double ops, bytes;  /* of all of it: operations, tensors */
+        head;            /* the next piece starts here; only a job that holds is within a group */
+    int64_t block_rows;  /* of the pieces that share a row: each has some of the heads */
+    double ops, bytes;   /* of all of it: operations, tensors */
+    uint64_t watched_ns; /* since when */
     uint64_t ready_ns, start_ns, run_ns;
     struct piece piece; /* the one in a slot, or made up for the next one */
     bool made;          /* it is made up */

@@ -185,6 +185,7 @@ static void piece_done(struct daemon *d, struct slot *slot)
     s->deficit_ns +=
         job->piece_est_ns - took; /* the estimate was charged, the measured time counts */
     job->run_ns += (uint64_t)took;
+    s->lanes[job->lane].pace = took / job->piece_est_ns;
     if (piece->brief)
         sc->brief_ns += took;
     if (!job->start_ns)
@@ -258,16 +259,19 @@ void sched_reap(struct daemon *d)
 }
 
 /*
- * Of a piece that runs: sleep until shortly before it should end, then look all the time; when that
- * was no good guess, so that what it is late by is a sixteenth of its time.
+ * Of a piece that runs: sleep until shortly before it should end, if it is like the lane's last
+ * one, then look all the time; when that was no good guess, so that what it is late by is a
+ * sixteenth of its time.
  */
 static uint64_t look_in(const struct job *job, uint64_t now)
 {
     uint64_t start = job->piece.start_ns ? job->piece.start_ns : job->piece.launch_ns;
-    double age = now > start ? (double)(now - start) : 0, left = job->piece_est_ns - age;
+    double pace = job->session->lanes[job->lane].pace;
+    double est = pace > 0 ? job->piece_est_ns * pace : job->piece_est_ns;
+    double age = now > start ? (double)(now - start) : 0, left = est - age;
     double wait = left > 0 ? left - LOOK_EARLY_NS : age / 16;
 
-    if (left > -LOOK_EARLY_NS - job->piece_est_ns / 4 && left < LOOK_EARLY_NS + LOOK_MIN_NS)
+    if (left > -LOOK_EARLY_NS - est / 4 && left < LOOK_EARLY_NS + LOOK_MIN_NS)
         return 0;
     return (uint64_t)fmin(fmax(wait, LOOK_MIN_NS), LOOK_MAX_NS);
 }

@@ -29,6 +29,8 @@ struct lane {
     TAILQ_HEAD(, job) jobs; /* in order; only the first can run. Owned */
     uint32_t last;          /* number of the newest job that came */
     bool used;
+    uint64_t gap_ns; /* how long the last job was the first before its inputs were ready */
+    double pace;     /* measured time of the last piece to its estimate; 0: there is none */
 };
 
 struct outgoing {

@@ -18,7 +18,9 @@ enum {
     SCAN_MAX = 512,           /* words looked at in one turn */
     EVENTS_TURN = 64,         /* events asked for in one turn: about 1 us each */
     DELAY_MIN_NS = 50 * 1000, /* about what a wake-up costs */
-    DELAY_MAX_NS = 1000 * 1000,
+    DELAY_MAX_NS = 2000 * 1000,
+    MARGIN_MIN_NS = 100 * 1000,
+    MARGIN_MAX_NS = 250 * 1000,
 };
 
 static void on_hot(uv_idle_t *handle)
@@ -59,6 +61,7 @@ void watch_finish(struct daemon *d)
 void watch_add(struct daemon *d, struct job *job)
 {
     job->watched = true;
+    job->watched_ns = daemon_now();
     TAILQ_INSERT_TAIL(&d->watch.jobs, job, watch_link);
     watch_again(d); /* this turn's watch_turn() may be over */
 }
@@ -87,7 +90,30 @@ static void sleep_for(struct watch *w, uint64_t ns)
     timerfd_settime(w->timer_fd, 0, &when, NULL);
 }
 
-static void scan_job(struct daemon *d, struct job *job)
+static uint64_t clamp(uint64_t x, uint64_t least, uint64_t most)
+{
+    return x < least ? least : x < most ? x : most;
+}
+
+/*
+ * When to look at it again. A stream takes about as long from one job to the next as it took the
+ * last time: all the time around then, and otherwise so that it is late by a sixteenth at most.
+ */
+static uint64_t look_in(const struct job *job, uint64_t now)
+{
+    uint64_t age = now - job->watched_ns, gap = job->session->lanes[job->lane].gap_ns;
+    uint64_t margin = clamp(gap / 16, MARGIN_MIN_NS, MARGIN_MAX_NS);
+    uint64_t delay = clamp(age / 16, DELAY_MIN_NS, DELAY_MAX_NS);
+
+    if (age > gap + margin)
+        return delay;
+    if (age + margin >= gap)
+        return 0;
+    return delay < gap - margin - age ? delay : gap - margin - age;
+}
+
+/* When to look at it again; UINT64_MAX: it is not watched any more. */
+static uint64_t scan_job(struct daemon *d, struct job *job, uint64_t now)
 {
     struct watch *w = &d->watch;
     int ready = job_is_ready(job);
@@ -95,7 +121,7 @@ static void scan_job(struct daemon *d, struct job *job)
     if (ready == 0) {
         TAILQ_REMOVE(&w->jobs, job, watch_link);
         TAILQ_INSERT_TAIL(&w->jobs, job, watch_link);
-        return;
+        return look_in(job, now);
     }
     watch_stir(d);
     if (ready == SAGE_EDEVICE) {
@@ -103,53 +129,49 @@ static void scan_job(struct daemon *d, struct job *job)
     } else if (ready < 0) {
         job_fail(job, ready, "event: cannot be asked for, or what it is behind has failed");
     } else {
+        job->session->lanes[job->lane].gap_ns = now - job->watched_ns;
         watch_remove(d, job);
         sched_ready(job);
     }
+    return UINT64_MAX;
 }
 
-/* The first SCAN_MAX jobs; those that have to wait on go to the end. */
-static void scan(struct daemon *d)
+/*
+ * The first SCAN_MAX jobs; those that have to wait on go to the end. When to do it again;
+ * UINT64_MAX: when there are others.
+ */
+static uint64_t scan(struct daemon *d, uint64_t now)
 {
     struct watch *w = &d->watch;
     const struct job *last = TAILQ_LAST(&w->jobs, watched); /* only compared: it may be freed */
     struct job *job;
+    uint64_t least = UINT64_MAX;
     int events = 0;
 
     for (int i = 0; i < SCAN_MAX && (job = TAILQ_FIRST(&w->jobs)); i++) {
         bool is_last = job == last;
         events += job->event != NULL;
         if (events > EVENTS_TURN || d->device_lost)
-            return;
-        scan_job(d, job);
+            return least < DELAY_MIN_NS ? least : DELAY_MIN_NS;
+        uint64_t wait = scan_job(d, job, now);
+        least = wait < least ? wait : least;
         if (is_last)
-            return;
+            break;
     }
-}
-
-/* Between two looks when nothing has come for so long: what is seen is late by a sixteenth. */
-static uint64_t delay_after(uint64_t quiet_ns)
-{
-    uint64_t delay = quiet_ns / 16;
-
-    return delay < DELAY_MIN_NS ? DELAY_MIN_NS : delay < DELAY_MAX_NS ? delay : DELAY_MAX_NS;
+    return least;
 }
 
 void watch_turn(struct daemon *d)
 {
     struct watch *w = &d->watch;
+    uint64_t now = daemon_now(), wait = scan(d, now), piece = sched_look_in(d, now);
 
-    scan(d);
-    uint64_t now = daemon_now(), wait = sched_look_in(d, now);
+    wait = piece < wait ? piece : wait;
     if (now < w->hot_until_ns || wait == 0) {
         uv_idle_start(&w->hot, on_hot);
         return;
     }
     uv_idle_stop(&w->hot);
-    if (!TAILQ_EMPTY(&w->jobs)) {
-        uint64_t delay = delay_after(now - w->hot_until_ns);
-        wait = wait < delay ? wait : delay;
-    }
     if (wait != UINT64_MAX)
         sleep_for(w, wait);
 }

@@ -1,8 +1,8 @@
 /*
  * watch.h - when the loop sleeps. While something happens it does not: the next packet is then not
  * paid for with a wake-up. And it looks at what changes without telling anybody: the acquire words
- * and events of jobs whose inputs are not ready, when it does sleep every 50 us to 1 ms, and pieces
- * that are polled for, when sched_look_in() says.
+ * and events of jobs whose inputs are not ready, all the time when they should be, and else every
+ * 50 us to 2 ms; and pieces that are polled for, when sched_look_in() says.
  */
 #ifndef SAGE_WATCH_H
 #define SAGE_WATCH_H
