@@ -291,13 +291,32 @@ uint64_t sched_look_in(const struct daemon *d, uint64_t now)
 
 /* --- turns --- */
 
+/*
+ * How long the job's next piece may be. Each cut costs time, and where nothing else runs or could
+ * run, a piece that is as long as those which other slots would have delays nobody for longer.
+ */
+static double quantum(const struct daemon *d)
+{
+    const struct sched *sc = &d->sched;
+    bool alone = sc->n_active == 1 && sched_slots_used(d) == 0;
+
+    return alone && sc->n_slots > 2 ? (sc->n_slots - 1) * sc->quantum_ns : sc->quantum_ns;
+}
+
+static void make_piece(struct daemon *d, struct job *job)
+{
+    struct sched *sc = &d->sched;
+
+    if (!job->made)
+        job_next_piece(job, d->backend, quantum(d), sc->workspace, sc->ns_per_op);
+}
+
 /* Make up the job's piece, unless that was done; may it start? Not if it needs a slot to hold. */
 static bool may_start(struct daemon *d, struct job *job)
 {
     struct sched *sc = &d->sched;
 
-    if (!job->made)
-        job_next_piece(job, d->backend, sc->quantum_ns, sc->workspace, sc->ns_per_op);
+    make_piece(d, job);
     return !job->holds || may_hold(sc) || held_slot(sc, job);
 }
 
@@ -349,8 +368,7 @@ static void continue_holders(struct daemon *d)
         struct job *job = sc->slots[i].holder;
         if (!job || job->state != JOB_READY || (job->session->deficit_ns <= 0 && sc->n_slots > 1))
             continue;
-        if (!job->made)
-            job_next_piece(job, d->backend, sc->quantum_ns, sc->workspace, sc->ns_per_op);
+        make_piece(d, job);
         start(d, &sc->slots[i], job);
     }
 }
