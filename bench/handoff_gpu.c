@@ -21,7 +21,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "kernels/cuda_stamp.h"
+#include "bench/client_kernel.h"
 #include "sageclient.h"
 
 enum {
@@ -36,7 +36,7 @@ struct bench {
     struct sage_attn attn;
     char *memory, *workspace;
     size_t workspace_bytes;
-    struct sage_cuda_stamp *word; /* what the kernels around the attention write to */
+    uint64_t *word; /* what the kernels around the attention write to */
     cudaStream_t stream;
 };
 
@@ -133,7 +133,7 @@ static void open_bench(struct bench *b, const char *socket, const char *name)
 
     memset(b, 0, sizeof(*b));
     must(cudaSetDevice(0), "cudaSetDevice");
-    if (sage_cuda_load(why, sizeof(why)) || sage_cuda_stamp_load())
+    if (sage_cuda_load(why, sizeof(why)))
         die("sage_cuda_load", why);
     must(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking), "cudaStreamCreate");
     must(cudaMalloc((void **)&b->word, sizeof(*b->word)), "cudaMalloc");
@@ -152,23 +152,18 @@ static void close_bench(struct bench *b)
 
 /* --- chains --- */
 
-static void client_kernel(struct bench *b)
-{
-    must((cudaError_t)sage_cuda_stamp_end(b->word, b->stream), "kernel");
-}
-
 /* Microseconds a chain; submit: NULL for attention in this process, or CHAINS times to fill in. */
 static double run_chains(struct bench *b, double *submit)
 {
     double start = now();
 
     for (int i = 0; i < CHAINS; i++) {
-        client_kernel(b);
+        must((cudaError_t)client_kernel(b->word, b->stream), "client_kernel");
         if (submit)
             submit[i] = compute_there(b) * 1e6;
         else
             compute_here(b);
-        client_kernel(b);
+        must((cudaError_t)client_kernel(b->word, b->stream), "client_kernel");
     }
     must(cudaStreamSynchronize(b->stream), "cudaStreamSynchronize");
     return (now() - start) / CHAINS * 1e6;
