@@ -1,8 +1,8 @@
 /*
  * cuda_stamp.cu - the end of a piece: what a stream writes into host memory behind it.
  *
- * A kernel starts when all kernels before it in its stream are over and their writes are visible:
- * that, and no fence of theirs, is what `release` and `done` rest on.
+ * The kernel goes on when all kernels before it in its stream are over and their writes are
+ * visible: that, and no fence of theirs, is what `release` and `done` rest on.
  */
 #include <cuda_runtime_api.h>
 
@@ -26,16 +26,25 @@ __device__ void publish(volatile uint32_t *word, uint32_t value)
     *word = value;
 }
 
+/*
+ * On Hopper it may start before the kernel before it is over, so that it has done all that it can
+ * do before by then. A job's status says nothing until the job is released.
+ */
 __global__ void stamp_end_kernel(volatile sage_cuda_stamp *stamp)
 {
     volatile uint32_t *const status = stamp->status, *const release = stamp->release;
     const uint32_t number = stamp->number;
 
-    stamp->end_ns = globaltimer();
     if (release) {
         *status = 0;
-        publish(release, number);
+        __threadfence_system();
     }
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+    stamp->end_ns = globaltimer();
+    if (release)
+        publish(release, number);
     publish(&stamp->done, 1);
 }
 
@@ -50,8 +59,21 @@ int sage_cuda_stamp_load(void)
 
 int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, struct CUstream_st *stream)
 {
+    cudaLaunchAttribute early = {};
+    cudaLaunchConfig_t config = {};
     void *args[] = {&stamp};
+    int device, major;
+    cudaError_t rc = cudaGetDevice(&device);
 
-    return cudaLaunchKernel(reinterpret_cast<const void *>(stamp_end_kernel), dim3(1), dim3(1),
-                            args, 0, stream);
+    if (rc == cudaSuccess)
+        rc = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (rc != cudaSuccess)
+        return rc;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = config.blockDim = dim3(1);
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = major >= 9;
+    return cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(stamp_end_kernel), args);
 }
