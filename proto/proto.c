@@ -686,7 +686,10 @@ static int out_write(void *data, const char *bytes, size_t len)
         out->full = true;
         return -1;
     }
-    memcpy(out->at, bytes, len);
+    if (len == 1) /* as most are, for which a call of memcpy() would take longer */
+        *out->at = *bytes;
+    else
+        memcpy(out->at, bytes, len);
     out->at += len;
     out->left -= len;
     return 0;
