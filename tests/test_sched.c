@@ -164,17 +164,28 @@ static struct sage_attn problem(int64_t heads, int64_t nq, int64_t nk)
     return attn;
 }
 
-static uint32_t submit(struct peer *p, uint32_t lane, struct sage_attn attn)
+static void acquire(struct peer *p, uint32_t lane, uint32_t number)
+{
+    page_store(&p->page->lane[lane].acquire[number % SAGE_ENTRIES], number);
+}
+
+/* Its inputs are not ready, unless the number was acquired. */
+static uint32_t submit_held(struct peer *p, uint32_t lane, struct sage_attn attn)
 {
     static struct msg_submit msg;
 
     msg.lane = lane;
     msg.number = ++p->last[lane];
     msg.attn = attn;
-    page_store(&p->page->lane[lane].acquire[msg.number % SAGE_ENTRIES], msg.number);
     packet(p, OP_SUBMIT, MSG_SUBMIT, &msg, -1);
     uv_run(&d.loop, UV_RUN_NOWAIT);
     return msg.number;
+}
+
+static uint32_t submit(struct peer *p, uint32_t lane, struct sage_attn attn)
+{
+    acquire(p, lane, p->last[lane] + 1);
+    return submit_held(p, lane, attn);
 }
 
 /* All but the last `left` jobs of the lane? */
@@ -424,6 +435,46 @@ static void test_pieces(void **state)
         cut(2, 3000, 3000, true, slots);
         cut(1, 129, 30000, false, slots);
     }
+}
+
+static unsigned n_pieces;
+
+static void count_piece(struct job *job, struct stream *stream, uint64_t took_ns)
+{
+    (void)stream, (void)took_ns;
+    n_pieces += job->session == peers[0].s;
+}
+
+/* Into how many pieces is a job cut, alone and beside another client's? */
+static unsigned pieces(bool alone)
+{
+    start_daemon(3, 2000);
+    connect_peer(&peers[0], PRIORITY_NORMAL);
+    connect_peer(&peers[1], PRIORITY_NORMAL);
+    n_pieces = 0;
+    model.on_start = count_piece;
+    if (!alone)
+        submit(&peers[1], 0, problem(1, 64, 64));
+    submit(&peers[0], 0, problem(64, 128, 256));
+    while (!released(&peers[0], 0)) {
+        if (!alone && released(&peers[1], 0))
+            submit(&peers[1], 0, problem(1, 64, 64));
+        assert_true(step());
+    }
+    model.on_start = NULL;
+    stop_daemon();
+    disconnect(&peers[0]);
+    disconnect(&peers[1]);
+    return n_pieces;
+}
+
+static void test_alone(void **state)
+{
+    unsigned beside = pieces(false);
+    (void)state;
+
+    assert_in_range(beside, 6, 32);
+    assert_in_range(pieces(true), beside / 2 - 1, beside / 2 + 1);
 }
 
 /*
@@ -1043,6 +1094,47 @@ static void test_polled(void **state)
     disconnect(&peers[0]);
 }
 
+/* How often was the loop awake, in the time from..to (ms) since the job has been waited for? */
+static unsigned awake(const struct job *job, double from, double to)
+{
+    unsigned turns = 0;
+
+    for (;;) {
+        uv_run(&d.loop, UV_RUN_ONCE);
+        double age = (double)(daemon_now() - job->watched_ns) / 1e6;
+        if (age >= to)
+            return turns;
+        turns += age >= from && uv_is_active((uv_handle_t *)&d.watch.hot);
+    }
+}
+
+/* A stream is expected to be where it was when the lane's last job came: not looked for before. */
+static void test_expected(void **state)
+{
+    unsigned seen = 0;
+    (void)state;
+
+    start_daemon(2, 500);
+    connect_peer(&peers[0], PRIORITY_NORMAL);
+    struct lane *lane = &peers[0].s->lanes[0];
+    for (int i = 0; i < 20 && !seen; i++) { /* a busy machine may wake us too late */
+        lane->gap_ns = 20 * 1000 * 1000;
+        uint32_t n = submit_held(&peers[0], 0, problem(1, 64, 64));
+        const struct job *job = TAILQ_FIRST(&d.watch.jobs);
+        assert_int_equal(awake(job, 2, 19), 0);
+        seen = awake(job, 19.5, 20.5);
+        acquire(&peers[0], 0, n);
+        while (!TAILQ_EMPTY(&d.watch.jobs))
+            uv_run(&d.loop, UV_RUN_ONCE);
+        assert_true(lane->gap_ns >= 20 * 1000 * 1000);
+        while (!released(&peers[0], 0))
+            assert_true(step());
+    }
+    assert_true(seen > 0);
+    stop_daemon();
+    disconnect(&peers[0]);
+}
+
 /* Ticks have seen so many more seconds pass: is something hung? */
 static bool hung_after(double seconds)
 {
@@ -1108,6 +1200,7 @@ int main(void)
         cmocka_unit_test(test_page),       cmocka_unit_test(test_drain_streamed),
         cmocka_unit_test(test_chunks),     cmocka_unit_test(test_polled),
         cmocka_unit_test(test_hung),       cmocka_unit_test(test_events_lost),
+        cmocka_unit_test(test_alone),      cmocka_unit_test(test_expected),
     };
     log_set_level(3);
     alarm(120); /* a scheduler that stalls or spins does not do so for ever */
