@@ -82,6 +82,9 @@ struct backend {
     void (*start)(struct stream *stream, struct piece *piece);
     /* Take note of what the device has done. NULL: streams do that by themselves, and notify. */
     void (*poll)(struct stream *stream);
+    /* After a sleep, a piece is about to end, and another to start: have what that needs in the
+     * caches. NULL: no need. */
+    void (*warm)(struct device *device);
 
     /*
      * Events of MODE_EVENT; without it all are NULL. A client's event: done (1), not yet (0), or

@@ -165,6 +165,7 @@ static int open_context(struct device *d, const struct config *config, char *why
 static void close_cuda(struct device *d)
 {
     share_close(d);
+    warm_close(d);
     if (d->probe)
         cudaStreamDestroy(d->probe);
     free(d);
@@ -184,6 +185,8 @@ static int open_cuda(struct device **device, const struct config *config, void (
     int rc = open_context(d, config, why);
     if (!rc)
         rc = share_open(d, why);
+    if (!rc)
+        warm_open(d);
     if (rc) {
         close_cuda(d);
         return rc;
@@ -477,6 +480,7 @@ const struct backend backend_cuda = {
     .stream_close = stream_close,
     .start = start,
     .poll = poll,
+    .warm = warm,
     .event_open = share_event_open,
     .event_close = share_event_close,
     .event_done = share_event_done,

@@ -38,17 +38,29 @@ struct cuda_driver {
 
 struct completion;
 
+/* A piece on a stream, and what launches it by one call. */
+struct graph {
+    struct sage_attn attn;
+    struct sage_part part;
+    cudaGraphExec_t exec; /* NULL: to be recorded. Owned */
+    struct sage_cuda_stamp *stamp;
+    uint64_t used; /* when, by graphs.clock; 0: it stands for no piece yet */
+    bool taken;    /* it is running, or its stamp has not been read */
+    bool useless;  /* it cannot be recorded */
+};
+
 struct device {
     int ordinal; /* as this process counts */
     int compute; /* capability: 10 * major + minor */
     char name[PROTO_NAME_MAX], uuid[PROTO_NAME_MAX];
-    size_t total, free; /* bytes; free: before anything was allocated */
-    size_t granularity; /* of chunks */
-    uint64_t slots;     /* that there will be */
-    cudaStream_t probe; /* always empty: what a query says of it is said of the context */
-    int lost;           /* cudaError_t it was lost by, or 0. Any thread, atomically; stays */
-    bool releases;      /* kernels can store words in pages of clients */
-    int64_t clock_ns;   /* CLOCK_MONOTONIC - %globaltimer; INT64_MAX: not known */
+    size_t total, free;   /* bytes; free: before anything was allocated */
+    size_t granularity;   /* of chunks */
+    uint64_t slots;       /* that there will be */
+    cudaStream_t probe;   /* as good as empty: what a query says of it is said of the context */
+    struct graph nothing; /* on `probe`; without exec: there is none */
+    int lost;             /* cudaError_t it was lost by, or 0. Any thread, atomically; stays */
+    bool releases;        /* kernels can store words in pages of clients */
+    int64_t clock_ns;     /* CLOCK_MONOTONIC - %globaltimer; INT64_MAX: not known */
     struct cuda_driver cu;
     /* Events of ours: by their numbers, from 1; and those that nobody waits for. Both owned. */
     struct completion **completions;
@@ -69,17 +81,6 @@ int cuda_error(struct device *d, cudaError_t rc, int status, const char *what, c
 
 /* --- cuda_graph.c --- */
 
-/* A piece on a stream, and what launches it by one call. */
-struct graph {
-    struct sage_attn attn;
-    struct sage_part part;
-    cudaGraphExec_t exec; /* NULL: to be recorded. Owned */
-    struct sage_cuda_stamp *stamp;
-    uint64_t used; /* when, by graphs.clock; 0: it stands for no piece yet */
-    bool taken;    /* it is running, or its stamp has not been read */
-    bool useless;  /* it cannot be recorded */
-};
-
 /* Of one stream. NULL: no memory. */
 struct graphs *graphs_create(void);
 void graphs_destroy(struct graphs *graphs);
@@ -92,6 +93,12 @@ void graph_put(struct graph *graph);
  */
 int graph_begin(struct graph *graph, cudaStream_t stream);
 int graph_end(struct graph *graph, cudaStream_t stream, bool good);
+
+/* The device's `nothing`. */
+void warm_open(struct device *d);
+void warm_close(struct device *d);
+/* Launch it, if the last time is over. */
+void warm(struct device *d);
 
 /* cuda_share.c: members of backend_cuda, and what open() and close() have to do for them. */
 int share_open(struct device *d, char *why);

@@ -168,6 +168,9 @@ void watch_turn(struct daemon *d)
 
     wait = piece < wait ? piece : wait;
     if (now < w->hot_until_ns || wait == 0) {
+        bool slept = !uv_is_active((uv_handle_t *)&w->hot);
+        if (slept && now >= w->hot_until_ns && piece == 0 && d->backend->warm)
+            d->backend->warm(d->device);
         uv_idle_start(&w->hot, on_hot);
         return;
     }
