@@ -212,6 +212,17 @@ static void piece_done(struct daemon *d, struct slot *slot)
     job_over(job, piece->status);
 }
 
+static void note_use(struct daemon *d, const struct job *job)
+{
+    unsigned used = sched_slots_used(d);
+    size_t bytes = d->backend->workspace(&job->attn, &job->piece.part);
+
+    if (used > d->stats.slots_peak)
+        d->stats.slots_peak = used;
+    if (bytes > d->stats.workspace_peak)
+        d->stats.workspace_peak = bytes;
+}
+
 static void start(struct daemon *d, struct slot *slot, struct job *job)
 {
     struct session *s = job->session;
@@ -229,15 +240,10 @@ static void start(struct daemon *d, struct slot *slot, struct job *job)
     job->started = true;
     slot->jobs[(slot->first + slot->n++) % STREAM_DEPTH] = job;
     slot->queued_ns += job->piece_est_ns;
-    unsigned used = sched_slots_used(d);
-    if (used > d->stats.slots_peak)
-        d->stats.slots_peak = used;
-    size_t bytes = d->backend->workspace(&job->attn, &job->piece.part);
-    if (bytes > d->stats.workspace_peak)
-        d->stats.workspace_peak = bytes;
     job->piece.brief = slot->n == 1 && job->piece_est_ns < BRIEF_NS && !d->backend->poll;
     job->piece.launch_ns = d->backend->poll ? daemon_now() : 0;
     d->backend->start(slot->stream, &job->piece);
+    note_use(d, job);
     if (d->backend->poll)
         watch_again(d); /* this turn has been polled already */
     if (job->by_event && job->piece.lane)
