@@ -69,8 +69,12 @@ int refuse_cuda(char *why, size_t len, const char *what, cudaError_t error)
 
 /* --- loading --- */
 
-/* Compute capability of each device whose kernels are loaded, as 90; 0: not yet. */
-std::atomic<int> loaded[DEVICES_MAX];
+struct gpu {
+    int sm, processors; /* compute capability, as 90; multiprocessors */
+};
+
+/* Each device whose kernels are loaded; sm 0: not yet. */
+std::atomic<struct gpu> loaded[DEVICES_MAX];
 
 /* cuTensorMapEncodeTiled(), where there are kernels that want it. */
 std::atomic<PFN_cuTensorMapEncodeTiled_v12000> encode_tiled;
@@ -89,7 +93,7 @@ const struct cuda_kernel *kernel(int index)
     return nullptr;
 }
 
-/* It wants K swizzled and a map of V. */
+/* It wants K and an e4m3 V swizzled, and a map of a 16-bit V. */
 bool is_wgmma(int index)
 {
     return sage_kernels[index].max_sm == 90;
@@ -130,38 +134,41 @@ cudaError_t load_all(int sm)
     return error;
 }
 
-/* The compute capability of the current device, its kernels loaded; or a status. */
-int ready(char *why, size_t len)
+/* The current device, its kernels loaded; a status. */
+int ready(struct gpu *gpu, char *why, size_t len)
 {
     int device, major, minor;
     cudaError_t error = cudaGetDevice(&device);
 
     if (error)
         return refuse_cuda(why, len, "cudaGetDevice", error);
-    if (device < DEVICES_MAX && loaded[device].load(std::memory_order_acquire))
-        return loaded[device].load(std::memory_order_acquire);
+    *gpu = device < DEVICES_MAX ? loaded[device].load(std::memory_order_acquire) : (struct gpu){};
+    if (gpu->sm)
+        return SAGE_OK;
     error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (!error)
         error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (!error)
+        error = cudaDeviceGetAttribute(&gpu->processors, cudaDevAttrMultiProcessorCount, device);
     if (error)
         return refuse_cuda(why, len, "cudaDeviceGetAttribute", error);
-    const int sm = 10 * major + minor;
-    if (sm < 80)
+    gpu->sm = 10 * major + minor;
+    if (gpu->sm < 80)
         return refuse(why, len, SAGE_EUNSUPPORTED,
                       "device %d has compute capability %d.%d, must be 8.0 or newer", device, major,
                       minor);
-    error = load_all(sm);
+    error = load_all(gpu->sm);
     if (error)
         return refuse_cuda(why, len, "loading kernels", error);
     if (device < DEVICES_MAX)
-        loaded[device].store(sm, std::memory_order_release);
-    return sm;
+        loaded[device].store(*gpu, std::memory_order_release);
+    return SAGE_OK;
 }
 
 /* --- the workspace --- */
 
 struct layout {
-    size_t offsets, sums, means, k_max, k8, k_scale, v8, total;
+    size_t offsets, ticket, sums, means, k_max, k8, k_scale, v8, total;
 };
 
 bool place(struct layout *at, size_t *where, int64_t n, size_t size)
@@ -251,6 +258,7 @@ bool lay_out(const struct sage_attn *attn, const struct cuda_args *a, struct lay
            !__builtin_mul_overflow(a->n_heads, a->blocks.total, &blocks) &&
            !__builtin_mul_overflow(a->n_heads, a->n_seqs, &groups) &&
            place(at, &at->offsets, offsets, sizeof(int32_t)) &&
+           place(at, &at->ticket, 1, sizeof(unsigned)) &&
            place(at, &at->sums,
                  a->fp8        ? chunks * N_SUMS
                  : a->smooth_k ? chunks
@@ -315,7 +323,7 @@ void fill(const struct sage_attn *attn, const struct layout *at, char *workspace
     a->q = tensor(&attn->q, 16);
     a->k = tensor(&attn->k, 16);
     a->v = tensor(&attn->v, 16);
-    a->o = tensor(&attn->o, 4);
+    a->o = tensor(&attn->o, 16);
     a->lse = tensor(&attn->lse, 4);
     a->mask = tensor(&attn->mask, 1);
     a->mask_dtype = attn->mask.dtype;
@@ -333,6 +341,7 @@ void fill(const struct sage_attn *attn, const struct layout *at, char *workspace
         if (attn->mask.shape[i] == 1)
             a->mask.stride[i] = 0;
     }
+    a->ticket = reinterpret_cast<unsigned *>(workspace + at->ticket);
     a->sums = reinterpret_cast<float *>(workspace + at->sums);
     a->means = reinterpret_cast<float *>(workspace + at->means);
     a->k_max = reinterpret_cast<float *>(workspace + at->k_max);
@@ -352,7 +361,7 @@ bool map_v(const struct sage_attn *attn, CUtensorMap *map)
     cuuint64_t dims[4], strides[3];
     const cuuint32_t box[4] = {64, WGMMA_TILE_K, 1, 1}, steps[4] = {1, 1, 1, 1};
 
-    if (!encode || !v.aligned || attn->n_seqs > 0)
+    if (!encode || !v.aligned)
         return false;
     for (int i = 0; i < 4; i++)
         dims[i] = static_cast<cuuint64_t>(attn->v.shape[3 - i]);
@@ -395,9 +404,9 @@ int copy_offsets(const struct sage_attn *attn, const struct cuda_args *a, cudaSt
 
 int sage_cuda_load(char *why, size_t len)
 {
-    const int sm = ready(why, len);
+    struct gpu gpu;
 
-    return sm < 0 ? sm : SAGE_OK;
+    return ready(&gpu, why, len);
 }
 
 /* Enough for any device. */
@@ -435,27 +444,29 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
     const struct sage_part p = whole(attn, part);
     struct cuda_args a;
     struct layout at;
+    struct gpu gpu;
     int64_t chunks, tiles;
     cudaError_t error;
     int status;
 
     if (!sage_part_is_legal(attn, &p))
         return refuse(why, len, SAGE_EINVAL, "part: is not in the problem");
-    const int sm = ready(why, len);
-    if (sm < 0)
-        return sm;
+    status = ready(&gpu, why, len);
+    if (status)
+        return status;
     if (p.n_groups == 0)
         return SAGE_OK;
-    CUtensorMap v_map;
-    int index = find_kernel(attn, sm);
-    const bool maps_v = index >= 0 && is_wgmma(index) && map_v(attn, &v_map);
-    if (index < 0 || (is_wgmma(index) && !maps_v))
+    const bool fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8;
+    CUtensorMap v_map = {};
+    int index = find_kernel(attn, gpu.sm);
+    bool wgmma = index >= 0 && is_wgmma(index) && (fp8 || map_v(attn, &v_map));
+    if (!wgmma)
         index = find_kernel(attn, 0);
-    if (sm < sage_kernels[index].min_sm)
+    if (gpu.sm < sage_kernels[index].min_sm)
         return refuse(why, len, SAGE_EUNSUPPORTED,
                       "variant: %s wants compute capability %d.%d, the device has %d.%d",
                       sage_kernels[index].variant, sage_kernels[index].min_sm / 10,
-                      sage_kernels[index].min_sm % 10, sm / 10, sm % 10);
+                      sage_kernels[index].min_sm % 10, gpu.sm / 10, gpu.sm % 10);
     describe(attn, &p, index, &a);
     if (!lay_out(attn, &a, &at) || bytes < at.total)
         return refuse(why, len, SAGE_EWORKSPACE, "workspace: %zu bytes, must be %zu", bytes,
@@ -464,21 +475,26 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
         return refuse(why, len, SAGE_EINVAL, "workspace: must be a multiple of %d", ALIGN);
     fill(attn, &at, static_cast<char *>(workspace), &a);
     a.start_ns = start_ns;
-    if (maps_v) {
-        a.swizzled = true;
-        a.v_map = v_map;
-    }
+    a.swizzled = wgmma;
+    a.v_map = v_map;
+    a.processors = static_cast<unsigned>(gpu.processors);
+    a.starts_early = gpu.sm >= 90;
     if (__builtin_mul_overflow(a.n_heads, a.chunks.total, &chunks) || chunks > INT_MAX ||
         __builtin_mul_overflow(a.n_heads * a.n_q_heads, a.tiles.total, &tiles) || tiles > INT_MAX)
         return refuse(why, len, SAGE_EUNSUPPORTED,
                       "q.shape: more than 2^31 tiles of %d rows; compute it in parts",
                       sage_kernels[index].tile_q);
+    a.n_tiles = static_cast<unsigned>(tiles);
     if (a.q_offsets && !p.prepared && (status = copy_offsets(attn, &a, stream, why, len)))
         return status;
     if (!p.prepared && chunks > 0) {
         error = cuda_quant_launch(&a, static_cast<unsigned>(chunks), stream);
         if (error)
             return refuse_cuda(why, len, "launching the quantisation", error);
+    } else if (!p.prepared && wgmma) { /* which would have done it */
+        error = cudaMemsetAsync(a.ticket, 0, sizeof(*a.ticket), stream);
+        if (error)
+            return refuse_cuda(why, len, "cudaMemsetAsync", error);
     }
     if (tiles > 0) {
         error = kernel(index)->launch(&a, static_cast<unsigned>(tiles), stream);

@@ -16,7 +16,7 @@
 #define SAGE_CUDA_ARGS_H
 
 #include <cuda.h>
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 #include <stdint.h>
 
 #include "kernels.h"
@@ -32,7 +32,7 @@ enum {
 struct cuda_tensor {
     char *data;
     int64_t stride[3];
-    int aligned; /* rows start at multiples of 16 bytes (q, k, v), of 4 (o) */
+    int aligned; /* rows start at multiples of 16 bytes */
 };
 
 /*
@@ -65,18 +65,21 @@ struct cuda_args {
     struct cuda_space chunks, blocks, tiles; /* of keys, of keys, of query rows */
     float scale;                             /* with log2 e in it */
     float scale_lse;                         /* without */
-    int swizzled;                            /* k8, as wgmma wants it */
+    int swizzled;                            /* k8 and v8, as wgmma wants them */
     CUtensorMap v_map;                       /* v, for wgmma */
     uint64_t *start_ns;                      /* where the first kernel writes its time; NULL */
+    unsigned n_tiles, processors;            /* in all; multiprocessors of the device */
+    unsigned starts_early;                   /* the device can: see launch_early() */
     int64_t low, high;                       /* row i sees keys i + low ... i + high */
     int bottom_right;                        /* and then both are nk - nq higher */
     /* the workspace */
-    float *sums;    /* [n_heads][chunks.total][N_SUMS or 1][d] */
-    float *means;   /* [n_seqs][n_heads][3][d_padded]: K's mean, V's scale, V's mean */
-    float *k_max;   /* [n_heads][chunks.total]: largest scale of K */
-    int8_t *k8;     /* [n_heads][blocks.total][KERNEL_TILE_K][d_padded] */
-    float *k_scale; /* [n_heads][blocks.total][4][4]: of (key / 2) % 4, of run key / 16 */
-    uint8_t *v8;    /* [n_heads][blocks.total][d_padded][KERNEL_TILE_K], keys in v8_place() order */
+    unsigned *ticket; /* tiles that blocks have taken, beyond each one's first; 0 between calls */
+    float *sums;      /* [n_heads][chunks.total][N_SUMS or 1][d] */
+    float *means;     /* [n_seqs][n_heads][3][d_padded]: K's mean, V's scale, V's mean */
+    float *k_max;     /* [n_heads][chunks.total]: largest scale of K */
+    int8_t *k8;       /* [n_heads][blocks.total][KERNEL_TILE_K][d_padded] */
+    float *k_scale;   /* [n_heads][blocks.total][4][4]: of (key / 2) % 4, of run key / 16 */
+    uint8_t *v8; /* [n_heads][blocks.total][d_padded][KERNEL_TILE_K], keys in v8_place() order */
 };
 
 /* Rows of a chunk's sums; without e4m3 only the first is there. */
@@ -99,6 +102,27 @@ cudaError_t cuda_quant_launch(struct cuda_args *args, unsigned blocks, cudaStrea
 }
 
 #ifdef __CUDACC__
+/*
+ * Launches a kernel that may start while the one before it in the stream ends, and waits for it by
+ * cudaGridDependencySynchronize() before it touches anything; before sm_90 it just starts later.
+ */
+inline cudaError_t launch_early(void (*kernel)(cuda_args), unsigned blocks, unsigned threads,
+                                size_t smem, cudaStream_t stream, const cuda_args &args)
+{
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute early = {};
+
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = smem;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = args.starts_early;
+    return cudaLaunchKernelEx(&config, kernel, args);
+}
+
 /* The first kernel of a call says when it begins. */
 __device__ inline void stamp_start(const cuda_args &a)
 {
@@ -161,12 +185,12 @@ __device__ inline bool in_part(const cuda_args &a, int64_t s, int64_t kv_head)
 }
 
 /*
- * What the place in a row of K, row i, is to be XORed with where it is `swizzled`: the 16-byte
- * vectors at one place of 8 rows of shared memory are in different banks then.
+ * What the place in row i, of 64 or 128 bytes, is to be XORed with where it is `swizzled`: the
+ * 16-byte vectors at one place of 8 rows of shared memory are in different banks then.
  */
-template <int D> __device__ constexpr int k_swizzle(int i)
+template <int BYTES> __device__ constexpr int row_swizzle(int i)
 {
-    return D == 64 ? i / 2 % 4 * 16 : i % 8 * 16;
+    return BYTES == 64 ? i / 2 % 4 * 16 : i % 8 * 16;
 }
 
 /*

@@ -18,6 +18,8 @@ namespace sage
 
 /* 16-bit P: how far a row's maximum may rise before O and the sums are rescaled. P <= 2^8 then. */
 constexpr float MAX_LAG = 8;
+/* e4m3 has P times 2^7, and m lags by the rest of the way to its largest number, 448. */
+constexpr float E4M3_SHIFT = 7, E4M3_LAG = 1.8073f;
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
 /* To int, with room to add a row or a key of a tile. */
@@ -42,19 +44,20 @@ struct tile {
     bool there;
 };
 
-__device__ inline tile find_tile(const cuda_args &a, int tile_q)
+/* Tile number `index`, to shared memory; there are only launches whose tiles all fit 31 bits. */
+__device__ inline void find_tile(const cuda_args &a, int tile_q, unsigned index, tile &t)
 {
-    tile t = {};
-    /* launched only if all tiles fit 31 bits */
-    const unsigned total = static_cast<unsigned>(a.tiles.total), head = blockIdx.x / total;
+    const unsigned total = static_cast<unsigned>(a.tiles.total), head = index / total;
     const unsigned q_heads = static_cast<unsigned>(a.n_q_heads);
     /* last rows first: the longest, if causal */
-    const int64_t n = total - 1 - blockIdx.x % total;
+    const int64_t n = total - 1 - index % total;
     const bool rows = a.n_rows >= 0;
 
     const int64_t s = rows ? a.seq : space_find(a, a.tiles, a.q_offsets, a.q_first, tile_q, n);
-    const int64_t index = rows ? n : n - space_start(a, a.tiles, a.q_offsets, a.q_first, tile_q, s);
-    t.seq = seq_of(a, s);
+    const int64_t in_seq =
+        rows ? n : n - space_start(a, a.tiles, a.q_offsets, a.q_first, tile_q, s);
+    const cuda_seq seq = seq_of(a, s);
+    t.seq = seq;
     t.head_slot = head / q_heads;
     t.kv_head = a.head + t.head_slot;
     t.q_head = t.kv_head * a.gqa + a.q_head + head % q_heads;
@@ -63,20 +66,19 @@ __device__ inline tile find_tile(const cuda_args &a, int tile_q)
               space_start(a, a.blocks, a.k_offsets, a.k_first, KERNEL_TILE_K, s);
     t.chunk = t.head_slot * a.chunks.total +
               space_start(a, a.chunks, a.k_offsets, a.k_first, a.chunk_keys, s);
-    const int64_t row = (rows ? a.row : 0) + index * tile_q;
-    const int64_t end = rows ? a.row + a.n_rows : t.seq.nq;
+    t.v = a.v.data + seq.batch * a.v.stride[0] + t.kv_head * a.v.stride[1] + seq.k0 * a.v.stride[2];
+    const int64_t row = (rows ? a.row : 0) + in_seq * tile_q;
+    const int64_t end = rows ? a.row + a.n_rows : seq.nq;
     t.row = static_cast<int>(row);
     t.end = static_cast<int>(end);
-    const int64_t shift = a.bottom_right ? static_cast<int64_t>(t.seq.nk) - t.seq.nq : 0;
-    t.low = a.low + shift;
-    t.high = a.high + shift;
-    t.v = a.v.data + t.seq.batch * a.v.stride[0] + t.kv_head * a.v.stride[1] +
-          t.seq.k0 * a.v.stride[2];
     t.there = in_part(a, s, t.kv_head) && row < end;
+    const int64_t shift = a.bottom_right ? static_cast<int64_t>(seq.nk) - seq.nq : 0;
+    const int64_t low = a.low + shift, high = a.high + shift;
+    t.low = low;
+    t.high = high;
     const int64_t last_row = (row + tile_q < end ? row + tile_q : end) - 1;
-    t.first = row + t.low > 0 ? row + t.low : 0;
-    t.last = last_row + t.high + 1 < t.seq.nk ? last_row + t.high + 1 : t.seq.nk;
-    return t;
+    t.first = row + low > 0 ? row + low : 0;
+    t.last = last_row + high + 1 < seq.nk ? last_row + high + 1 : seq.nk;
 }
 
 /* Of a query row, in shared memory. */
@@ -87,13 +89,13 @@ struct query {
 };
 
 /*
- * 16 rows of Q to INT8, by one warp: numbers to q8, the rest to `to`. Rows beyond the last are
- * zero. A row with an Inf or NaN has scale NaN, and so has one whose scores with the largest keys
+ * 16 rows of Q to INT8, by one warp: numbers to q8, the rest to `to`. The rows are in shared memory,
+ * D channels each, or, NULL, still where the caller has them. Rows beyond the last are zero. A row with an Inf or NaN has scale NaN, and so has one whose scores with the largest keys
  * would leave the range in which sums with MAGIC are exact.
  */
 template <int D, bool BF16, bool SWIZZLED>
-__device__ void quantise_q(const cuda_args &a, const tile &t, int row0, int8_t *q8, query *to,
-                           float k_max)
+__device__ void quantise_q(const cuda_args &a, const tile &t, int row0, const char *in_shared,
+                           int8_t *q8, query *to, float k_max)
 {
     constexpr int LANES = D <= 64 ? 8 : D <= 128 ? 16 : 32; /* of a row */
     const int lane = threadIdx.x % 32, vector = lane % LANES;
@@ -115,7 +117,9 @@ __device__ void quantise_q(const cuda_args &a, const tile &t, int row0, int8_t *
         uint32_t top = 0;
 
         if (row < t.end && column)
-            unpack_16<BF16>(x, load_8(from + row * a.q.stride[2], a.q.aligned));
+            unpack_16<BF16>(
+                x, in_shared ? *reinterpret_cast<const uint4 *>(in_shared + r * 2 * D + 16 * vector)
+                             : load_8(from + row * a.q.stride[2], a.q.aligned));
 #pragma unroll
         for (int i = 0; i < 8; i++)
             top = max(top, __float_as_uint(x[i]) & 0x7fffffffu);
@@ -125,7 +129,7 @@ __device__ void quantise_q(const cuda_args &a, const tile &t, int row0, int8_t *
         const float amax = __uint_as_float(top);
         const float up = quant_up(amax);
         if (8 * vector < D)
-            *reinterpret_cast<uint2 *>(q8 + (SWIZZLED ? r * D + (8 * vector ^ k_swizzle<D>(r))
+            *reinterpret_cast<uint2 *>(q8 + (SWIZZLED ? r * D + (8 * vector ^ row_swizzle<D>(r))
                                                       : r * KERNEL_PITCH(D) + 8 * vector)) =
                 up > 0 ? make_uint2(to_bytes(x, up), to_bytes(x + 4, up)) : make_uint2(0, 0);
         if (vector == 0) {
@@ -186,6 +190,7 @@ __device__ inline float mask_bias(const char *at, int dtype)
  */
 template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct rows {
     static constexpr int KEY_TILES = KEYS / 8, D_TILES = D / 8;
+    static constexpr float SHIFT = FP8 ? E4M3_SHIFT : 0, LAG = FP8 ? E4M3_LAG : MAX_LAG;
 
     const cuda_args &a;
     /* in shared memory: there are no registers for what is seldom used */
@@ -195,8 +200,7 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
     int all_from, all_to; /* first keys of blocks that all rows see all of */
     int limit;            /* of scores' bits, before m has to move: none if a row saw no key */
 
-    float o[SLABS][D_TILES][4];
-    float p_sum[SLABS][4];              /* sum of P, in the columns of an accumulator */
+    float o[SLABS][D_TILES + 1][4];     /* last: the sum of P, as if V had columns of ones */
     float top[SLABS][2], sum[SLABS][2]; /* m; sum of p, of this lane's columns, for lse */
     float q_scale[SLABS][2];
 
@@ -236,10 +240,7 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
                 sum[slab][half] = 0;
             }
 #pragma unroll
-            for (int e = 0; e < 4; e++)
-                p_sum[slab][e] = 0;
-#pragma unroll
-            for (int n = 0; n < D_TILES; n++)
+            for (int n = 0; n <= D_TILES; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     o[slab][n][e] = 0;
@@ -313,7 +314,7 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
     /* What P's exponents are relative to: nothing seen yet is 0; e4m3 has P times 2^8. */
     __device__ static float reference(float m)
     {
-        return (m == -INFINITY ? 0 : m) - (FP8 ? 8 : 0);
+        return (m == -INFINITY ? 0 : m) - SHIFT;
     }
 
     /* The largest score of each row in this block, to all lanes that have the row. */
@@ -334,18 +335,16 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
 #pragma unroll
         for (int slab = 0; slab < SLABS; slab++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                p_sum[slab][e] *= decay[slab][e / 2];
+            for (int n = 0; n <= D_TILES; n++)
 #pragma unroll
-                for (int n = 0; n < D_TILES; n++)
+                for (int e = 0; e < 4; e++)
                     o[slab][n][e] *= decay[slab][e / 2];
-            }
     }
 
     /*
-     * 16 bits, scores relative to m: as long as none exceeds MAX_LAG, m stays. Positive floats are
-     * ordered like their bits, negative ones are below them. If m of some row of the warp moved,
-     * O and the sum of P have to be rescaled by `decay`.
+     * Scores relative to m: as long as none exceeds LAG, m stays. Positive floats are ordered like
+     * their bits, negative ones are below them. If m of some row of the warp moved, O and the sum
+     * of P have to be rescaled by `decay`.
      */
     __device__ bool follow_from_top(float (&p)[SLABS][KEY_TILES][4], float (&decay)[SLABS][2])
     {
@@ -369,7 +368,8 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float most = largest(p[slab], half), before = top[slab][half];
-                const float after = before == -INFINITY ? most : before + fmaxf(most, 0);
+                const float above = most - SHIFT;
+                const float after = before == -INFINITY ? above : before + fmaxf(above, 0);
                 const float by = reference(after) - reference(before);
                 top[slab][half] = after;
                 none |= after == -INFINITY;
@@ -381,7 +381,7 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
                     for (int e = 2 * half; e < 2 * half + 2; e++)
                         p[slab][n][e] -= by;
             }
-        limit = __any_sync(~0u, none) ? INT_MIN : __float_as_int(MAX_LAG);
+        limit = __any_sync(~0u, none) ? INT_MIN : __float_as_int(SHIFT + LAG);
         return true;
     }
 
@@ -457,36 +457,52 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
         return pack_16<BF16>(y[0], y[1]);
     }
 
+    /*
+     * The four lanes of a row have two columns each of four tiles; afterwards each has all eight
+     * columns of one. The quad is transposed in two steps, between lanes two apart, then one.
+     */
+    __device__ uint4 whole_tile(const uint32_t (&w)[4]) const
+    {
+        const bool high = lane & 2, odd = lane & 1;
+        const uint32_t x0 = __shfl_xor_sync(~0u, high ? w[0] : w[2], 2);
+        const uint32_t x1 = __shfl_xor_sync(~0u, high ? w[1] : w[3], 2);
+        /* of two tiles, the words of lanes 0 and 2, or 1 and 3 */
+        const uint32_t even_tile[2] = {high ? x0 : w[0], high ? w[2] : x0};
+        const uint32_t odd_tile[2] = {high ? x1 : w[1], high ? w[3] : x1};
+        const uint32_t y0 = __shfl_xor_sync(~0u, odd ? even_tile[0] : odd_tile[0], 1);
+        const uint32_t y1 = __shfl_xor_sync(~0u, odd ? even_tile[1] : odd_tile[1], 1);
+
+        return odd ? make_uint4(y0, odd_tile[0], y1, odd_tile[1])
+                   : make_uint4(even_tile[0], y0, even_tile[1], y1);
+    }
+
     __device__ void finish() const
     {
         const float *means = a.means + t.local * 3 * a.d_padded + key_of(0, 0);
         char *const out = a.o.data + t.seq.batch * a.o.stride[0] + t.q_head * a.o.stride[1] +
-                          t.seq.q0 * a.o.stride[2] + 2 * key_of(0, 0);
+                          t.seq.q0 * a.o.stride[2];
 
 #pragma unroll
         for (int slab = 0; slab < SLABS; slab++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int r = row() + row_of(slab, 2 * half);
-                const float total = p_sum[slab][2 * half];
+                const float total = o[slab][D_TILES][2 * half];
                 const float up = total == 0 ? 0 : reciprocal(total); /* 0: nothing was seen */
-                char *const to = out + r * a.o.stride[2];
-                if (r >= t.end)
-                    continue;
 #pragma unroll
-                for (int n = 0; n < D_TILES; n++) {
+                for (int n = 0; n < D_TILES; n += 4) {
+                    uint32_t pairs[4];
                     if (8 * n >= a.d)
                         break;
-                    const uint32_t pair = element_pair(&o[slab][n][2 * half], up, means + 8 * n);
-                    if (a.o.aligned) {
-                        *reinterpret_cast<uint32_t *>(to + 16 * n) = pair;
-                    } else {
-                        reinterpret_cast<uint16_t *>(to)[8 * n] = static_cast<uint16_t>(pair);
-                        reinterpret_cast<uint16_t *>(to)[8 * n + 1] =
-                            static_cast<uint16_t>(pair >> 16);
-                    }
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        pairs[i] = element_pair(&o[slab][n + i][2 * half], up, means + 8 * (n + i));
+                    const uint4 eight = whole_tile(pairs);
+                    const int column = 8 * (n + lane % 4);
+                    if (r < t.end && column < a.d)
+                        store_8(out + r * a.o.stride[2] + 2 * column, eight, a.o.aligned);
                 }
-                if (a.lse.data)
+                if (a.lse.data && r < t.end)
                     finish_lse(r, slab, half, total == 0, query_of(slab, 2 * half).mean);
             }
     }

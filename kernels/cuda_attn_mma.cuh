@@ -228,7 +228,7 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
                 for (int i = 0; i < 4; i++)
                     f[slab][i] = pack_16<BF16>(p[slab][2 * k + i / 2][i % 2 * 2],
                                                p[slab][2 * k + i / 2][i % 2 * 2 + 1]);
-                mma_16<BF16>(r.p_sum[slab], f[slab], ONES, ONES);
+                mma_16<BF16>(r.o[slab][D / 8], f[slab], ONES, ONES);
             }
 #pragma unroll
             for (int pair = 0; pair < PAIRS; pair++) {
@@ -266,7 +266,7 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
             }
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                r.p_sum[slab][e] = fmaf(r.p_sum[slab][e], decay[slab][e / 2], block[e]);
+                r.o[slab][D / 8][e] = fmaf(r.o[slab][D / 8][e], decay[slab][e / 2], block[e]);
         }
 #pragma unroll
         for (int n = 0; n < D_TILES; n++) {
@@ -341,8 +341,9 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
 #pragma unroll 1
         for (int slab = 0; slab < SLABS; slab++) {
             const int i = warp * 16 * SLABS + slab * 16;
-            quantise_q<D, BF16, false>(
-                a, t, t.row + i, reinterpret_cast<int8_t *>(q8) + i * K_PITCH, queries + i, k_max);
+            quantise_q<D, BF16, false>(a, t, t.row + i, nullptr,
+                                       reinterpret_cast<int8_t *>(q8) + i * K_PITCH, queries + i,
+                                       k_max);
         }
         __syncwarp();
         q_shared = shared_address(q8) + (warp * 16 * SLABS + lane % 16) * K_PITCH + lane / 16 * 16;
@@ -384,7 +385,7 @@ __global__ void __launch_bounds__(32 * KERNEL_WARPS, 2)
 
     stamp_start(args);
     if (threadIdx.x == 0)
-        place = find_tile(args, KERNEL_TILE_Q(D));
+        find_tile(args, KERNEL_TILE_Q(D), blockIdx.x, place);
     __syncthreads();
     if (!place.there)
         return;

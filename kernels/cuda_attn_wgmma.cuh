@@ -1,16 +1,21 @@
 /*
  * cuda_attn_wgmma.cuh - attention on Hopper's warpgroup tensor cores (sm_90a).
  *
- * A block has one warpgroup that fetches K and V, some stages ahead, and WGMMA_GROUPS that compute,
- * 64 query rows each, against WGMMA_TILE_K keys at a time (FlashAttention-3, Shah et al.,
- * arXiv:2407.08608, section 3). While one's softmax runs the tensor cores work for the others and
- * for its own last block:
+ * A block stays on its processor and takes one tile of query rows after the other. One of its
+ * warpgroups fetches: a warp K and V, some stages ahead, across tiles; another the next tile's Q.
+ * WGMMA_GROUPS warpgroups compute, 64 query rows each, against WGMMA_TILE_K keys at a time
+ * (FlashAttention-3, Shah et al., arXiv:2407.08608, section 3):
  *
- *   S(j) = Q K(j)^T begins -> O += P(j - 1) V(j - 1) begins -> S(j) is there -> m, exponentials
- *        -> O is there -> P(j) to 16 bits
+ *   16 bits   S(j) = Q K(j)^T begins -> O += P(j - 1) V(j - 1) begins -> softmax of S(j)
+ *   e4m3      P(j - 1) V(j - 1) begins, apart -> S(j) begins -> added to O -> softmax of S(j)
  *
- * K is in the workspace as shared memory wants it, swizzled; V comes from the caller's tensor by a
- * tensor map, with zeros beyond its end.
+ * A warp is held while its products with P, which is in registers, are begun: as long as the tensor
+ * core takes for all but the last. What hides that is the other warpgroup's softmax. The softmax
+ * goes by halves of a tile, so that one half's exponentials run beside the other's arithmetic.
+ *
+ * K, and V in e4m3, are in the workspace as shared memory wants them, swizzled. A 16-bit V comes
+ * from the caller's tensor by a tensor map, with zeros beyond its end. V has eight more columns, of
+ * ones: with them the products have the sum of P as well.
  */
 #ifndef SAGE_CUDA_ATTN_WGMMA_CUH
 #define SAGE_CUDA_ATTN_WGMMA_CUH
@@ -23,138 +28,427 @@
 namespace sage
 {
 
-template <int D, bool BF16, bool FP8, bool MASK> struct wgmma_attention {
-    static constexpr int GROUPS = WGMMA_GROUPS(D), STAGES = WGMMA_STAGES(D);
-    static constexpr int KEYS = WGMMA_TILE_K, KEY_TILES = KEYS / 8;
-    static constexpr int K_BYTES = KEYS * D, V_BYTES = 2 * KEYS * D, SCALES = KEYS / 4;
-    static constexpr int V_COLUMNS = 64; /* of a row of V in shared memory: 128 bytes */
-    static constexpr int TURN = 1, Q_THERE = TURN + GROUPS; /* barriers, one for each warpgroup */
+/* Where a warp is in a ring of N. */
+template <int N> struct ring_place {
+    int stage = 0;
+    uint32_t parity = 0;
 
-    /* V, K and Q are swizzled, which counts from multiples of 1024 bytes. */
-    struct memory {
-        char v[STAGES][V_BYTES];
-        char k8[STAGES][K_BYTES];
-        int8_t q8[WGMMA_TILE_Q(D)][D];
-        uint16_t ones[16][64];
-        float k_scale[STAGES][SCALES];
-        query queries[WGMMA_TILE_Q(D)];
-        uint64_t k_full[STAGES], v_full[STAGES], k_empty[STAGES], v_empty[STAGES];
-        tile place;
-    };
-    static_assert(sizeof(memory) <= WGMMA_SMEM(D) - WGMMA_ALIGN, "WGMMA_SMEM");
-
-    /* Where a warpgroup is in the ring of stages. */
-    struct place {
-        int stage = 0;
-        uint32_t parity = 0;
-
-        __device__ void next()
-        {
-            stage = stage + 1 == STAGES ? 0 : stage + 1;
-            parity ^= stage == 0;
-        }
-    };
-
-    __device__ static void wait(uint64_t &barrier, uint32_t parity)
+    __device__ void next()
     {
-        while (!cuda::ptx::mbarrier_try_wait_parity(&barrier, parity))
-            ;
+        stage = stage + 1 == N ? 0 : stage + 1;
+        parity ^= stage == 0;
+    }
+};
+
+__device__ __forceinline__ void wait(uint64_t &barrier, uint32_t parity)
+{
+    while (!cuda::ptx::mbarrier_try_wait_parity(&barrier, parity))
+        ;
+}
+
+/*
+ * All lanes agree on x. The shuffle tells the compiler, which then keeps what follows from it, such
+ * as addresses of matrices, in uniform registers, and does not expect loops to part the lanes.
+ */
+__device__ __forceinline__ int uniform(int x)
+{
+    return static_cast<int>(__reduce_or_sync(~0u, static_cast<unsigned>(x)));
+}
+
+/* The warp is done with what the barrier guards. */
+__device__ __forceinline__ void release(uint64_t &barrier)
+{
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        cuda::ptx::mbarrier_arrive(&barrier);
+}
+
+/*
+ * Shared memory: the stages of K and V, Q as it came and in INT8, and ones. All is swizzled, which
+ * counts from multiples of 1024 bytes.
+ *
+ * 16 bits: V lies in units of 64 channels, 128 bytes a key, a column of units at one distance from
+ * each other and from the unit of ones that follows them: `v_step`. D = 128 has its three stages
+ * (V and, between them, K) in units 0 1 6, 2 3 7, 4 5 8, Q in 9 to 11 and ones in 12.
+ */
+template <int D, bool FP8> struct wgmma_layout {
+    static constexpr int UNIT = 128 * WGMMA_TILE_K, STAGES = WGMMA_STAGES(D, false);
+    static constexpr int K_BYTES = WGMMA_TILE_K * D, K_STEP = D == 64 ? K_BYTES : 2 * UNIT;
+    static constexpr int V_STEP = D == 64 ? UNIT : 2 * UNIT;
+    static constexpr int K = D == 64 ? STAGES * V_STEP : UNIT;
+    static constexpr int Q8 = D == 64 ? K + STAGES * K_STEP : 9 * UNIT;
+    static constexpr int Q16 = Q8 + WGMMA_TILE_Q(D) * D, ONES = Q16 + WGMMA_TILE_Q(D) * 2 * D;
+    static constexpr int BYTES = ONES + UNIT;
+
+    __device__ static int v(int stage)
+    {
+        return stage * V_STEP;
+    }
+    __device__ static int v_step(int stage)
+    {
+        return ONES / (D / 64) - stage * (V_STEP / (D / 64));
+    }
+    __device__ static int k(int stage)
+    {
+        return K + stage * K_STEP;
+    }
+    __device__ static void fill_ones(char *memory, bool bf16)
+    {
+        auto *to = reinterpret_cast<uint32_t *>(memory + ONES);
+
+        for (int i = threadIdx.x; i < UNIT / 4; i += blockDim.x)
+            to[i] = bf16 ? 0x3f803f80u : 0x3c003c00u;
+    }
+};
+
+/* e4m3: V by halves of a tile's keys, [D + 8][64], the last 8 rows of ones. */
+template <int D> struct wgmma_layout<D, true> {
+    static constexpr int STAGES = WGMMA_STAGES(D, true), V_HALF = KERNEL_TILE_K * (D + 8);
+    static constexpr int K = STAGES * 2 * V_HALF, K_STEP = WGMMA_TILE_K * D;
+    static constexpr int Q8 = K + STAGES * K_STEP, Q16 = Q8 + WGMMA_TILE_Q(D) * D;
+    static constexpr int BYTES = Q16 + WGMMA_TILE_Q(D) * 2 * D;
+
+    __device__ static int v(int stage)
+    {
+        return stage * 2 * V_HALF;
+    }
+    __device__ static int k(int stage)
+    {
+        return K + stage * K_STEP;
+    }
+    __device__ static void fill_ones(char *memory, bool)
+    {
+        constexpr int WORDS = KERNEL_TILE_K * 8 / 4;
+
+        for (int i = threadIdx.x; i < 2 * STAGES * WORDS; i += blockDim.x)
+            reinterpret_cast<uint32_t *>(memory + i / WORDS * V_HALF +
+                                         KERNEL_TILE_K * D)[i % WORDS] = 0x38383838u;
+    }
+};
+
+template <int D, bool FP8> struct wgmma_memory {
+    static constexpr int STAGES = WGMMA_STAGES(D, FP8), TILE_Q = WGMMA_TILE_Q(D);
+    using layout = wgmma_layout<D, FP8>;
+
+    char tensors[layout::BYTES];
+    float k_scale[STAGES][WGMMA_TILE_K / 4];
+    query queries[TILE_Q];
+    tile tiles[2];
+    uint64_t k_full[STAGES], v_full[STAGES], k_empty[STAGES], v_empty[STAGES];
+    uint64_t tile_full[2], tile_empty[2], q_full, q_empty, tail;
+
+    __device__ int8_t *q8(int row)
+    {
+        return reinterpret_cast<int8_t *>(tensors + layout::Q8 + row * D);
+    }
+    __device__ char *q16(int row)
+    {
+        return tensors + layout::Q16 + row * 2 * D;
     }
 
-    /* --- the warpgroup that fetches: one thread of it --- */
+    __device__ void init_barriers()
+    {
+        const auto init = [](uint64_t &barrier, int n) { cuda::ptx::mbarrier_init(&barrier, n); };
+        constexpr int WARPS = 4 * WGMMA_GROUPS(D);
 
-    __device__ static void fetch(const cuda_args &a, memory &m, int block, int end)
+        for (int i = 0; i < STAGES; i++) {
+            init(k_full[i], 1);
+            init(v_full[i], 1);
+            init(k_empty[i], WARPS);
+            init(v_empty[i], WARPS);
+        }
+        for (int i = 0; i < 2; i++) {
+            init(tile_full[i], 1);
+            init(tile_empty[i], WARPS + 2);
+        }
+        init(q_full, 1);
+        init(q_empty, WARPS);
+        init(tail, 1);
+        cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+    }
+};
+
+/* --- the warps that fetch --- */
+
+template <int D, bool FP8> struct wgmma_fetch {
+    static constexpr int KEYS = WGMMA_TILE_K, HALF = KERNEL_TILE_K, SCALES = HALF / 4;
+    static constexpr int STAGES = WGMMA_STAGES(D, FP8);
+    using memory = wgmma_memory<D, FP8>;
+    using layout = wgmma_layout<D, FP8>;
+
+    /*
+     * The next tile's number. Each block's first is its own; the last number that anybody takes
+     * leaves the counter as it was.
+     */
+    __device__ static unsigned next_ticket(const cuda_args &a)
+    {
+        const unsigned n = atomicAdd(a.ticket, 1);
+
+        if (n == a.n_tiles - 1)
+            *a.ticket = 0;
+        return gridDim.x + n;
+    }
+
+    /* A warp: where the next tile is; after the last one, that there is none. */
+    __device__ static void tiles(const cuda_args &a, memory &m)
+    {
+        unsigned ticket = blockIdx.x;
+        ring_place<2> slot;
+        bool there = true;
+
+        for (; __any_sync(~0u, there); slot.next()) {
+            wait(m.tile_empty[slot.stage], slot.parity ^ 1);
+            if (threadIdx.x % 32 == 0) {
+                tile &t = m.tiles[slot.stage];
+                t.there = false;
+                while (ticket < a.n_tiles && !t.there) {
+                    find_tile(a, WGMMA_TILE_Q(D), ticket, t);
+                    ticket = next_ticket(a);
+                }
+                there = t.there;
+            }
+            release(m.tile_full[slot.stage]);
+            there = __shfl_sync(~0u, there, 0);
+        }
+    }
+
+    __device__ static void fetch_k(const cuda_args &a, memory &m, const tile &t, int block,
+                                   int halves, int stage)
     {
         using namespace cuda::ptx;
-        constexpr int HALVES = KEYS / KERNEL_TILE_K, HALF_SCALES = SCALES / HALVES;
-        const tile &t = m.place;
-        const int halves = (t.seq.nk + KERNEL_TILE_K - 1) / KERNEL_TILE_K;
-        const int8_t *k8 = a.k8 + t.block * (KERNEL_TILE_K * D);
-        const float *k_scale = a.k_scale + t.block * HALF_SCALES;
+        const int64_t from = t.block + 2 * block;
+        const int n = min(2, halves - 2 * block);
+        const uint32_t bytes = n * HALF * D, scale_bytes = 4 * n * SCALES;
+        uint64_t *full = &m.k_full[stage];
 
-        for (place at; block < end; block++, at.next()) {
-            const int half = block * HALVES, n = min(HALVES, halves - half);
-            const uint32_t bytes = n * KERNEL_TILE_K * D, scale_bytes = 4 * n * HALF_SCALES;
-            uint64_t *full = &m.k_full[at.stage];
+        mbarrier_arrive_expect_tx(sem_release, scope_cta, space_shared, full, bytes + scale_bytes);
+        cp_async_bulk(space_cluster, space_global, m.tensors + layout::k(stage),
+                      a.k8 + from * (HALF * D), bytes, full);
+        cp_async_bulk(space_cluster, space_global, m.k_scale[stage], a.k_scale + from * SCALES,
+                      scale_bytes, full);
+    }
 
-            wait(m.k_empty[at.stage], at.parity ^ 1);
-            mbarrier_arrive_expect_tx(sem_release, scope_cta, space_shared, full,
-                                      bytes + scale_bytes);
-            cp_async_bulk(space_cluster, space_global, m.k8[at.stage],
-                          k8 + static_cast<int64_t>(half) * (KERNEL_TILE_K * D), bytes, full);
-            cp_async_bulk(space_cluster, space_global, m.k_scale[at.stage],
-                          k_scale + static_cast<int64_t>(half) * HALF_SCALES, scale_bytes, full);
+    /* e4m3 */
+    __device__ static void fetch_v8(const cuda_args &a, memory &m, const tile &t, int block,
+                                    int halves, int stage)
+    {
+        using namespace cuda::ptx;
+        constexpr int BYTES = HALF * D;
+        const uint8_t *from = a.v8 + (t.block + 2 * block) * BYTES;
+        const int n = min(2, halves - 2 * block);
+        uint64_t *full = &m.v_full[stage];
 
-            full = &m.v_full[at.stage];
-            wait(m.v_empty[at.stage], at.parity ^ 1);
-            mbarrier_arrive_expect_tx(sem_release, scope_cta, space_shared, full, V_BYTES);
+        mbarrier_arrive_expect_tx(sem_release, scope_cta, space_shared, full, n * BYTES);
+        for (int i = 0; i < n; i++)
+            cp_async_bulk(space_cluster, space_global,
+                          m.tensors + layout::v(stage) + i * layout::V_HALF, from + i * BYTES,
+                          BYTES, full);
+    }
+
+    /* 16 bits: `full` is told. */
+    __device__ static void fetch_v16(const cuda_args &a, memory &m, const tile &t, int block,
+                                     int stage, uint64_t *full)
+    {
+        using namespace cuda::ptx;
+
+        mbarrier_arrive_expect_tx(sem_release, scope_cta, space_shared, full, 2 * KEYS * D);
 #pragma unroll
-            for (int d = 0; d < D; d += V_COLUMNS) {
-                const int32_t where[4] = {d, static_cast<int32_t>(t.seq.k0) + block * KEYS,
-                                          static_cast<int32_t>(t.kv_head),
-                                          static_cast<int32_t>(t.seq.batch)};
-                cp_async_bulk_tensor(space_cluster, space_global,
-                                     m.v[at.stage] + d / V_COLUMNS * (KEYS * 2 * V_COLUMNS),
-                                     &a.v_map, where, full);
-            }
+        for (int unit = 0; unit < D / 64; unit++) {
+            const int32_t where[4] = {64 * unit, static_cast<int32_t>(t.seq.k0) + block * KEYS,
+                                      static_cast<int32_t>(t.kv_head),
+                                      static_cast<int32_t>(t.seq.batch)};
+            cp_async_bulk_tensor(space_cluster, space_global,
+                                 m.tensors + layout::v(stage) + unit * layout::v_step(stage),
+                                 &a.v_map, where, full);
         }
     }
 
-    /* --- those that compute --- */
+    /* What is beyond the last key becomes zero, for P is zero there, but 0 * NaN would be NaN. */
+    __device__ static void clear(char *from, int bytes)
+    {
+        for (int i = threadIdx.x % 32; i < bytes / 16; i += 32)
+            reinterpret_cast<uint4 *>(from)[i] = make_uint4(0, 0, 0, 0);
+        async_fence();
+        __syncwarp();
+    }
+
+    /* Another: K and V of all tiles, one after the other. */
+    __device__ static void keys_and_values(const cuda_args &a, memory &m)
+    {
+        const bool first_lane = threadIdx.x % 32 == 0;
+        ring_place<STAGES> at;
+        ring_place<2> slot;
+        uint32_t tail_parity = 0;
+
+        for (;; slot.next()) {
+            const tile &t = m.tiles[slot.stage];
+            wait(m.tile_full[slot.stage], slot.parity);
+            if (!__any_sync(~0u, t.there))
+                return;
+            const int halves = (t.seq.nk + HALF - 1) / HALF, end = last_block(t);
+            for (int block = first_block(t); block < end; block++, at.next()) {
+                wait(m.k_empty[at.stage], at.parity ^ 1);
+                if (first_lane)
+                    fetch_k(a, m, t, block, halves, at.stage);
+                wait(m.v_empty[at.stage], at.parity ^ 1);
+                char *const v = m.tensors + layout::v(at.stage);
+                if constexpr (FP8) {
+                    if (halves - 2 * block == 1)
+                        clear(v + layout::V_HALF, HALF * D);
+                    if (first_lane)
+                        fetch_v8(a, m, t, block, halves, at.stage);
+                } else {
+                    /* plain batches have zeros there already */
+                    const bool tail = a.k_offsets && (block + 1) * KEYS > t.seq.nk;
+                    if (first_lane)
+                        fetch_v16(a, m, t, block, at.stage, tail ? &m.tail : &m.v_full[at.stage]);
+                    if (!tail)
+                        continue;
+                    wait(m.tail, tail_parity);
+                    tail_parity ^= 1;
+                    const int keys = t.seq.nk - block * KEYS;
+                    for (int unit = 0; unit < D / 64; unit++)
+                        clear(v + unit * layout::v_step(at.stage) + keys * 128,
+                              (KEYS - keys) * 128);
+                    release(m.v_full[at.stage]);
+                }
+            }
+            release(m.tile_empty[slot.stage]);
+        }
+    }
+
+    /* A third: Q as it is, a row at a time. Where rows are not aligned who computes reads them. */
+    __device__ static void queries(const cuda_args &a, memory &m)
+    {
+        using namespace cuda::ptx;
+        const int lane = threadIdx.x % 32;
+        ring_place<2> slot;
+        ring_place<1> q;
+
+        for (;; slot.next(), q.next()) {
+            const tile &t = m.tiles[slot.stage];
+            wait(m.tile_full[slot.stage], slot.parity);
+            if (!__any_sync(~0u, t.there))
+                return;
+            if (a.q.aligned) {
+                const int rows = min(WGMMA_TILE_Q(D), t.end - t.row);
+                const char *from = a.q.data + t.seq.batch * a.q.stride[0] +
+                                   t.q_head * a.q.stride[1] + (t.seq.q0 + t.row) * a.q.stride[2];
+                wait(m.q_empty, q.parity ^ 1);
+                if (lane == 0)
+                    mbarrier_arrive_expect_tx(sem_release, scope_cta, space_shared, &m.q_full,
+                                              rows * 2 * a.d);
+                __syncwarp();
+                for (int r = lane; r < rows; r += 32)
+                    cp_async_bulk(space_cluster, space_global, m.q16(r), from + r * a.q.stride[2],
+                                  2 * a.d, &m.q_full);
+            }
+            release(m.tile_empty[slot.stage]);
+        }
+    }
+
+    /* The blocks of keys that a tile sees. */
+    __device__ static int first_block(const tile &t)
+    {
+        return uniform(static_cast<int>(t.first / KEYS));
+    }
+    __device__ static int last_block(const tile &t)
+    {
+        return uniform(static_cast<int>((t.last > t.first ? t.last + KEYS - 1 : t.first) / KEYS));
+    }
+};
+
+/* --- those that compute --- */
+
+template <int D, bool BF16, bool FP8> struct wgmma_attention {
+    static constexpr int STAGES = WGMMA_STAGES(D, FP8), GROUPS = WGMMA_GROUPS(D);
+    static constexpr int KEYS = WGMMA_TILE_K, HALF = KERNEL_TILE_K;
+    static constexpr bool TURNS = FP8 && D > 64; /* elsewhere they wait more than they gain */
+    using memory = wgmma_memory<D, FP8>;
+    using layout = wgmma_layout<D, FP8>;
+    using fetch = wgmma_fetch<D, FP8>;
+
+    /* Of a tile of keys: integers, then relative to m. In place. */
+    union scores {
+        int s[KEYS / 8][4];
+        float p[1][KEYS / 8][4];
+    };
 
     memory &m;
-    rows<D, 1, KEYS, BF16, FP8, MASK> r;
+    rows<D, 1, KEYS, BF16, FP8, false> r;
     int group;
-    uint32_t p16[KEYS / 16][4];
+    uint32_t p_packed[FP8 ? KEYS / 32 : KEYS / 16][4]; /* A of P V */
+    float decay[1][2];                                 /* of O, by this tile */
 
-    __device__ wgmma_attention(const cuda_args &args, memory &shared)
-        : m(shared), r(args, shared.place, shared.queries),
-          group(__shfl_sync(~0u, r.first_row() / 64, 0))
+    __device__ wgmma_attention(const cuda_args &args, memory &shared, const tile &t)
+        : m(shared), r(args, t, shared.queries), group(uniform(r.first_row() / 64))
     {
     }
 
     /* S begins. */
-    __device__ void scores(int (&s)[KEY_TILES][4], int stage) const
+    __device__ void begin_scores(scores &x, int stage) const
     {
-        const uint64_t q = matrix_at(shared_address(m.q8[64 * group]), D, 8 * D, 0);
-        const uint64_t k = matrix_at(shared_address(m.k8[stage]), D, 8 * D, 0);
+        const uint64_t q = matrix_at(shared_address(m.q8(64 * group)), D, 8 * D, 0);
+        const uint64_t k = matrix_at(shared_address(m.tensors) + layout::k(stage), D, 8 * D, 0);
 
         wgmma_fence();
-        wgmma_s8(s, q, k);
+        wgmma_s8(x.s, q, k);
 #pragma unroll
         for (int i = 1; i < D / 32; i++)
-            wgmma_s8_add(s, q + 2 * i, k + 2 * i);
+            wgmma_s8_add(x.s, q + 2 * i, k + 2 * i);
         wgmma_commit();
     }
 
-    /* O += P V begins, and the sum of P, as if V had columns of ones. */
-    __device__ void values(int stage)
+    /*
+     * P V begins, and the sum of P: 16 bits to O, e4m3 to sums of its own, since the tensor core's
+     * are short.
+     */
+    struct products {
+        float sums[FP8 ? D / 8 + 1 : 1][4];
+    };
+
+    __device__ void begin_values(products &pv, int stage)
     {
-        const uint64_t v =
-            matrix_at(shared_address(m.v[stage]), 2 * V_COLUMNS, 16 * V_COLUMNS, V_BYTES / 2);
-        const uint64_t ones = matrix_at(shared_address(m.ones), 128, 1024, 0);
+        const uint32_t at = shared_address(m.tensors) + layout::v(stage);
 
         hold(r.o[0]);
-        hold(r.p_sum);
         wgmma_fence();
+        if constexpr (FP8) {
+            const uint64_t v = matrix_at(at, HALF, 8 * HALF, 0);
+            wgmma_e4m3(pv.sums, p_packed[0], v);
 #pragma unroll
-        for (int k = 0; k < KEYS / 16; k++) {
-            wgmma_16<BF16>(r.o[0], p16[k], v + k * (16 * 2 * V_COLUMNS / 16));
-            wgmma_16<BF16>(r.p_sum, p16[k], ones);
+            for (int k = 1; k < KEYS / 32; k++)
+                wgmma_e4m3_add(pv.sums, p_packed[k],
+                               v + (k / 2 * layout::V_HALF + k % 2 * 32) / 16);
+        } else {
+            const uint64_t v = matrix_at(at, 128, 1024, layout::v_step(stage));
+#pragma unroll
+            for (int k = 0; k < KEYS / 16; k++)
+                wgmma_16_add<BF16>(r.o[0], p_packed[k], v + k * (16 * 128 / 16));
         }
         wgmma_commit();
     }
 
-    /* All of it is there. */
-    __device__ void values_end()
+    /* It is there. */
+    __device__ void end_values(products &pv, int stage)
     {
-        wgmma_wait<0>();
-        hold(r.o[0]);
-        hold(r.p_sum);
+        if constexpr (FP8)
+            hold(pv.sums);
+        else
+            hold(r.o[0]);
+        release(m.v_empty[stage]);
+        if constexpr (FP8)
+#pragma unroll
+            for (int n = 0; n <= D / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    r.o[0][n][e] = fmaf(r.o[0][n][e], decay[0][e / 2], pv.sums[n][e]);
     }
 
+    /* --- softmax --- */
+
     /* Integers to scores in base 2, relative to m. */
-    __device__ void scale(float (&p)[KEY_TILES][4], const int (&s)[KEY_TILES][4], int stage) const
+    __device__ void scale(scores &x, int stage) const
     {
         const float *from = m.k_scale[stage] + r.lane % 4 * 4;
         const float minus[2] = {-r.reference(r.top[0][0]), -r.reference(r.top[0][1])};
@@ -169,117 +463,145 @@ template <int D, bool BF16, bool FP8, bool MASK> struct wgmma_attention {
             for (int n = 2 * run; n < 2 * run + 8; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
-                    p[n][e] = fmaf(static_cast<float>(s[n][e]), q_scale[e / 2] * k_scale[n / 2 % 4],
-                                   minus[e / 2]);
+                    x.p[0][n][e] = fmaf(static_cast<float>(x.s[n][e]),
+                                        q_scale[e / 2] * k_scale[n / 2 % 4], minus[e / 2]);
         }
     }
 
-    /*
-     * To P before rounding, and its sum for lse. The warpgroups take turns: if two were at it at
-     * the same time both would take twice as long, with nothing left to be done beside.
-     */
-    __device__ void exponentiate(float (&p)[KEY_TILES][4])
+    /* Scores to P before rounding, and its sum for lse. */
+    __device__ void exponentiate(float (&p)[KEYS / 8][4])
     {
-        turn_wait();
 #pragma unroll
-        for (int n = 0; n < KEY_TILES; n++)
+        for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 p[n][e] = exp2_fast(p[n][e]);
         if (r.a.lse.data)
 #pragma unroll
-            for (int n = 0; n < KEY_TILES; n++)
+            for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e += 2)
                     r.sum[0][e / 2] += p[n][e] + p[n][e + 1];
-        turn_over(); /* beyond a branch: the assembler would put it before the exponentials */
     }
 
-    __device__ void turn_wait() const
-    {
-        barrier_wait(TURN + threadIdx.x / 128, 256);
-    }
-    __device__ void turn_over() const
-    {
-        barrier_count(TURN + (threadIdx.x / 128 + 1) % GROUPS, 256);
-    }
-
-    /* P to 16 bits, as A of P V. */
-    __device__ void pack(const float (&p)[KEY_TILES][4])
+    /* P to 16 bits or e4m3, as A of P V: two or four tiles of 8 keys are a step's. */
+    __device__ void pack(const float (&p)[KEYS / 8][4])
     {
 #pragma unroll
-        for (int n = 0; n < KEY_TILES; n++)
+        for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-            for (int half = 0; half < 2; half++)
-                p16[n / 2][n % 2 * 2 + half] = pack_16<BF16>(p[n][2 * half], p[n][2 * half + 1]);
+            for (int row = 0; row < 2; row++) {
+                if constexpr (!FP8)
+                    p_packed[n / 2][n % 2 * 2 + row] =
+                        pack_16<BF16>(p[n][2 * row], p[n][2 * row + 1]);
+                else if (n % 2 == 0)
+                    p_packed[n / 4][n / 2 % 2 * 2 + row] =
+                        pack_e4m3(p[n][2 * row], p[n][2 * row + 1]) |
+                        pack_e4m3(p[n + 1][2 * row], p[n + 1][2 * row + 1]) << 16;
+            }
     }
 
-    __device__ void release(uint64_t &barrier) const
+    /*
+     * The warpgroups exponentiate one after the other: if two did so at the same time both would
+     * take twice as long, with nothing left to be done beside.
+     */
+    __device__ static void turn_wait(int group)
     {
-        __syncwarp();
-        if (r.lane == 0)
-            cuda::ptx::mbarrier_arrive(&barrier);
+        if constexpr (TURNS)
+            barrier_wait(1 + GROUPS + group, 256);
+    }
+    __device__ static void turn_over(int group)
+    {
+        if constexpr (TURNS)
+            barrier_count(1 + GROUPS + (group + 1) % GROUPS, 256);
     }
 
-    /* Tiles `tile` ... of the keys, up to and without key `end`; where the next tile is. */
-    __device__ place steps(int tile, int end)
+    /*
+     * S to P; true if m moved: O has to be rescaled by `decay`, which is 1 otherwise. before_pack()
+     * is called before P takes the place of the last one.
+     */
+    template <typename BeforePack>
+    __device__ bool softmax(scores &x, int stage, int key0, BeforePack before_pack)
     {
-        union { /* in place: there are no registers for both */
-            int s[KEY_TILES][4];
-            float p[1][KEY_TILES][4];
-        } x;
-        float decay[1][2];
-        place at;
-        int key0 = tile * KEYS;
+        scale(x, stage);
+        release(m.k_empty[stage]);
+        r.hide(x.p, key0);
+        decay[0][0] = decay[0][1] = 1;
+        const bool moved = r.follow_from_top(x.p, decay);
+        turn_wait(group);
+        exponentiate(x.p[0]);
+        turn_over(group); /* beyond a branch: the assembler would put it before the exponentials */
+        before_pack();
+        pack(x.p[0]);
+        return moved;
+    }
 
-        hold(r.o[0]);
-        hold(r.p_sum);
-        wait(m.k_full[0], 0);
-        scores(x.s, 0);
+    /* --- the keys --- */
+
+    /*
+     * Tiles from key0 on, up to and without key `end`. 16 bits: S first, so that the end of P V is
+     * beside the softmax. e4m3: P V first, so that its sums are added up beside S.
+     */
+    __device__ void steps(ring_place<STAGES> &at, int key0, int end)
+    {
+        const auto nothing = [] {};
+        scores x;
+        products pv;
+
+        wait(m.k_full[at.stage], at.parity);
+        begin_scores(x, at.stage);
         wgmma_wait<0>();
         hold(x.s);
-        scale(x.p[0], x.s, 0);
-        release(m.k_empty[0]);
-        r.hide(x.p, key0);
-        r.follow_from_top(x.p, decay);
-        exponentiate(x.p[0]);
-        pack(x.p[0]);
+        softmax(x, at.stage, key0, nothing);
 #pragma unroll 1
         for (key0 += KEYS; key0 < end; key0 += KEYS) {
-            const place before = at;
+            const ring_place<STAGES> before = at;
 
             at.next();
-            wait(m.k_full[at.stage], at.parity);
-            scores(x.s, at.stage);
-            wait(m.v_full[before.stage], before.parity);
-            values(before.stage);
-            wgmma_wait<1>();
-            hold(x.s);
-            scale(x.p[0], x.s, at.stage);
-            release(m.k_empty[at.stage]);
-            r.hide(x.p, key0);
-            const bool moved = r.follow_from_top(x.p, decay);
-            exponentiate(x.p[0]);
-            values_end();
-            release(m.v_empty[before.stage]);
-            if (moved)
-                r.rescale(decay);
-            pack(x.p[0]);
+            if constexpr (FP8) {
+                wait(m.v_full[before.stage], before.parity);
+                begin_values(pv, before.stage);
+                wait(m.k_full[at.stage], at.parity);
+                if constexpr (D > 64) {
+                    begin_scores(x, at.stage);
+                    wgmma_wait<1>();
+                    end_values(pv, before.stage);
+                } else { /* there are no registers for both */
+                    wgmma_wait<0>();
+                    end_values(pv, before.stage);
+                    begin_scores(x, at.stage);
+                }
+                wgmma_wait<0>();
+                hold(x.s);
+                softmax(x, at.stage, key0, nothing);
+            } else {
+                wait(m.k_full[at.stage], at.parity);
+                begin_scores(x, at.stage);
+                wait(m.v_full[before.stage], before.parity);
+                begin_values(pv, before.stage);
+                wgmma_wait<1>();
+                hold(x.s);
+                const bool moved = softmax(x, at.stage, key0, [&] {
+                    wgmma_wait<0>();
+                    end_values(pv, before.stage);
+                });
+                if (moved)
+                    r.rescale(decay);
+            }
         }
         wait(m.v_full[at.stage], at.parity);
-        values(at.stage);
-        values_end();
-        release(m.v_empty[at.stage]);
+        begin_values(pv, at.stage);
+        wgmma_wait<0>();
+        end_values(pv, at.stage);
         at.next();
-        return at;
     }
 
     /* Tiles that only other warpgroups need. */
-    __device__ void pass(int tile, int end, place at) const
+    __device__ void pass(ring_place<STAGES> &at, int n) const
     {
-        for (; tile < end; tile++, at.next()) {
-            turn_wait();
-            turn_over();
+        for (; n > 0; n--, at.next()) {
+            turn_wait(group);
+            turn_over(group);
             wait(m.k_full[at.stage], at.parity);
             release(m.k_empty[at.stage]);
             wait(m.v_full[at.stage], at.parity);
@@ -287,78 +609,84 @@ template <int D, bool BF16, bool FP8, bool MASK> struct wgmma_attention {
         }
     }
 
-    __device__ void run(int tile, int end_tile)
+    /* One more than the last key that some row of the warpgroup sees; 0 if it has no row. */
+    __device__ int end_key() const
     {
-        const int first = r.first_row();
+        const int64_t row = r.t.row + group * 64, next = row + 64;
+        const int64_t last = (next < r.t.end ? next : r.t.end) + r.t.high;
+        const int64_t end = row >= r.t.end ? 0 : last < r.t.last ? last : r.t.last;
 
-        quantise_q<D, BF16, true>(r.a, r.t, r.row(), m.q8[first], m.queries + first,
-                                  largest_scale(r.a, r.t));
+        return uniform(static_cast<int>(end));
+    }
+
+    __device__ void run(ring_place<STAGES> &at, uint32_t q_parity)
+    {
+        const int first = r.first_row(), block = fetch::first_block(r.t);
+        const int all = fetch::last_block(r.t) - block; /* there may be none, whatever a row sees */
+        const int end = min(end_key(), (block + all) * KEYS);
+        const int n = end > block * KEYS ? (end + KEYS - 1) / KEYS - block : 0;
+        const float k_max = largest_scale(r.a, r.t);
+
+        barrier_wait(1 + group, 128); /* nobody needs the Q before */
+        if (r.a.q.aligned)
+            wait(m.q_full, q_parity);
+        quantise_q<D, BF16, true>(r.a, r.t, r.row(), r.a.q.aligned ? m.q16(first) : nullptr,
+                                  m.q8(first), m.queries + first, k_max);
         async_fence();
-        barrier_wait(Q_THERE + group, 128);
+        release(m.q_empty);
+        barrier_wait(1 + group, 128);
         r.begin();
-
-        /* the last key that some row of the warpgroup sees, and one more */
-        const int64_t next_row = r.t.row + (group + 1) * 64;
-        const int64_t last = (next_row < r.t.end ? next_row : r.t.end) + r.t.high;
-        const int64_t most = static_cast<int64_t>(end_tile) * KEYS;
-        const int64_t of_both = last < r.t.last ? last : r.t.last;
-        /* all lanes agree; the shuffle tells the compiler, which then has uniform addresses */
-        const int end = __shfl_sync(~0u, static_cast<int>(of_both < most ? of_both : most), 0);
-        place at;
-
-        if (group == GROUPS - 1)
-            turn_over();
-        if (end > tile * KEYS) {
-            at = steps(tile, end);
-            tile = (end + KEYS - 1) / KEYS;
-        }
-        pass(tile, end_tile, at);
+        at.stage = uniform(at.stage);
+        at.parity = uniform(at.parity);
+        if (n > 0)
+            steps(at, block * KEYS, end);
+        pass(at, all - n);
         r.finish();
-        if (group == 0)
-            turn_wait(); /* the last one: it leaves no barrier half counted */
     }
 };
 
 template <int D, bool BF16, bool FP8, bool MASK>
-__global__ void __launch_bounds__(128 * (WGMMA_GROUPS(D) + 1), 1)
+__global__ void __launch_bounds__(WGMMA_THREADS(D), 1)
     wgmma_kernel(const __grid_constant__ cuda_args args)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    using attention = wgmma_attention<D, BF16, FP8, MASK>;
-    constexpr int GROUPS = attention::GROUPS, KEYS = attention::KEYS;
+    using memory = wgmma_memory<D, FP8>;
+    static_assert(sizeof(memory) <= WGMMA_SMEM(D, FP8) - WGMMA_ALIGN, "WGMMA_SMEM");
     extern __shared__ char shared[];
-    auto &m = *reinterpret_cast<typename attention::memory *>(
-        shared + (-shared_address(shared) & (WGMMA_ALIGN - 1)));
-    const int group = threadIdx.x / 128;
+    auto &m = *reinterpret_cast<memory *>(shared + (-shared_address(shared) & (WGMMA_ALIGN - 1)));
 
-    stamp_start(args);
-    for (int i = threadIdx.x; i < 16 * 64; i += blockDim.x)
-        m.ones[0][i] = BF16 ? 0x3f80 : 0x3c00;
+    memory::layout::fill_ones(m.tensors, BF16);
     async_fence();
-    if (threadIdx.x == 0) {
-        m.place = find_tile(args, WGMMA_TILE_Q(D));
-        for (int i = 0; i < attention::STAGES; i++) {
-            cuda::ptx::mbarrier_init(&m.k_full[i], 1);
-            cuda::ptx::mbarrier_init(&m.v_full[i], 1);
-            cuda::ptx::mbarrier_init(&m.k_empty[i], 4 * GROUPS);
-            cuda::ptx::mbarrier_init(&m.v_empty[i], 4 * GROUPS);
-        }
-        cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
-    }
+    if (threadIdx.x == 0)
+        m.init_barriers();
     __syncthreads();
-    const tile &t = m.place;
-    if (!t.there)
-        return;
-    const int block = static_cast<int>(t.first / KEYS);
-    const int end = t.last > t.first ? static_cast<int>((t.last + KEYS - 1) / KEYS) : block;
-
-    if (group == GROUPS) {
+    cudaGridDependencySynchronize();
+    stamp_start(args);
+    if (threadIdx.x / 128 == WGMMA_GROUPS(D)) {
         registers_less<WGMMA_FETCH_REGISTERS(D)>();
-        if (threadIdx.x == 128 * GROUPS)
-            attention::fetch(args, m, block, end);
+        const int warp = threadIdx.x / 32 % 4;
+        if (warp == 0)
+            wgmma_fetch<D, FP8>::tiles(args, m);
+        else if (warp == 1)
+            wgmma_fetch<D, FP8>::keys_and_values(args, m);
+        else if (warp == 2)
+            wgmma_fetch<D, FP8>::queries(args, m);
     } else {
+        ring_place<memory::STAGES> at;
+        ring_place<2> slot;
+        ring_place<1> q;
+
         registers_more<WGMMA_REGISTERS(D)>();
-        attention(args, m).run(block, end);
+        if (threadIdx.x / 128 == WGMMA_GROUPS(D) - 1)
+            wgmma_attention<D, BF16, FP8>::turn_over(WGMMA_GROUPS(D) - 1);
+        for (;; slot.next(), q.next()) {
+            const tile &t = m.tiles[slot.stage];
+            wait(m.tile_full[slot.stage], slot.parity);
+            if (!__any_sync(~0u, t.there))
+                break;
+            wgmma_attention<D, BF16, FP8>(args, m, t).run(at, q.parity);
+            release(m.tile_empty[slot.stage]);
+        }
     }
 #endif
 }
@@ -366,9 +694,9 @@ __global__ void __launch_bounds__(128 * (WGMMA_GROUPS(D) + 1), 1)
 template <int D, bool BF16, bool FP8, bool MASK>
 cudaError_t wgmma_launch(const cuda_args *args, unsigned blocks, cudaStream_t stream)
 {
-    wgmma_kernel<D, BF16, FP8, MASK>
-        <<<blocks, 128 * (WGMMA_GROUPS(D) + 1), WGMMA_SMEM(D), stream>>>(*args);
-    return cudaGetLastError();
+    return launch_early(wgmma_kernel<D, BF16, FP8, MASK>,
+                        blocks < args->processors ? blocks : args->processors, WGMMA_THREADS(D),
+                        WGMMA_SMEM(D, FP8), stream, *args);
 }
 
 } // namespace sage

@@ -114,6 +114,15 @@ __device__ __forceinline__ float exp2_fast(float x)
     return y;
 }
 
+/* The same wherever the compiler wants it. */
+__device__ __forceinline__ float exp2_approx(float x)
+{
+    float y;
+
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* 1/x, to 1 unit in the last place; 0 for x from 2^126 on, +inf for x below 2^-126. */
 __device__ __forceinline__ float reciprocal(float x)
 {
@@ -208,6 +217,19 @@ __device__ __forceinline__ uint4 load_8(const char *p, bool aligned)
     for (int i = 0; i < 4; i++)
         words[i] = __ldg(h + 2 * i) | static_cast<uint32_t>(__ldg(h + 2 * i + 1)) << 16;
     return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+/* Eight 16-bit numbers to global memory, likewise. */
+__device__ __forceinline__ void store_8(char *p, const uint4 &x, bool aligned)
+{
+    if (aligned) {
+        *reinterpret_cast<uint4 *>(p) = x;
+        return;
+    }
+    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        reinterpret_cast<uint16_t *>(p)[i] = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
 }
 
 } // namespace sage

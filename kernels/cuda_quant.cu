@@ -1,7 +1,8 @@
 /*
  * cuda_quant.cu - the two kernels before attention. Both have a block for each chunk of keys of
  * each kv head. The first adds up its chunk; the second adds up the chunks' sums, in their order,
- * and quantises, in reverse order: what was read last is still in the L2 cache.
+ * and quantises, in reverse order: what was read last is still in the L2 cache. Where there is only
+ * one chunk the second does both.
  */
 #include "cuda_args.h"
 #include "cuda_mma.cuh"
@@ -10,6 +11,12 @@ using namespace sage;
 
 namespace
 {
+
+/* Sequences are of one chunk each: who quantises it can add it up, too. */
+__host__ __device__ inline bool is_alone(const cuda_args &a)
+{
+    return a.chunks.each == 1;
+}
 
 /* What a block works on; none for the gaps between sequences and groups of other parts. */
 struct chunk {
@@ -78,14 +85,8 @@ __device__ void reduce_channels(float *to, float (*shared)[8], const float (&x)[
 }
 
 template <bool BF16>
-__global__ void __launch_bounds__(QUANT_THREADS) sum_kernel(const __grid_constant__ cuda_args a)
+__device__ void sum_chunk(const cuda_args &a, const chunk &c, float (*shared)[8])
 {
-    __shared__ float shared[QUANT_THREADS][8];
-    const chunk c = find_chunk(a, blockIdx.x);
-
-    stamp_start(a);
-    if (!c.there)
-        return;
     /* a thread has one vector of 8 channels, and every lanes-th key */
     const int vectors = a.d / 8, lanes = QUANT_THREADS / vectors;
     const int vector = threadIdx.x % vectors, lane = threadIdx.x / vectors;
@@ -129,6 +130,17 @@ __global__ void __launch_bounds__(QUANT_THREADS) sum_kernel(const __grid_constan
     reduce_channels(to + MAX_V * a.d, shared, most, vectors, lanes,
                     [](float p, float q) { return fmaxf(p, q); });
     reduce_channels(to + BAD_V * a.d, shared, bad, vectors, lanes, plus);
+}
+
+template <bool BF16>
+__global__ void __launch_bounds__(QUANT_THREADS) sum_kernel(const __grid_constant__ cuda_args a)
+{
+    __shared__ float shared[QUANT_THREADS][8];
+    const chunk c = find_chunk(a, blockIdx.x);
+
+    stamp_start(a);
+    if (c.there)
+        sum_chunk<BF16>(a, c, shared);
 }
 
 /* --- 2: quantisation --- */
@@ -228,7 +240,7 @@ __device__ float quantise_run(const cuda_args &a, const chunk &c, const channels
             words[1] = to_bytes(x + 4, up);
         }
         *reinterpret_cast<uint2 *>(to + in_run * D +
-                                   (8 * vector ^ (a.swizzled ? k_swizzle<D>(in_run) : 0))) =
+                                   (8 * vector ^ (a.swizzled ? row_swizzle<D>(in_run) : 0))) =
             make_uint2(words[0], words[1]);
     }
     if (lane < 4)
@@ -236,36 +248,47 @@ __device__ float quantise_run(const cuda_args &a, const chunk &c, const channels
     return down;
 }
 
-/* A block of 64 keys of V, transposed through shared memory: each thread 8 channels of a key. */
+/*
+ * A block of 64 keys of V, transposed through shared memory: each thread 8 channels of two keys,
+ * which lie side by side. Threads of a warp have the same keys and other channels; so that their
+ * words are in different banks, a channel's word w is at w ^ (channel / 8) % 16.
+ */
 template <int D, bool BF16>
 __device__ void quantise_v(const cuda_args &a, const chunk &c, const channels &ch, int key0,
-                           uint8_t (*tile)[KERNEL_TILE_K + 16], uint8_t *to)
+                           uint8_t (*tile)[KERNEL_TILE_K], uint8_t *to)
 {
-    constexpr int VECTORS = D / 8;
+    constexpr int VECTORS = D / 8, CHUNKS = KERNEL_TILE_K / 16;
 
-    for (int i = threadIdx.x; i < KERNEL_TILE_K * VECTORS; i += QUANT_THREADS) {
-        const int vector = i % VECTORS, in_block = i / VECTORS, key = key0 + in_block;
+    for (int i = threadIdx.x; i < KERNEL_TILE_K / 2 * VECTORS; i += QUANT_THREADS) {
+        const int vector = i % VECTORS, in_block = i / VECTORS * 2;
         const int place = in_block / K_RUN * K_RUN + v8_place(in_block % K_RUN);
-        float x[8] = {0};
-        if (8 * vector < a.d && key < c.end) {
-            unpack_16<BF16>(x, load_8(row_of(a.v, c, key) + 16 * vector, a.v.aligned));
+        float x[2][8] = {};
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const int key = key0 + in_block + k;
+            if (8 * vector >= a.d || key >= c.end)
+                continue;
+            unpack_16<BF16>(x[k], load_8(row_of(a.v, c, key) + 16 * vector, a.v.aligned));
 #pragma unroll
             for (int e = 0; e < 8; e++) {
                 const float up = ch.v_up[8 * vector + e];
-                x[e] = up > 0 ? (x[e] - ch.v_mean[8 * vector + e]) * up : 0;
+                x[k][e] = up > 0 ? (x[k][e] - ch.v_mean[8 * vector + e]) * up : 0;
             }
         }
 #pragma unroll
-        for (int e = 0; e < 8; e += 2) {
-            const uint32_t pair = pack_e4m3(x[e], x[e + 1]);
-            tile[8 * vector + e][place] = static_cast<uint8_t>(pair);
-            tile[8 * vector + e + 1][place] = static_cast<uint8_t>(pair >> 8);
-        }
+        for (int e = 0; e < 8; e++)
+            *reinterpret_cast<uint16_t *>(&tile[8 * vector + e][place ^ vector % 16 * 4]) =
+                static_cast<uint16_t>(pack_e4m3(x[0][e], x[1][e]));
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < D * KERNEL_TILE_K / 16; i += QUANT_THREADS)
-        reinterpret_cast<uint4 *>(to)[i] = *reinterpret_cast<const uint4 *>(
-            &tile[i / (KERNEL_TILE_K / 16)][i % (KERNEL_TILE_K / 16) * 16]);
+    for (int i = threadIdx.x; i < D * CHUNKS; i += QUANT_THREADS) {
+        const int d = i / CHUNKS, at = i % CHUNKS * 16, moved = d / 8 % 16;
+        const uint4 x = *reinterpret_cast<const uint4 *>(&tile[d][at ^ moved / 4 * 16]);
+        const uint4 y = moved & 1 ? make_uint4(x.y, x.x, x.w, x.z) : x;
+        const int swizzle = a.swizzled ? row_swizzle<KERNEL_TILE_K>(d) : 0;
+        *reinterpret_cast<uint4 *>(to + d * KERNEL_TILE_K + (at ^ swizzle)) =
+            moved & 2 ? make_uint4(y.z, y.w, y.x, y.y) : y;
+    }
     __syncthreads();
 }
 
@@ -274,17 +297,29 @@ __global__ void __launch_bounds__(QUANT_THREADS)
     quantise_kernel(const __grid_constant__ cuda_args a)
 {
     __shared__ channels ch;
-    __shared__ __align__(16) uint8_t tile[FP8 ? D : 1][KERNEL_TILE_K + 16];
+    __shared__ union {
+        float sums[QUANT_THREADS][8];
+        __align__(16) uint8_t v[FP8 ? D : 1][KERNEL_TILE_K];
+    } room;
     __shared__ unsigned k_max;
     /* the last ones first: they are what the kernel before has left in the L2 cache */
     const chunk c = find_chunk(a, gridDim.x - 1 - blockIdx.x);
     const int64_t block0 = c.head * a.blocks.total + c.block;
 
+#if __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
     stamp_start(a);
+    if (blockIdx.x == 0 && threadIdx.x == 0)
+        *a.ticket = 0;
     if (!c.there)
         return;
     if (threadIdx.x == 0)
         k_max = 0;
+    if (is_alone(a)) {
+        sum_chunk<BF16>(a, c, room.sums);
+        __syncthreads();
+    }
     add_up(a, c, ch);
     __syncthreads();
 
@@ -302,7 +337,7 @@ __global__ void __launch_bounds__(QUANT_THREADS)
     }
     if constexpr (FP8)
         for (int key = c.begin; key < c.end; key += KERNEL_TILE_K)
-            quantise_v<D, BF16>(a, c, ch, key, tile,
+            quantise_v<D, BF16>(a, c, ch, key, room.v,
                                 a.v8 + (block0 + (key - c.begin) / KERNEL_TILE_K) * KERNEL_TILE_K *
                                            a.d_padded);
     __syncthreads();
@@ -318,8 +353,8 @@ cudaError_t launch_quantise(const cuda_args *a, unsigned blocks, cudaStream_t st
 {
 #define QUANT_LAUNCH(d, is_bf16)                                                                   \
     if (a->d_padded == d && a->bf16 == is_bf16) {                                                  \
-        quantise_kernel<d, is_bf16, FP8><<<blocks, QUANT_THREADS, 0, stream>>>(*a);                \
-        return cudaGetLastError();                                                                 \
+        return launch_early(quantise_kernel<d, is_bf16, FP8>, blocks, QUANT_THREADS, 0, stream,    \
+                            *a);                                                                   \
     }
     QUANT_DIMS(QUANT_LAUNCH, false)
     QUANT_DIMS(QUANT_LAUNCH, true)
@@ -338,7 +373,7 @@ extern "C" const void *const cuda_quant_functions[] = {
 
 extern "C" cudaError_t cuda_quant_launch(cuda_args *a, unsigned blocks, cudaStream_t stream)
 {
-    if (a->smooth_k || a->fp8) {
+    if ((a->smooth_k || a->fp8) && !is_alone(*a)) {
         if (a->bf16)
             sum_kernel<true><<<blocks, QUANT_THREADS, 0, stream>>>(*a);
         else

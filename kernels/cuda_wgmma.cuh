@@ -69,35 +69,34 @@ template <int N> __device__ __forceinline__ void hold(int (&x)[N][4])
             asm volatile("" : "+r"(x[n][e])::"memory");
 }
 
-/* Operands: 32 and 64 accumulators, as text and as registers. */
+/* Accumulators, as text and as registers: of 64, 72, 128 and 136 columns. */
 #define WGMMA_32                                                                                   \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "                                           \
     "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "                                 \
     "%24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_36 WGMMA_32 ", %32, %33, %34, %35"
 #define WGMMA_64                                                                                   \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "                                           \
-    "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "                                 \
-    "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "                                 \
-    "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                                 \
-    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "                                 \
-    "%60, %61, %62, %63"
-#define WGMMA_REGS_4(c, d, n) c(d[n][0]), c(d[n][1]), c(d[n][2]), c(d[n][3])
-#define WGMMA_4 "%0, %1, %2, %3"
-#define WGMMA_REGS_16(c, d, n)                                                                     \
-    WGMMA_REGS_4(c, d, n), WGMMA_REGS_4(c, d, n + 1), WGMMA_REGS_4(c, d, n + 2),                   \
-        WGMMA_REGS_4(c, d, n + 3)
-#define WGMMA_REGS_32(c, d) WGMMA_REGS_16(c, d, 0), WGMMA_REGS_16(c, d, 4)
-#define WGMMA_REGS_64(c, d) WGMMA_REGS_32(c, d), WGMMA_REGS_16(c, d, 8), WGMMA_REGS_16(c, d, 12)
+    WGMMA_36 ", %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                      \
+             "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, "                        \
+             "%60, %61, %62, %63"
+#define WGMMA_68 WGMMA_64 ", %64, %65, %66, %67"
+#define WGMMA_REGS_4(c, n) c(d[n][0]), c(d[n][1]), c(d[n][2]), c(d[n][3])
+#define WGMMA_REGS_16(c, n)                                                                        \
+    WGMMA_REGS_4(c, n), WGMMA_REGS_4(c, n + 1), WGMMA_REGS_4(c, n + 2), WGMMA_REGS_4(c, n + 3)
+#define WGMMA_REGS_32(c, n) WGMMA_REGS_16(c, n), WGMMA_REGS_16(c, n + 4)
+#define WGMMA_REGS_36(c) WGMMA_REGS_32(c, 0), WGMMA_REGS_4(c, 8)
+#define WGMMA_REGS_64(c) WGMMA_REGS_32(c, 0), WGMMA_REGS_32(c, 8)
+#define WGMMA_REGS_68(c) WGMMA_REGS_64(c), WGMMA_REGS_4(c, 16)
 
 /* d = a b (+ d): INT8, 64 x 128 x 32; both have their 32 side by side, in shared memory. */
-#define WGMMA_S8(add, out)                                                                         \
+#define WGMMA_S8(add, c)                                                                           \
     asm volatile("{\n"                                                                             \
                  ".reg .pred add;\n"                                                               \
                  "setp.ne.b32 add, 0, " #add ";\n"                                                 \
                  "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" WGMMA_64                    \
                  "}, %64, %65, add;\n"                                                             \
                  "}"                                                                               \
-                 : WGMMA_REGS_64(out, d)                                                           \
+                 : WGMMA_REGS_64(c)                                                                \
                  : "l"(a), "l"(b))
 
 __device__ __forceinline__ void wgmma_s8(int (&d)[16][4], uint64_t a, uint64_t b)
@@ -110,32 +109,43 @@ __device__ __forceinline__ void wgmma_s8_add(int (&d)[16][4], uint64_t a, uint64
     WGMMA_S8(1, "+r");
 }
 
-/* d += a b: 16 bits, 64 x 8 N x 16; a in registers, b transposed: it has its 8 N side by side. */
-#define WGMMA_REGS_OF_4(c, d) WGMMA_REGS_4(c, d, 0)
-#define WGMMA_REGS_OF_32(c, d) WGMMA_REGS_32(c, d)
-#define WGMMA_REGS_OF_64(c, d) WGMMA_REGS_64(c, d)
-#define WGMMA_16(n, columns, type)                                                                 \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." #type "." #type           \
-                 " {" WGMMA_##n "}, {%" WGMMA_16_A_##n "1, 1, 1, 1;"                               \
-                 : WGMMA_REGS_OF_##n("+f", d)                                                      \
+/*
+ * d = a b (+ d), 64 x 72 or 136; a in registers. 16 bits: a is 64 x 16, b transposed: it has its
+ * columns side by side. e4m3: a is 64 x 32, b has its 32 side by side.
+ */
+#define WGMMA_A_36 "{%36, %37, %38, %39}, %40, "
+#define WGMMA_A_68 "{%68, %69, %70, %71}, %72, "
+#define WGMMA_PV(shape, n, add, c, signs)                                                          \
+    asm volatile("{\n"                                                                             \
+                 ".reg .pred add;\n"                                                               \
+                 "setp.ne.b32 add, 0, " #add ";\n"                                                 \
+                 "wgmma.mma_async.sync.aligned." shape " {" WGMMA_##n "}, " WGMMA_A_##n            \
+                 "add, " signs ";\n"                                                               \
+                 "}"                                                                               \
+                 : WGMMA_REGS_##n(c)                                                               \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define WGMMA_16_A_4 "4, %5, %6, %7}, %8, "
-#define WGMMA_16_A_32 "32, %33, %34, %35}, %36, "
-#define WGMMA_16_A_64 "64, %65, %66, %67}, %68, "
-
-#define WGMMA_16_FUNCTION(n, tiles, columns)                                                       \
+#define WGMMA_PV_FUNCTIONS(tiles, n, columns)                                                      \
     template <bool BF16>                                                                           \
-    __device__ __forceinline__ void wgmma_16(float(&d)[tiles][4], const uint32_t(&a)[4],           \
-                                             uint64_t b)                                           \
+    __device__ __forceinline__ void wgmma_16_add(float(&d)[tiles][4], const uint32_t(&a)[4],       \
+                                                 uint64_t b)                                       \
     {                                                                                              \
         if constexpr (BF16)                                                                        \
-            WGMMA_16(n, columns, bf16);                                                            \
+            WGMMA_PV("m64n" #columns "k16.f32.bf16.bf16", n, 1, "+f", "1, 1, 1");                  \
         else                                                                                       \
-            WGMMA_16(n, columns, f16);                                                             \
+            WGMMA_PV("m64n" #columns "k16.f32.f16.f16", n, 1, "+f", "1, 1, 1");                    \
+    }                                                                                              \
+    __device__ __forceinline__ void wgmma_e4m3(float(&d)[tiles][4], const uint32_t(&a)[4],         \
+                                               uint64_t b)                                         \
+    {                                                                                              \
+        WGMMA_PV("m64n" #columns "k32.f32.e4m3.e4m3", n, 0, "=f", "1, 1");                         \
+    }                                                                                              \
+    __device__ __forceinline__ void wgmma_e4m3_add(float(&d)[tiles][4], const uint32_t(&a)[4],     \
+                                                   uint64_t b)                                     \
+    {                                                                                              \
+        WGMMA_PV("m64n" #columns "k32.f32.e4m3.e4m3", n, 1, "+f", "1, 1");                         \
     }
-WGMMA_16_FUNCTION(4, 1, 8)
-WGMMA_16_FUNCTION(32, 8, 64)
-WGMMA_16_FUNCTION(64, 16, 128)
+WGMMA_PV_FUNCTIONS(9, 36, 72)
+WGMMA_PV_FUNCTIONS(17, 68, 136)
 
 /* Registers of the threads of this warpgroup: of those that it was started with, 8 at a time. */
 template <int N> __device__ __forceinline__ void registers_more()

@@ -24,8 +24,8 @@
         SAGE_KERNEL_##feature ? "causal,window,varlen,lse,mask" : "causal,window,varlen,lse",      \
         KERNEL_TILE_Q(d), KERNEL_TILE_K, 32 * KERNEL_WARPS, KERNEL_SMEM(d, SAGE_KERNEL_##pv))
 #define WGMMA_ROW(d, dtype, pv, feature)                                                           \
-    KERNEL_ROW(wgmma, 90, 90, d, dtype, pv, feature, "causal,window,lse", WGMMA_TILE_Q(d),         \
-               WGMMA_TILE_K, 128 * (WGMMA_GROUPS(d) + 1), WGMMA_SMEM(d))
+    KERNEL_ROW(wgmma, 90, 90, d, dtype, pv, feature, "causal,window,varlen,lse", WGMMA_TILE_Q(d),  \
+               WGMMA_TILE_K, WGMMA_THREADS(d), WGMMA_SMEM(d, SAGE_KERNEL_##pv))
 
 const struct sage_kernel sage_kernels[] = {SAGE_KERNELS_SM90(WGMMA_ROW) SAGE_KERNELS(MMA_ROW)};
 const int sage_n_kernels = sizeof(sage_kernels) / sizeof(sage_kernels[0]);

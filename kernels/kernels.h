@@ -42,14 +42,18 @@
     X(256, bf16, fp8, mask)
 
 /*
- * The same, for compute capability 9.0 only; they come first. V has to be a tensor that a tensor
- * map can describe: plain batches, multiples of 16 bytes.
+ * The same, for compute capability 9.0 only; they come first. For fp16 V has to be a tensor that a
+ * tensor map can describe: rows at multiples of 16 bytes.
  */
 #define SAGE_KERNELS_SM90(X)                                                                       \
     X(64, f16, fp16, band)                                                                         \
     X(128, f16, fp16, band)                                                                        \
     X(64, bf16, fp16, band)                                                                        \
-    X(128, bf16, fp16, band)
+    X(128, bf16, fp16, band)                                                                       \
+    X(64, f16, fp8, band)                                                                          \
+    X(128, f16, fp8, band)                                                                         \
+    X(64, bf16, fp8, band)                                                                         \
+    X(128, bf16, fp8, band)
 
 /* What the words of the list stand for, as conditions. */
 #define SAGE_KERNEL_f16 0
@@ -80,21 +84,26 @@ enum {
 #define KERNEL_SMEM(d, fp8) (KERNEL_Q_BYTES(d) + KERNEL_K_BYTES(d) + KERNEL_V_BYTES(d, fp8))
 
 /*
- * On Hopper: warpgroups that compute, 64 rows each, and one that fetches; their registers (65536 in
- * all); stages of K and V in shared memory. Three warpgroups, where their registers are enough,
- * hide more of each other's latencies.
+ * On Hopper: warpgroups that compute, 64 rows each, and two warps that fetch; their registers, of
+ * those that the block starts with; stages of K and V in shared memory.
  */
 #define WGMMA_TILE_K 128
 #define WGMMA_GROUPS(d) ((d) <= 64 ? 3 : 2)
-#define WGMMA_REGISTERS(d) ((d) <= 64 ? 160 : 240)
-#define WGMMA_FETCH_REGISTERS(d) ((d) <= 64 ? 32 : 24)
+#define WGMMA_THREADS(d) (128 * WGMMA_GROUPS(d) + 128)
+#define WGMMA_REGISTERS(d) ((d) <= 64 ? 160 : 232)
+#define WGMMA_FETCH_REGISTERS(d) ((d) <= 64 ? 32 : 40)
 #define WGMMA_TILE_Q(d) (64 * WGMMA_GROUPS(d))
-#define WGMMA_STAGES(d) ((d) <= 64 ? 4 : 3)
+#define WGMMA_STAGES(d, fp8) ((d) <= 64 || (fp8) ? 4 : 3)
 #define WGMMA_ALIGN 1024
-/* V, K and its scales; Q and what belongs to its rows; ones; barriers and the tile's place */
-#define WGMMA_SMEM(d)                                                                              \
-    (WGMMA_ALIGN + WGMMA_STAGES(d) * (3 * WGMMA_TILE_K * (d) + WGMMA_TILE_K) +                     \
-     WGMMA_TILE_Q(d) * ((d) + 16) + 2048 + 512)
+/* K and V, and as many ones as 64 channels of V, or, e4m3, 8 more channels; Q, twice. */
+#define WGMMA_TENSORS(d, fp8)                                                                      \
+    (((fp8) ? WGMMA_STAGES(d, fp8) * WGMMA_TILE_K * (2 * (d) + 8)                                  \
+            : WGMMA_TILE_K * (WGMMA_STAGES(d, fp8) * 3 * (d) + 128)) +                             \
+     WGMMA_TILE_Q(d) * 3 * (d))
+/* and K's scales, what belongs to Q's rows; barriers and the tiles' places */
+#define WGMMA_SMEM(d, fp8)                                                                         \
+    (WGMMA_ALIGN + WGMMA_TENSORS(d, fp8) + WGMMA_STAGES(d, fp8) * WGMMA_TILE_K +                   \
+     WGMMA_TILE_Q(d) * 16 + 768)
 
 struct sage_kernel {
     const char *name;
