@@ -17,7 +17,7 @@ extern "C" {
 namespace
 {
 
-enum { ALIGN = 256, DEVICES_MAX = 64 };
+enum { ALIGN = 256, DEVICES_MAX = 64, MAX_TILE = 1024 };
 
 __attribute__((format(printf, 4, 5))) int refuse(char *why, size_t len, int status,
                                                  const char *format, ...)
@@ -70,7 +70,8 @@ int refuse_cuda(char *why, size_t len, const char *what, cudaError_t error)
 /* --- loading --- */
 
 struct gpu {
-    int sm, processors; /* compute capability, as 90; multiprocessors */
+    short sm, code; /* compute capability, as 90; that which the loaded code was compiled for */
+    int processors;
 };
 
 /* Each device whose kernels are loaded; sm 0: not yet. */
@@ -99,15 +100,10 @@ bool is_wgmma(int index)
     return sage_kernels[index].max_sm == 90;
 }
 
-cudaError_t load(const void *function)
+/* All that the device may run; *code: what for the quantisation, and so all, was compiled. */
+cudaError_t load_all(int sm, short *code)
 {
     cudaFuncAttributes attributes;
-
-    return cudaFuncGetAttributes(&attributes, function);
-}
-
-cudaError_t load_all(int sm)
-{
     cudaError_t error = cudaSuccess;
 
     if (sm == 90 && cuda_attn_sm90[0].function) {
@@ -119,14 +115,16 @@ cudaError_t load_all(int sm)
             encode_tiled = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
     }
     for (int i = 0; cuda_quant_functions[i] && !error; i++)
-        error = load(cuda_quant_functions[i]);
+        error = cudaFuncGetAttributes(&attributes, cuda_quant_functions[i]);
+    if (!error)
+        *code = static_cast<short>(attributes.ptxVersion);
     for (int i = 0; i < sage_n_kernels && !error; i++) {
         if (sm < sage_kernels[i].min_sm || sm > sage_kernels[i].max_sm)
             continue;
         const void *function = kernel(i)->function;
         if (!function)
             continue;
-        error = load(function);
+        error = cudaFuncGetAttributes(&attributes, function);
         if (!error)
             error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          sage_kernels[i].smem_bytes);
@@ -152,12 +150,12 @@ int ready(struct gpu *gpu, char *why, size_t len)
         error = cudaDeviceGetAttribute(&gpu->processors, cudaDevAttrMultiProcessorCount, device);
     if (error)
         return refuse_cuda(why, len, "cudaDeviceGetAttribute", error);
-    gpu->sm = 10 * major + minor;
+    gpu->sm = static_cast<short>(10 * major + minor);
     if (gpu->sm < 80)
         return refuse(why, len, SAGE_EUNSUPPORTED,
                       "device %d has compute capability %d.%d, must be 8.0 or newer", device, major,
                       minor);
-    error = load_all(gpu->sm);
+    error = load_all(gpu->sm, &gpu->code);
     if (error)
         return refuse_cuda(why, len, "loading kernels", error);
     if (device < DEVICES_MAX)
@@ -459,14 +457,17 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
     const bool fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8;
     CUtensorMap v_map = {};
     int index = find_kernel(attn, gpu.sm);
-    bool wgmma = index >= 0 && is_wgmma(index) && (fp8 || map_v(attn, &v_map));
+    const bool wgmma =
+        index >= 0 && is_wgmma(index) && kernel(index)->function && (fp8 || map_v(attn, &v_map));
     if (!wgmma)
         index = find_kernel(attn, 0);
-    if (gpu.sm < sage_kernels[index].min_sm)
+    if (gpu.code < sage_kernels[index].min_sm)
         return refuse(why, len, SAGE_EUNSUPPORTED,
-                      "variant: %s wants compute capability %d.%d, the device has %d.%d",
+                      "variant: %s wants compute capability %d.%d, the device has %d.%d, with code "
+                      "for %d.%d",
                       sage_kernels[index].variant, sage_kernels[index].min_sm / 10,
-                      sage_kernels[index].min_sm % 10, gpu.sm / 10, gpu.sm % 10);
+                      sage_kernels[index].min_sm % 10, gpu.sm / 10, gpu.sm % 10, gpu.code / 10,
+                      gpu.code % 10);
     describe(attn, &p, index, &a);
     if (!lay_out(attn, &a, &at) || bytes < at.total)
         return refuse(why, len, SAGE_EWORKSPACE, "workspace: %zu bytes, must be %zu", bytes,
@@ -478,7 +479,11 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
     a.swizzled = wgmma;
     a.v_map = v_map;
     a.processors = static_cast<unsigned>(gpu.processors);
-    a.starts_early = gpu.sm >= 90;
+    a.starts_early = gpu.code >= 90;
+    /* numbers of rows and keys are int, to the end of a tile */
+    if (a.nq > INT_MAX - MAX_TILE || a.nk > INT_MAX - MAX_TILE)
+        return refuse(why, len, SAGE_EUNSUPPORTED, "%s.shape: more than %d tokens on a GPU",
+                      a.nq > a.nk ? "q" : "k", INT_MAX - MAX_TILE);
     if (__builtin_mul_overflow(a.n_heads, a.chunks.total, &chunks) || chunks > INT_MAX ||
         __builtin_mul_overflow(a.n_heads * a.n_q_heads, a.tiles.total, &tiles) || tiles > INT_MAX)
         return refuse(why, len, SAGE_EUNSUPPORTED,
@@ -491,7 +496,7 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
         error = cuda_quant_launch(&a, static_cast<unsigned>(chunks), stream);
         if (error)
             return refuse_cuda(why, len, "launching the quantisation", error);
-    } else if (!p.prepared && wgmma) { /* which would have done it */
+    } else if (!p.prepared && wgmma) { /* there is no key, and nobody else to clear it */
         error = cudaMemsetAsync(a.ticket, 0, sizeof(*a.ticket), stream);
         if (error)
             return refuse_cuda(why, len, "cudaMemsetAsync", error);

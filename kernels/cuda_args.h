@@ -69,7 +69,7 @@ struct cuda_args {
     CUtensorMap v_map;                       /* v, for wgmma */
     uint64_t *start_ns;                      /* where the first kernel writes its time; NULL */
     unsigned n_tiles, processors;            /* in all; multiprocessors of the device */
-    unsigned starts_early;                   /* the device can: see launch_early() */
+    unsigned starts_early;                   /* the code can: see launch_early() */
     int64_t low, high;                       /* row i sees keys i + low ... i + high */
     int bottom_right;                        /* and then both are nk - nq higher */
     /* the workspace */
@@ -104,7 +104,7 @@ cudaError_t cuda_quant_launch(struct cuda_args *args, unsigned blocks, cudaStrea
 #ifdef __CUDACC__
 /*
  * Launches a kernel that may start while the one before it in the stream ends, and waits for it by
- * cudaGridDependencySynchronize() before it touches anything; before sm_90 it just starts later.
+ * cudaGridDependencySynchronize() before it touches memory; code for older devices cannot wait so.
  */
 inline cudaError_t launch_early(void (*kernel)(cuda_args), unsigned blocks, unsigned threads,
                                 size_t smem, cudaStream_t stream, const cuda_args &args)

@@ -1,17 +1,16 @@
 /*
  * cuda_attn_wgmma.cuh - attention on Hopper's warpgroup tensor cores (sm_90a).
  *
- * A block stays on its processor and takes one tile of query rows after the other. One of its
- * warpgroups fetches: a warp K and V, some stages ahead, across tiles; another the next tile's Q.
- * WGMMA_GROUPS warpgroups compute, 64 query rows each, against WGMMA_TILE_K keys at a time
- * (FlashAttention-3, Shah et al., arXiv:2407.08608, section 3):
+ * A block stays on its processor and takes one tile of query rows after the other. Three warps work
+ * ahead: one finds the next tile, one fetches K and V, some stages ahead and across tiles, one
+ * fetches Q. WGMMA_GROUPS warpgroups compute, 64 query rows each, against WGMMA_TILE_K keys at a
+ * time (FlashAttention-3, Shah et al., arXiv:2407.08608, section 3):
  *
  *   16 bits   S(j) = Q K(j)^T begins -> O += P(j - 1) V(j - 1) begins -> softmax of S(j)
  *   e4m3      P(j - 1) V(j - 1) begins, apart -> S(j) begins -> added to O -> softmax of S(j)
  *
  * A warp is held while its products with P, which is in registers, are begun: as long as the tensor
- * core takes for all but the last. What hides that is the other warpgroup's softmax. The softmax
- * goes by halves of a tile, so that one half's exponentials run beside the other's arithmetic.
+ * core takes for all but the last. What hides that is the other warpgroups' softmax.
  *
  * K, and V in e4m3, are in the workspace as shared memory wants them, swizzled. A 16-bit V comes
  * from the caller's tensor by a tensor map, with zeros beyond its end. V has eight more columns, of
@@ -64,8 +63,8 @@ __device__ __forceinline__ void release(uint64_t &barrier)
 }
 
 /*
- * Shared memory: the stages of K and V, Q as it came and in INT8, and ones. All is swizzled, which
- * counts from multiples of 1024 bytes.
+ * Shared memory: the stages of K and V, Q in INT8 and as it came, and ones. All but the last Q is
+ * swizzled, over 64 or 128 bytes of 8 rows, which counts from multiples of 512 or 1024 bytes.
  *
  * 16 bits: V lies in units of 64 channels, 128 bytes a key, a column of units at one distance from
  * each other and from the unit of ones that follows them: `v_step`. D = 128 has its three stages
@@ -189,26 +188,39 @@ template <int D, bool FP8> struct wgmma_fetch {
         return gridDim.x + n;
     }
 
-    /* A warp: where the next tile is; after the last one, that there is none. */
+    /*
+     * A warp: where the next tile is; after the last one, that there is none. A number is drawn when
+     * there is room for its tile, not before: others may be done sooner.
+     */
     __device__ static void tiles(const cuda_args &a, memory &m)
     {
+        const bool first_lane = threadIdx.x % 32 == 0;
         unsigned ticket = blockIdx.x;
         ring_place<2> slot;
         bool there = true;
 
-        for (; __any_sync(~0u, there); slot.next()) {
+        for (bool first = true; there; first = false, slot.next()) {
+            tile &t = m.tiles[slot.stage];
             wait(m.tile_empty[slot.stage], slot.parity ^ 1);
-            if (threadIdx.x % 32 == 0) {
-                tile &t = m.tiles[slot.stage];
+            if (first_lane) {
+                if (!first)
+                    ticket = next_ticket(a);
                 t.there = false;
-                while (ticket < a.n_tiles && !t.there) {
+                while (ticket < a.n_tiles) {
                     find_tile(a, WGMMA_TILE_Q(D), ticket, t);
+                    if (t.there)
+                        break;
                     ticket = next_ticket(a);
                 }
-                there = t.there;
+            }
+            __syncwarp();
+            there = __any_sync(~0u, t.there);
+            if (there) {
+                const float k_max = largest_scale(a, t);
+                if (first_lane)
+                    t.k_max = k_max;
             }
             release(m.tile_full[slot.stage]);
-            there = __shfl_sync(~0u, there, 0);
         }
     }
 
@@ -287,6 +299,7 @@ template <int D, bool FP8> struct wgmma_fetch {
                 return;
             const int halves = (t.seq.nk + HALF - 1) / HALF, end = last_block(t);
             for (int block = first_block(t); block < end; block++, at.next()) {
+                __syncwarp();
                 wait(m.k_empty[at.stage], at.parity ^ 1);
                 if (first_lane)
                     fetch_k(a, m, t, block, halves, at.stage);
@@ -411,7 +424,8 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
     {
         const uint32_t at = shared_address(m.tensors) + layout::v(stage);
 
-        hold(r.o[0]);
+        if constexpr (!FP8)
+            hold(r.o[0]);
         wgmma_fence();
         if constexpr (FP8) {
             const uint64_t v = matrix_at(at, HALF, 8 * HALF, 0);
@@ -540,7 +554,8 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
 
     /*
      * Tiles from key0 on, up to and without key `end`. 16 bits: S first, so that the end of P V is
-     * beside the softmax. e4m3: P V first, so that its sums are added up beside S.
+     * beside the softmax. e4m3: P V first, so that its sums are added up beside S, if there are
+     * registers for both.
      */
     __device__ void steps(ring_place<STAGES> &at, int key0, int end)
     {
@@ -566,7 +581,7 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
                     begin_scores(x, at.stage);
                     wgmma_wait<1>();
                     end_values(pv, before.stage);
-                } else { /* there are no registers for both */
+                } else {
                     wgmma_wait<0>();
                     end_values(pv, before.stage);
                     begin_scores(x, at.stage);
@@ -625,13 +640,12 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         const int all = fetch::last_block(r.t) - block; /* there may be none, whatever a row sees */
         const int end = min(end_key(), (block + all) * KEYS);
         const int n = end > block * KEYS ? (end + KEYS - 1) / KEYS - block : 0;
-        const float k_max = largest_scale(r.a, r.t);
 
         barrier_wait(1 + group, 128); /* nobody needs the Q before */
         if (r.a.q.aligned)
             wait(m.q_full, q_parity);
         quantise_q<D, BF16, true>(r.a, r.t, r.row(), r.a.q.aligned ? m.q16(first) : nullptr,
-                                  m.q8(first), m.queries + first, k_max);
+                                  m.q8(first), m.queries + first, r.t.k_max);
         async_fence();
         release(m.q_empty);
         barrier_wait(1 + group, 128);
@@ -687,6 +701,8 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D), 1)
             wgmma_attention<D, BF16, FP8>(args, m, t).run(at, q.parity);
             release(m.tile_empty[slot.stage]);
         }
+        if (threadIdx.x < 128)
+            wgmma_attention<D, BF16, FP8>::turn_wait(0); /* no barrier is left half counted */
     }
 #endif
 }

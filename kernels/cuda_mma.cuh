@@ -114,15 +114,6 @@ __device__ __forceinline__ float exp2_fast(float x)
     return y;
 }
 
-/* The same wherever the compiler wants it. */
-__device__ __forceinline__ float exp2_approx(float x)
-{
-    float y;
-
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* 1/x, to 1 unit in the last place; 0 for x from 2^126 on, +inf for x below 2^-126. */
 __device__ __forceinline__ float reciprocal(float x)
 {

@@ -302,14 +302,15 @@ __global__ void __launch_bounds__(QUANT_THREADS)
         __align__(16) uint8_t v[FP8 ? D : 1][KERNEL_TILE_K];
     } room;
     __shared__ unsigned k_max;
-    /* the last ones first: they are what the kernel before has left in the L2 cache */
-    const chunk c = find_chunk(a, gridDim.x - 1 - blockIdx.x);
-    const int64_t block0 = c.head * a.blocks.total + c.block;
 
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
 #endif
     stamp_start(a);
+    /* the last ones first: they are what the kernel before has left in the L2 cache */
+    const chunk c = find_chunk(a, gridDim.x - 1 - blockIdx.x);
+    const int64_t block0 = c.head * a.blocks.total + c.block;
+
     if (blockIdx.x == 0 && threadIdx.x == 0)
         *a.ticket = 0;
     if (!c.there)

@@ -62,11 +62,10 @@ int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, struct CUstream_st *strea
     cudaLaunchAttribute early = {};
     cudaLaunchConfig_t config = {};
     void *args[] = {&stamp};
-    int device, major;
-    cudaError_t rc = cudaGetDevice(&device);
+    cudaFuncAttributes attributes;
+    cudaError_t rc =
+        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(stamp_end_kernel));
 
-    if (rc == cudaSuccess)
-        rc = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (rc != cudaSuccess)
         return rc;
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -74,6 +73,6 @@ int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, struct CUstream_st *strea
     config.gridDim = config.blockDim = dim3(1);
     config.stream = stream;
     config.attrs = &early;
-    config.numAttrs = major >= 9;
+    config.numAttrs = attributes.ptxVersion >= 90; /* older code does not wait */
     return cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(stamp_end_kernel), args);
 }

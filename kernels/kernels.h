@@ -84,7 +84,7 @@ enum {
 #define KERNEL_SMEM(d, fp8) (KERNEL_Q_BYTES(d) + KERNEL_K_BYTES(d) + KERNEL_V_BYTES(d, fp8))
 
 /*
- * On Hopper: warpgroups that compute, 64 rows each, and two warps that fetch; their registers, of
+ * On Hopper: warpgroups that compute, 64 rows each, and one whose warps fetch; their registers, of
  * those that the block starts with; stages of K and V in shared memory.
  */
 #define WGMMA_TILE_K 128

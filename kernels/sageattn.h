@@ -232,11 +232,11 @@ SAGE_API size_t sage_attn_cuda_workspace(const struct sage_attn *attn,
  * nothing and waits for nothing. Tensors and workspace are memory that the device can access and
  * the offsets are in host memory, of no interest once this returns. workspace: at least
  * sage_attn_cuda_workspace() bytes, 256-byte aligned, for this call alone until the stream has
- * passed it; parts of one group with `prepared` find it as the one before has left it. Kernels read
- * only q, k, v, mask and write only o, lse and the workspace.
+ * passed it; parts of one group with `prepared`, one after the other on one stream, find it as the
+ * one before has left it. Kernels read only q, k, v, mask and write only o, lse and the workspace.
  * SAGE_EINVAL (part, alignment), SAGE_ECAPTURE (n_seqs > 0 on a stream that is being captured),
- * SAGE_EWORKSPACE, SAGE_EUNSUPPORTED (int8_fp8 before compute capability 8.9, more than 2^31 tiles
- * of rows), and what sage_cuda_load() returns.
+ * SAGE_EWORKSPACE, SAGE_EUNSUPPORTED (int8_fp8 before compute capability 8.9 or by code for older
+ * ones, 2^31 - 1024 tokens, more than 2^31 tiles of rows), and what sage_cuda_load() returns.
  */
 SAGE_API int sage_attn_cuda(const struct sage_attn *attn, const struct sage_part *part,
                             void *workspace, size_t bytes, struct CUstream_st *stream, char *why,

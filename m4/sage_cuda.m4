@@ -8,7 +8,8 @@ AC_ARG_WITH([cuda],
     [], [with_cuda=auto])
 AC_ARG_WITH([cuda-arch],
     [AS_HELP_STRING([--with-cuda-arch=LIST],
-        [GPUs to make code for; others compile the PTX of the first @<:@80 86 89 90a 120@:>@])],
+        [GPUs to make code for; others compile the PTX of the first, or of 89
+         @<:@80 86 89 90a 120@:>@])],
     [], [with_cuda_arch="80 86 89 90a 120"])
 AC_ARG_VAR([NVCC], [CUDA compiler])
 
@@ -27,10 +28,12 @@ AS_IF([test "$with_cuda" != no], [
     ])
 ])
 AS_IF([test -z "$sage_cuda_why"], [
+    sage_ptx=
     for sage_arch in $with_cuda_arch; do
-        AS_IF([test -z "$CUDA_GENCODE"], [
-            sage_ptx=${sage_arch%%[[a-z]]}
-            CUDA_GENCODE="-gencode=arch=compute_$sage_ptx,code=compute_$sage_ptx"
+        AS_IF([test -z "$CUDA_GENCODE" || test "$sage_arch" = 89], [
+            AS_VAR_APPEND([sage_ptx], [" ${sage_arch%%[[a-z]]}"])
+            sage_virtual=compute_${sage_arch%%[[a-z]]}
+            AS_VAR_APPEND([CUDA_GENCODE], [" -gencode=arch=$sage_virtual,code=$sage_virtual"])
         ])
         AS_VAR_APPEND([CUDA_GENCODE], [" -gencode=arch=compute_$sage_arch,code=sm_$sage_arch"])
         AS_IF([test "$sage_arch" = 90a],
@@ -61,7 +64,7 @@ AS_IF([test -n "$sage_cuda_why"], [
     done
     CUDA_CFLAGS="-isystem $sage_cuda_root/include"
     AC_DEFINE([HAVE_CUDA], [1], [there are GPU kernels and the CUDA backend])
-    cuda_summary="nvcc $NVCC_VERSION for $with_cuda_arch, PTX $sage_ptx"
+    cuda_summary="nvcc $NVCC_VERSION for $with_cuda_arch, PTX$sage_ptx"
 ])
 AC_SUBST([NVCC_VERSION])
 AC_SUBST([CUDA_GENCODE])

@@ -172,15 +172,19 @@ static bool fail(char *why, size_t len, const char *format, ...)
     return false;
 }
 
-static bool run_part(struct gpu *gpu, const struct sage_attn *a, const struct sage_part *part,
-                     size_t bytes, char *why, size_t len)
+static bool launch(struct gpu *gpu, const struct sage_attn *a, const struct sage_part *part,
+                   size_t bytes, char *why, size_t len)
 {
     char text[256] = "";
     const int status =
         sage_attn_cuda(a, part, gpu->workspace, bytes, gpu->stream, text, sizeof text);
 
-    if (status)
-        return fail(why, len, "sage_attn_cuda: %s: %s", sage_errname(status), text);
+    return !status || fail(why, len, "sage_attn_cuda: %s: %s", sage_errname(status), text);
+}
+
+/* All that was launched is over. */
+static bool settle(struct gpu *gpu, size_t bytes, char *why, size_t len)
+{
     MUST(cudaStreamSynchronize(gpu->stream));
     if (!gpu_workspace_sound(gpu, bytes))
         return fail(why, len, "wrote outside its %zu bytes of workspace", bytes);
@@ -195,20 +199,23 @@ static bool run_alone(struct gpu *gpu, const struct sage_attn *a, const struct s
     if (bytes == SIZE_MAX)
         return fail(why, len, "sage_attn_cuda_workspace: SIZE_MAX");
     gpu_workspace(gpu, bytes);
-    return run_part(gpu, a, part, bytes, why, len);
+    return launch(gpu, a, part, bytes, why, len) && settle(gpu, bytes, why, len);
 }
 
-/* Some heads of one group, its rows in pieces; the first call prepares unless others have. */
+/*
+ * Some heads of one group, its rows in pieces; the first call prepares unless others have. Nobody
+ * waits between them: kernels may start before the ones before them are over.
+ */
 static bool run_rows(struct gpu *gpu, const struct sage_attn *a, struct rng *rng,
                      struct sage_part part, int64_t nq, size_t bytes, char *why, size_t len)
 {
     for (part.row = 0; part.row < nq; part.row += part.n_rows) {
         part.n_rows = 1 + rng_below(rng, nq - part.row);
-        if (!run_part(gpu, a, &part, bytes, why, len))
+        if (!launch(gpu, a, &part, bytes, why, len))
             return false;
         part.prepared = true;
     }
-    return true;
+    return settle(gpu, bytes, why, len);
 }
 
 /* One group in pieces that share K and V in the workspace. */
