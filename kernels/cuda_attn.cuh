@@ -94,9 +94,9 @@ struct query {
 
 /*
  * 16 rows of Q to INT8, by one warp: numbers to q8, the rest to `to`. The rows are in shared
- * memory, D channels each, or, NULL, where the caller has them. Rows beyond the last are zero. A row
- * with an Inf or NaN has scale NaN, and so has one whose scores with the largest keys would leave
- * the range in which sums with MAGIC are exact.
+ * memory, D channels each, or, NULL, where the caller has them. Rows beyond the last are zero. A
+ * row with an Inf or NaN has scale NaN, and so has one whose scores with the largest keys would
+ * leave the range in which sums with MAGIC are exact.
  */
 template <int D, bool BF16, bool SWIZZLED>
 __device__ void quantise_q(const cuda_args &a, const tile &t, int row0, const char *in_shared,

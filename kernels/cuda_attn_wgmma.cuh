@@ -189,8 +189,8 @@ template <int D, bool FP8> struct wgmma_fetch {
     }
 
     /*
-     * A warp: where the next tile is; after the last one, that there is none. A number is drawn when
-     * there is room for its tile, not before: others may be done sooner.
+     * A warp: where the next tile is; after the last one, that there is none. A number is drawn
+     * when there is room for its tile, not before: others may be done sooner.
      */
     __device__ static void tiles(const cuda_args &a, memory &m)
     {
