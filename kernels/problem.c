@@ -172,12 +172,12 @@ static double pairs(const struct sage_attn *attn, const struct sage_seq *seq, in
 double sage_attn_ops(const struct sage_attn *attn, const struct sage_part *part)
 {
     const int64_t heads = attn->k.shape[1];
-    int64_t g = part ? part->group : 0;
-    const int64_t end = part ? g + part->n_groups : sage_attn_groups(attn);
     double sum = 0;
 
-    if (part && !sage_part_is_legal(attn, part))
+    if (part && !sage_part_is_legal(attn, part)) /* before the sums below: they might overflow */
         return 0;
+    int64_t g = part ? part->group : 0;
+    const int64_t end = part ? g + part->n_groups : sage_attn_groups(attn);
     while (g < end) {
         const struct sage_seq seq = sage_attn_seq(attn, g / heads);
         const bool all = !part || part->n_rows < 0;
