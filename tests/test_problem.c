@@ -512,7 +512,7 @@ static void test_kernels(void **state)
             assert_int_equal(sage_kernel_find(80, d, bf16, fp8, mask), fp8 ? -1 : any);
             assert_string_equal(sage_kernels[hopper].variant, fp8 ? "int8_fp8" : "int8_fp16");
             assert_string_equal(sage_kernels[hopper].dtype, bf16 ? "bf16" : "f16");
-            if (fp8 || mask || d > 128) {
+            if (mask || d > 128) {
                 assert_int_equal(hopper, any);
             } else {
                 assert_int_equal(sage_kernels[hopper].max_sm, 90);
