@@ -77,9 +77,9 @@ enum sage_dtype {
 };
 
 enum sage_variant {
-    SAGE_AUTO = 0,      /* CPU: int8_fp8 if smooth_v, else int8_fp16 */
+    SAGE_AUTO = 0,      /* int8_fp8 if smooth_v, else int8_fp16, on every device so far */
     SAGE_INT8_FP16 = 1, /* P V in the 16-bit type of V, accumulated in fp32: the accurate one */
-    SAGE_INT8_FP8 = 2,  /* P V in e4m3, accumulated in fp32: the fast one */
+    SAGE_INT8_FP8 = 2,  /* P V in e4m3, accumulated in fp32: half the work of P V */
 };
 
 /* Which corner the diagonal of the score matrix starts from; it places `causal` and the window. */
