@@ -184,7 +184,7 @@ static int run_and_wait(struct daemon *d, struct stream *stream, const struct sa
 }
 
 /* Problems of one shape for which there may be different kernels. */
-enum form { PLAIN, SEQUENCES, MASKED, FORMS };
+enum form { PLAIN, SEQUENCES, MASKED, UNALIGNED, FORMS };
 
 /* In `memory`, all of it zero, or at no address yet (NULL). */
 static struct sage_attn warm_up_problem(enum form form, enum sage_variant variant,
@@ -207,6 +207,8 @@ static struct sage_attn warm_up_problem(enum form form, enum sage_variant varian
         attn.n_seqs = 2;
         attn.q_offsets = attn.k_offsets = offsets;
     }
+    if (form == UNALIGNED && memory)
+        attn.v.data = memory + 2 * elements - 1;
     if (form == MASKED) /* zeros that are added; those of q are as good as any */
         attn.mask = (struct sage_tensor){
             .dtype = dtype, .data = memory, .shape = {1, 1, 1, TOKENS}, .stride = {0, 0, 0, 1}};
