@@ -44,7 +44,7 @@ struct backend {
     unsigned kinds;          /* 1 << enum buffer_kind: what map() takes */
     unsigned modes;          /* enum mode */
     const char *client_mode; /* of a client whose jobs have no event, in CLIENTS */
-    bool forms;              /* masks and sequences have kernels of their own */
+    bool forms; /* masks, sequences and a V that is not aligned have kernels of their own */
     /*
      * notify(arg) is called from any thread when a piece is done, unless there is poll(). 0 or
      * SAGE_E* with why[PROTO_TEXT_MAX].
