@@ -82,8 +82,10 @@ struct backend {
     void (*start)(struct stream *stream, struct piece *piece);
     /* Take note of what the device has done. NULL: streams do that by themselves, and notify. */
     void (*poll)(struct stream *stream);
-    /* After a sleep, a piece is about to end, and another to start: have what that needs in the
-     * caches. NULL: no need. */
+    /*
+     * After a sleep, a piece is about to end, and another to start: have what that needs in the
+     * caches. NULL: no need.
+     */
     void (*warm)(struct device *device);
 
     /*

@@ -149,12 +149,11 @@ static int open_context(struct device *d, const struct config *config, char *why
     if (!rc)
         rc = cudaStreamCreateWithFlags(&d->probe, cudaStreamNonBlocking);
     if (!rc)
-        rc = sage_cuda_stamp_load();
+        rc = sage_cuda_stamp_load(&d->code);
     if (rc)
         return cuda_error(d, (cudaError_t)rc, SAGE_EUNSUPPORTED, "GPU cannot be opened", why);
     snprintf(d->name, sizeof(d->name), "%.63s", prop.name);
     format_uuid(&prop.uuid, d->uuid);
-    d->compute = 10 * prop.major + prop.minor;
     rc = sage_cuda_load(why, PROTO_TEXT_MAX);
     if (rc)
         return rc;
@@ -227,11 +226,11 @@ static void defaults(struct device *d, struct config *config)
 
 static int supports(struct device *d, const struct sage_attn *attn, char *why)
 {
-    if (sage_attn_variant(attn) != SAGE_INT8_FP8 || d->compute >= 89)
+    if (sage_attn_variant(attn) != SAGE_INT8_FP8 || d->code >= 89)
         return 0;
     snprintf(why, PROTO_TEXT_MAX,
-             "variant: int8_fp8 needs compute capability 8.9, this GPU has %d.%d", d->compute / 10,
-             d->compute % 10);
+             "variant: int8_fp8 needs compute capability 8.9, this GPU runs code for %d.%d",
+             d->code / 10, d->code % 10);
     return SAGE_EUNSUPPORTED;
 }
 
@@ -331,7 +330,7 @@ static int launch(struct stream *s, struct piece *piece, struct sage_cuda_stamp 
     if (piece->status)
         stamp->release = NULL;
     /* Also behind a launch that failed: something before it may run. */
-    return sage_cuda_stamp_end(stamp, s->cuda);
+    return sage_cuda_stamp_end(stamp, s->device->code, s->cuda);
 }
 
 /* By a graph, which is recorded first if need be. false: nothing was launched. */

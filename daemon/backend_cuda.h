@@ -51,7 +51,7 @@ struct graph {
 
 struct device {
     int ordinal; /* as this process counts */
-    int compute; /* capability: 10 * major + minor */
+    int code;    /* compute capability, as 90, that its kernels were compiled for */
     char name[PROTO_NAME_MAX], uuid[PROTO_NAME_MAX];
     size_t total, free;   /* bytes; free: before anything was allocated */
     size_t granularity;   /* of chunks */

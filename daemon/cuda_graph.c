@@ -132,9 +132,9 @@ int graph_end(struct graph *graph, cudaStream_t stream, bool good)
     return graph->exec ? cudaSuccess : rc ? rc : cudaErrorUnknown;
 }
 
+/* --- nothing --- */
+
 /*
- * --- nothing ---
- *
  * After a millisecond of sleep a launch takes some 10 us longer, after ten 20 us: little of the
  * driver is in the caches then. Launching nothing a moment before brings it back.
  */
@@ -149,7 +149,7 @@ void warm_open(struct device *d)
     }
     *nothing->stamp = (struct sage_cuda_stamp){0};
     if (!graph_begin(nothing, d->probe))
-        graph_end(nothing, d->probe, !sage_cuda_stamp_end(nothing->stamp, d->probe));
+        graph_end(nothing, d->probe, !sage_cuda_stamp_end(nothing->stamp, d->code, d->probe));
 }
 
 void warm_close(struct device *d)

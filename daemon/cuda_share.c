@@ -246,7 +246,7 @@ static bool try_out(struct device *d, struct sage_page *page, struct sage_cuda_s
     page_store(&lane->status[1], 1);
     *stamp = (struct sage_cuda_stamp){
         .number = 1, .status = &remote->lane[0].status[1], .release = &remote->lane[0].release[1]};
-    int rc = sage_cuda_stamp_end(stamp, d->probe);
+    int rc = sage_cuda_stamp_end(stamp, d->code, d->probe);
     if (!rc)
         rc = cudaStreamSynchronize(d->probe);
     cudaHostUnregister(page);

@@ -50,29 +50,27 @@ __global__ void stamp_end_kernel(volatile sage_cuda_stamp *stamp)
 
 } // namespace
 
-int sage_cuda_stamp_load(void)
+int sage_cuda_stamp_load(int *code)
 {
-    cudaFuncAttributes unused;
+    cudaFuncAttributes attributes = {};
+    const cudaError_t rc =
+        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(stamp_end_kernel));
 
-    return cudaFuncGetAttributes(&unused, reinterpret_cast<const void *>(stamp_end_kernel));
+    *code = attributes.ptxVersion;
+    return rc;
 }
 
-int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, struct CUstream_st *stream)
+int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, int code, struct CUstream_st *stream)
 {
     cudaLaunchAttribute early = {};
     cudaLaunchConfig_t config = {};
     void *args[] = {&stamp};
-    cudaFuncAttributes attributes;
-    cudaError_t rc =
-        cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(stamp_end_kernel));
 
-    if (rc != cudaSuccess)
-        return rc;
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = config.blockDim = dim3(1);
     config.stream = stream;
     config.attrs = &early;
-    config.numAttrs = attributes.ptxVersion >= 90; /* older code does not wait */
+    config.numAttrs = code >= 90; /* older code does not wait */
     return cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(stamp_end_kernel), args);
 }

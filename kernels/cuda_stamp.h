@@ -30,8 +30,11 @@ struct sage_cuda_stamp {
     uint32_t *status, *release; /* NULL: nothing is */
 };
 
-/* Load the kernel: a first launch must not wait for what the stream waits for. */
-int sage_cuda_stamp_load(void);
+/*
+ * Load the kernel: a first launch must not wait for what the stream waits for. *code: the compute
+ * capability, as 90, that all that runs here was compiled for; at most the device's.
+ */
+int sage_cuda_stamp_load(int *code);
 
 /*
  * sage_attn_cuda(), whose first kernel writes the time to *start_ns, device memory or mapped host
@@ -44,7 +47,7 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
  * When all before is done and can be seen by everybody, the stream writes: *status, then *release,
  * and last of all done. end_ns is the time before that.
  */
-int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, struct CUstream_st *stream);
+int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, int code, struct CUstream_st *stream);
 
 #ifdef __cplusplus
 }
