@@ -161,10 +161,10 @@ __device__ void quantise_q(const cuda_args &a, const tile &t, int row0, const ch
 /* The largest of K's scales that the head has; by one warp. */
 __device__ inline float largest_scale(const cuda_args &a, const tile &t)
 {
-    const int64_t n = (t.seq.nk + a.chunk_keys - 1) / a.chunk_keys;
+    const unsigned keys = static_cast<unsigned>(a.chunk_keys), n = (t.seq.nk + keys - 1) / keys;
     float top = 0;
 
-    for (int64_t i = threadIdx.x % 32; i < n; i += 32)
+    for (unsigned i = threadIdx.x % 32; i < n; i += 32)
         top = fmaxf(top, a.k_max[t.chunk + i]);
 #pragma unroll
     for (int step = 1; step < 32; step *= 2)
@@ -207,7 +207,6 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
 
     float o[SLABS][D_TILES + 1][4];     /* last: the sum of P, as if V had columns of ones */
     float top[SLABS][2], sum[SLABS][2]; /* m; sum of p, of this lane's columns, for lse */
-    float q_scale[SLABS][2];
 
     /* `of_tile`: of all its rows. */
     __device__ rows(const cuda_args &args, const tile &place, const query *of_tile)
@@ -240,7 +239,6 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
         for (int slab = 0; slab < SLABS; slab++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                q_scale[slab][half] = query_of(slab, 2 * half).scale;
                 top[slab][half] = -INFINITY;
                 sum[slab][half] = 0;
             }
@@ -264,12 +262,18 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
         return n * 8 + lane % 4 * 2 + e % 2;
     }
 
+    /* Each row sees each key of the block. */
+    __device__ bool all_see(int key0) const
+    {
+        return key0 >= all_from && key0 <= all_to;
+    }
+
     /* Scores of keys that a row does not see become -inf. */
     __device__ void hide(float (&p)[SLABS][KEY_TILES][4], int key0) const
     {
         if constexpr (MASK)
             add_mask(p, key0);
-        if (key0 >= all_from && key0 <= all_to)
+        if (all_see(key0))
             return;
 #pragma unroll
         for (int slab = 0; slab < SLABS; slab++)
@@ -390,6 +394,21 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
         return true;
     }
 
+    /* m is at least `most`, of this lane's columns; O and the sum of P go by `decay`. */
+    __device__ void raise(const float (&most)[2], float (&decay)[2])
+    {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float before = top[0][half];
+            float after = fmaxf(before, most[half]);
+            after = fmaxf(after, __shfl_xor_sync(~0u, after, 1));
+            after = fmaxf(after, __shfl_xor_sync(~0u, after, 2));
+            decay[half] = before == -INFINITY ? 0 : exp2_fast(before - after);
+            top[0][half] = after;
+            sum[0][half] *= decay[half];
+        }
+    }
+
     /* The same for scores as they are: to scores relative to m. */
     __device__ bool follow(float (&p)[SLABS][KEY_TILES][4], float (&decay)[SLABS][2])
     {
@@ -400,7 +419,7 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const float most = largest(p[slab], half), before = top[slab][half];
-                const bool moves = before == -INFINITY || most > before + MAX_LAG;
+                const bool moves = before == -INFINITY || most > before + LAG;
                 const float after = moves ? fmaxf(before, most) : before;
                 any |= moves;
                 decay[slab][half] = before == -INFINITY ? 0

@@ -34,6 +34,7 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
     const tile &t;
     rows<D, SLABS, TILE_K, BF16, FP8, MASK> r;
     uint32_t q_shared, k_shared, v_shared; /* addresses, with this lane's part in them */
+    bool coarse;                           /* a step of the integers may be a factor of 2 */
     const char *v_from;                    /* the sequence's first key */
     uint32_t q_fragments[Q_IN_REGISTERS ? D / 32 : 1][SLABS][4];
 
@@ -44,61 +45,76 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
 
     /* --- from global to shared memory, by the whole block --- */
 
-    /* K's scales come along with it; they are in use until after the next block's came. */
-    __device__ void fetch_k(char *to, float *scales, int block) const
+    /* Rows of BYTES that lie `stride` apart, neighbours by neighbouring threads. */
+    template <int ROWS, int BYTES, int PITCH>
+    __device__ static void fetch_rows(uint32_t to, const char *from, int64_t stride)
     {
-        const int8_t *const from = a.k8 + (t.block + block) * (TILE_K * D);
-        const uint32_t at = shared_address(to);
+        constexpr int LANES = BYTES / 16 % 16 == 0  ? 16
+                              : BYTES / 16 % 8 == 0 ? 8
+                              : BYTES / 16 % 4 == 0 ? 4
+                                                    : 2; /* of a row */
+        constexpr int STEP = THREADS / LANES;
+        const unsigned row = threadIdx.x / LANES, lane = threadIdx.x % LANES;
 
+        to += row * PITCH + 16 * lane;
+        from += row * stride + 16 * lane;
 #pragma unroll
-        for (int i = 0; i < TILE_K * D / 16 / THREADS; i++) {
-            const unsigned n = threadIdx.x + i * THREADS;
-            copy_async(at + n / (D / 16) * K_PITCH + n % (D / 16) * 16, from + 16 * n, true);
-        }
-        if (threadIdx.x < 4)
-            copy_async(shared_address(scales + block % 2 * 16 + threadIdx.x * 4),
-                       a.k_scale + (t.block + block) * 16 + threadIdx.x * 4, true);
+        for (int i = 0; i < ROWS; i += STEP, from += STEP * stride)
+#pragma unroll
+            for (int at = 0; at < BYTES; at += 16 * LANES)
+                copy_async(to + i * PITCH + at, from + at, true);
     }
 
-    __device__ void fetch_v(char *to, int block) const
+    /* K's scales come along with it; they are in use until after the next block's came. */
+    __device__ void fetch_k(char *to, float *scales, unsigned block) const
     {
-        const uint32_t at = shared_address(to);
+        const int64_t n = t.block + block;
 
-        if constexpr (FP8) {
-            const uint8_t *const from = a.v8 + (t.block + block) * (TILE_K * D);
-#pragma unroll
-            for (int i = 0; i < TILE_K * D / 16 / THREADS; i++) {
-                const unsigned n = threadIdx.x + i * THREADS;
-                copy_async(at + n / (TILE_K / 16) * V_PITCH + n % (TILE_K / 16) * 16, from + 16 * n,
-                           true);
-            }
-        } else {
-            constexpr int ROUNDS = TILE_K * D / 8 / THREADS;
-            const int left = t.seq.nk - block * TILE_K; /* keys */
-            const char *const from = v_from + static_cast<int64_t>(block) * TILE_K * a.v.stride[2];
+        fetch_rows<TILE_K, D, K_PITCH>(shared_address(to),
+                                       reinterpret_cast<const char *>(a.k8) + n * (TILE_K * D), D);
+        if (threadIdx.x < 4)
+            copy_async(shared_address(scales + block % 2 * 16 + threadIdx.x * 4),
+                       a.k_scale + n * 16 + threadIdx.x * 4, true);
+    }
 
-            if (a.v.aligned && a.d == D && left >= TILE_K) {
-#pragma unroll
-                for (int i = 0; i < ROUNDS; i++) {
-                    const unsigned n = threadIdx.x + i * THREADS, key = n / (D / 8);
-                    copy_async(at + key * V_PITCH + n % (D / 8) * 16,
-                               from + key * a.v.stride[2] + n % (D / 8) * 16, true);
-                }
-                return;
-            }
-#pragma unroll 1
-            for (int i = 0; i < ROUNDS; i++) {
-                const unsigned n = threadIdx.x + i * THREADS, key = n / (D / 8);
-                const int vector = n % (D / 8), offset = key * V_PITCH + 16 * vector;
-                const bool there = static_cast<int>(key) < left && 8 * vector < a.d;
-                const char *p = there ? from + key * a.v.stride[2] + 16 * vector : v_from;
-                if (a.v.aligned)
-                    copy_async(at + offset, p, there);
-                else
-                    *reinterpret_cast<uint4 *>(to + offset) =
-                        there ? load_8(p, false) : make_uint4(0, 0, 0, 0);
-            }
+    /* e4m3 */
+    __device__ void fetch_v8(char *to, unsigned block) const
+    {
+        fetch_rows<D, TILE_K, V_PITCH>(
+            shared_address(to),
+            reinterpret_cast<const char *>(a.v8) + (t.block + block) * (TILE_K * D), TILE_K);
+    }
+
+    /* 16 bits, as the caller has it; keys beyond the last and channels beyond a.d are zero. */
+    __device__ void fetch_v16(char *to, unsigned block) const
+    {
+        const int left = t.seq.nk - block * TILE_K; /* keys */
+        const char *const from = v_from + static_cast<int64_t>(block) * TILE_K * a.v.stride[2];
+
+        if (a.v.aligned && a.d == D && left >= TILE_K) {
+            fetch_rows<TILE_K, 2 * D, V_PITCH>(shared_address(to), from, a.v.stride[2]);
+            return;
         }
+#pragma unroll 1
+        for (int n = threadIdx.x; n < TILE_K * D / 8; n += THREADS) {
+            asm volatile("" : "+r"(n)); /* nothing of it stays in registers from block to block */
+            const int key = n / (D / 8), vector = n % (D / 8), offset = key * V_PITCH + 16 * vector;
+            const bool there = key < left && 8 * vector < a.d;
+            const char *p = there ? from + key * a.v.stride[2] + 16 * vector : v_from;
+            if (a.v.aligned)
+                copy_async(shared_address(to) + offset, p, there);
+            else
+                *reinterpret_cast<uint4 *>(to + offset) =
+                    there ? load_8(p, false) : make_uint4(0, 0, 0, 0);
+        }
+    }
+
+    __device__ void fetch_v(char *to, unsigned block) const
+    {
+        if constexpr (FP8)
+            fetch_v8(to, block);
+        else
+            fetch_v16(to, block);
     }
 
     /* --- one step --- */
@@ -137,7 +153,7 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
         }
     }
 
-    /* To scores in base 2. */
+    /* Integers to scores in base 2. */
     __device__ void scale(float (&p)[SLABS][KEY_TILES][4], const int (&s)[SLABS][KEY_TILES][4],
                           const float4 &k_scale) const
     {
@@ -146,8 +162,8 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
 #pragma unroll
         for (int i = 0; i < SLABS * TILE_K / 4; i++) {
             const int slab = i / (TILE_K / 4), half = i / 8 % 2, n = i % 8;
-            const float c =
-                __uint_as_float(__float_as_uint(r.q_scale[slab][half] * runs[n / 2]) & ~3u);
+            const float c = __uint_as_float(
+                __float_as_uint(r.query_of(slab, 2 * half).scale * runs[n / 2]) & ~3u);
 #pragma unroll
             for (int e = 2 * half; e < 2 * half + 2; e++)
                 p[slab][n][e] = fmaf(__int_as_float(s[slab][n][e]), c, -MAGIC_FLOAT * c);
@@ -156,7 +172,8 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
 
     /*
      * The same, relative to m, which is then free. The sum of two constants may be off by 3/4 of a
-     * step of the integers: nothing beside what Q and K lost when they became integers.
+     * step of the integers: nothing beside what Q and K lost when they became integers, unless a
+     * step is a factor of 2 or more.
      */
     __device__ void scale_from_top(float (&p)[SLABS][KEY_TILES][4],
                                    const int (&s)[SLABS][KEY_TILES][4], const float4 &k_scale) const
@@ -166,7 +183,7 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
 #pragma unroll
         for (int i = 0; i < SLABS * TILE_K / 4; i++) {
             const int slab = i / (TILE_K / 4), half = i / 8 % 2, n = i % 8;
-            const float c = r.q_scale[slab][half] * runs[n / 2];
+            const float c = r.query_of(slab, 2 * half).scale * runs[n / 2];
             const float minus = fmaf(-MAGIC_FLOAT, c, -r.reference(r.top[slab][half]));
 #pragma unroll
             for (int e = 2 * half; e < 2 * half + 2; e++)
@@ -175,23 +192,23 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
     }
 
     /* 16 bits: integer scores to scores relative to m; O follows. */
-    template <bool EXACT>
     __device__ void relate(float (&p)[SLABS][KEY_TILES][4], const int (&s)[SLABS][KEY_TILES][4],
                            const float4 &k_scale, int key0)
     {
         float decay[SLABS][2];
+        bool moved;
 
-        if constexpr (EXACT) {
+        if (MASK || coarse) {
             scale(p, s, k_scale);
             r.hide(p, key0);
-            if (r.follow(p, decay))
-                r.rescale(decay);
+            moved = r.follow(p, decay);
         } else {
             scale_from_top(p, s, k_scale);
             r.hide(p, key0);
-            if (r.follow_from_top(p, decay))
-                r.rescale(decay);
+            moved = r.follow_from_top(p, decay);
         }
+        if (moved)
+            r.rescale(decay);
     }
 
     /* Of the 16 keys from 16 * k on: part number i of n of their exponentials, and their sums. */
@@ -286,8 +303,7 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
 
     /* --- all of it --- */
 
-    template <bool EXACT>
-    __device__ void steps(char *k8, char *v, float *k_scales, int block, int end)
+    __device__ void steps(char *k8, char *v, float *k_scales, unsigned block, unsigned end)
     {
 #pragma unroll 1
         for (; block < end; block++) {
@@ -316,7 +332,7 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
                 r.softmax_8(x.p, decay);
                 add_8(x.p, decay);
             } else {
-                relate<EXACT>(x.p, x.s, k_scale, key0);
+                relate(x.p, x.s, k_scale, key0);
                 add_16(x.p);
             }
         }
@@ -353,22 +369,19 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
         else
             v_shared = shared_address(v) + lane % 16 * V_PITCH + lane / 16 * 16;
         r.begin();
-        bool coarse = false; /* a step of the integers may be worth a factor of 2 */
+        bool is_coarse = false;
 #pragma unroll
         for (int slab = 0; slab < SLABS; slab++) {
-            coarse |= r.q_scale[slab][0] * k_max >= 1 || r.q_scale[slab][1] * k_max >= 1;
+            for (int e = 0; e < 4; e += 2)
+                is_coarse |= r.query_of(slab, e).scale * k_max >= 1;
             if constexpr (Q_IN_REGISTERS)
 #pragma unroll
                 for (int k = 0; k < D / 32; k++)
                     load_q(q_fragments[k][slab], slab, k);
         }
+        coarse = __any_sync(~0u, is_coarse);
 
-        if constexpr (FP8 || MASK)
-            steps<true>(k8, v, k_scales, block, end);
-        else if (__syncthreads_or(coarse))
-            steps<true>(k8, v, k_scales, block, end);
-        else
-            steps<false>(k8, v, k_scales, block, end);
+        steps(k8, v, k_scales, block, end);
         copy_wait<0>();
 
         r.finish();

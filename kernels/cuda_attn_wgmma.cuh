@@ -390,6 +390,7 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
     memory &m;
     rows<D, 1, KEYS, BF16, FP8, false> r;
     int group;
+    bool coarse; /* a step of the integers may be a factor of 2: no sums of roundings then */
     uint32_t p_packed[FP8 ? KEYS / 32 : KEYS / 16][4]; /* A of P V */
     float decay[1][2];                                 /* of O, by this tile */
 
@@ -461,11 +462,12 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
 
     /* --- softmax --- */
 
-    /* Integers to scores in base 2, relative to m. */
-    __device__ void scale(scores &x, int stage) const
+    /* What the tile's integers stand for, by row and run of keys, relative to nothing. */
+    using factors = float[2][KEYS / 16];
+
+    __device__ void load_factors(factors &c, int stage) const
     {
         const float *from = m.k_scale[stage] + r.lane % 4 * 4;
-        const float minus[2] = {-r.reference(r.top[0][0]), -r.reference(r.top[0][1])};
         /* there are no registers to keep them */
         const float q_scale[2] = {r.query_of(0, 0).scale, r.query_of(0, 2).scale};
 
@@ -474,22 +476,35 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
             const float4 four = *reinterpret_cast<const float4 *>(from + 4 * run);
             const float k_scale[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-            for (int n = 2 * run; n < 2 * run + 8; n++)
+            for (int i = 0; i < 4; i++)
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    x.p[0][n][e] = fmaf(static_cast<float>(x.s[n][e]),
-                                        q_scale[e / 2] * k_scale[n / 2 % 4], minus[e / 2]);
+                for (int half = 0; half < 2; half++)
+                    c[half][run + i] = q_scale[half] * k_scale[i];
         }
     }
 
-    /* Scores to P before rounding, and its sum for lse. */
-    __device__ void exponentiate(float (&p)[KEYS / 8][4])
+    /* Integers to scores in base 2, relative to `top`. */
+    __device__ static void scale(scores &x, const factors &c, const float (&top)[2])
     {
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                p[n][e] = exp2_fast(p[n][e]);
+                x.p[0][n][e] = fmaf(static_cast<float>(x.s[n][e]), c[e / 2][n / 2], -top[e / 2]);
+    }
+
+    __device__ static void exponentiate(scores &x)
+    {
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                x.p[0][n][e] = exp2_fast(x.p[0][n][e]);
+    }
+
+    /* For lse: P before rounding. */
+    __device__ void add_up(const float (&p)[KEYS / 8][4])
+    {
         if (r.a.lse.data)
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++)
@@ -516,9 +531,80 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
     }
 
     /*
-     * The warpgroups exponentiate one after the other: if two did so at the same time both would
-     * take twice as long, with nothing left to be done beside.
+     * S to P, 16 bits; true if m moved: O has to be rescaled by `decay`, which is 1 otherwise.
+     * before_pack() is called before P takes the place of the last one.
      */
+    template <typename BeforePack>
+    __device__ bool softmax_16(scores &x, int stage, int key0, BeforePack before_pack)
+    {
+        factors c;
+        bool moved;
+
+        load_factors(c, stage);
+        scale(x, c, {coarse ? 0 : r.reference(r.top[0][0]), coarse ? 0 : r.reference(r.top[0][1])});
+        release(m.k_empty[stage]);
+        r.hide(x.p, key0);
+        if (coarse) {
+            moved = r.follow(x.p, decay);
+        } else {
+            decay[0][0] = decay[0][1] = 1;
+            moved = r.follow_from_top(x.p, decay);
+        }
+        exponentiate(x);
+        add_up(x.p[0]);
+        before_pack();
+        pack(x.p[0]);
+        return moved;
+    }
+
+    /*
+     * e4m3: m is always the largest score so far. Where all rows see all keys it is found from the
+     * integers: a run's largest has the run's largest score.
+     */
+    __device__ void follow(const scores &x, const factors &c)
+    {
+        float most[2];
+
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            most[half] = -INFINITY;
+#pragma unroll
+            for (int run = 0; run < KEYS / 16; run++) {
+                const int *even = &x.s[2 * run][2 * half], *odd = &x.s[2 * run + 1][2 * half];
+                const int top = max(max(max(even[0], even[1]), odd[0]), odd[1]);
+                most[half] = fmaxf(most[half], static_cast<float>(top) * c[half][run]);
+            }
+        }
+        r.raise(most, decay[0]);
+    }
+
+    /*
+     * S to 2^8 P. The warpgroups exponentiate one after the other: if two did so at the same time
+     * both would take twice as long, with nothing left to be done beside.
+     */
+    __device__ void softmax_8(scores &x, int stage, int key0)
+    {
+        const bool all = __any_sync(~0u, !coarse && r.all_see(key0));
+        factors c;
+
+        load_factors(c, stage);
+        release(m.k_empty[stage]);
+        if (all) {
+            follow(x, c);
+        } else {
+            scale(x, c, {0, 0});
+            r.hide(x.p, key0);
+            r.follow(x.p, decay);
+        }
+        turn_wait(group);
+        if (all)
+            scale(x, c, {r.reference(r.top[0][0]), r.reference(r.top[0][1])});
+        exponentiate(x);
+        turn_over(group); /* beyond a branch: the assembler would put it before the exponentials */
+        add_up(x.p[0]);
+        pack(x.p[0]);
+    }
+
     __device__ static void turn_wait(int group)
     {
         if constexpr (TURNS)
@@ -530,26 +616,6 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
             barrier_count(1 + GROUPS + (group + 1) % GROUPS, 256);
     }
 
-    /*
-     * S to P; true if m moved: O has to be rescaled by `decay`, which is 1 otherwise. before_pack()
-     * is called before P takes the place of the last one.
-     */
-    template <typename BeforePack>
-    __device__ bool softmax(scores &x, int stage, int key0, BeforePack before_pack)
-    {
-        scale(x, stage);
-        release(m.k_empty[stage]);
-        r.hide(x.p, key0);
-        decay[0][0] = decay[0][1] = 1;
-        const bool moved = r.follow_from_top(x.p, decay);
-        turn_wait(group);
-        exponentiate(x.p[0]);
-        turn_over(group); /* beyond a branch: the assembler would put it before the exponentials */
-        before_pack();
-        pack(x.p[0]);
-        return moved;
-    }
-
     /* --- the keys --- */
 
     /*
@@ -559,7 +625,6 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
      */
     __device__ void steps(ring_place<STAGES> &at, int key0, int end)
     {
-        const auto nothing = [] {};
         scores x;
         products pv;
 
@@ -567,7 +632,10 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         begin_scores(x, at.stage);
         wgmma_wait<0>();
         hold(x.s);
-        softmax(x, at.stage, key0, nothing);
+        if constexpr (FP8)
+            softmax_8(x, at.stage, key0);
+        else
+            softmax_16(x, at.stage, key0, [] {});
 #pragma unroll 1
         for (key0 += KEYS; key0 < end; key0 += KEYS) {
             const ring_place<STAGES> before = at;
@@ -588,7 +656,7 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
                 }
                 wgmma_wait<0>();
                 hold(x.s);
-                softmax(x, at.stage, key0, nothing);
+                softmax_8(x, at.stage, key0);
             } else {
                 wait(m.k_full[at.stage], at.parity);
                 begin_scores(x, at.stage);
@@ -596,7 +664,7 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
                 begin_values(pv, before.stage);
                 wgmma_wait<1>();
                 hold(x.s);
-                const bool moved = softmax(x, at.stage, key0, [&] {
+                const bool moved = softmax_16(x, at.stage, key0, [&] {
                     wgmma_wait<0>();
                     end_values(pv, before.stage);
                 });
@@ -650,6 +718,8 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         release(m.q_empty);
         barrier_wait(1 + group, 128);
         r.begin();
+        coarse = __any_sync(~0u, r.query_of(0, 0).scale * r.t.k_max >= 1 ||
+                                     r.query_of(0, 2).scale * r.t.k_max >= 1);
         at.stage = uniform(at.stage);
         at.parity = uniform(at.parity);
         if (n > 0)
