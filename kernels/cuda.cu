@@ -166,7 +166,7 @@ int ready(struct gpu *gpu, char *why, size_t len)
 /* --- the workspace --- */
 
 struct layout {
-    size_t offsets, ticket, sums, means, k_max, k8, k_scale, v8, total;
+    size_t offsets, ticket, sums, means, k_max, k8, k_scale, v8, parts, total;
 };
 
 bool place(struct layout *at, size_t *where, int64_t n, size_t size)
@@ -198,6 +198,25 @@ int find_kernel(const struct sage_attn *attn, int sm)
     return sage_kernel_find(sm, static_cast<int>(attn->q.shape[3]), attn->q.dtype == SAGE_BF16,
                             sage_attn_variant(attn) == SAGE_INT8_FP8,
                             attn->mask.dtype != SAGE_NONE);
+}
+
+/*
+ * Fewer tiles than processors: the keys of each are split, into at least two steps of tile_k, so
+ * that SPLIT_UNITS have something to do.
+ */
+void split(struct cuda_args *a, int64_t rows, int64_t tile_q, int64_t tile_k)
+{
+    const int64_t steps = ceil_div(a->nk, tile_k);
+    int64_t tiles, n;
+
+    if (__builtin_mul_overflow(a->n_heads * a->n_q_heads, a->tiles.total, &tiles) || tiles <= 0 ||
+        tiles > SPLIT_UNITS / 2 || steps < 4)
+        return;
+    n = SPLIT_UNITS / tiles < steps / 2 ? SPLIT_UNITS / tiles : steps / 2;
+    const int64_t each = ceil_div(steps, n);
+    a->n_splits = static_cast<unsigned>(ceil_div(steps, each));
+    a->split_keys = static_cast<unsigned>(each * tile_k);
+    a->slabs = static_cast<unsigned>(ceil_div(rows < tile_q ? rows : tile_q, 16));
 }
 
 /* The part of a kernel's arguments that needs no address. */
@@ -242,6 +261,9 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
     a->tiles = part->n_rows < 0
                    ? space(a, q_offsets, a->nq, tile_q)
                    : cuda_space{ceil_div(part->n_rows, tile_q), ceil_div(part->n_rows, tile_q)};
+    a->n_splits = 1;
+    if (is_wgmma(index) && !k_offsets)
+        split(a, part->n_rows < 0 ? a->nq : part->n_rows, tile_q, sage_kernels[index].tile_k);
 }
 
 bool lay_out(const struct sage_attn *attn, const struct cuda_args *a, struct layout *at)
@@ -249,6 +271,8 @@ bool lay_out(const struct sage_attn *attn, const struct cuda_args *a, struct lay
     const int64_t offsets = attn->n_seqs > 0 ? 2 * (attn->n_seqs + 1) : 0;
     const size_t row = sizeof(float) * static_cast<size_t>(a->d);
     const size_t block = static_cast<size_t>(KERNEL_TILE_K) * static_cast<size_t>(a->d_padded);
+    const size_t part = sizeof(float) * 32 * (static_cast<size_t>(a->d_padded) / 2 + 8);
+    const int64_t parts = a->n_heads * a->n_q_heads * a->tiles.total * a->slabs * a->n_splits;
     int64_t chunks, blocks, groups;
 
     *at = layout{};
@@ -256,7 +280,7 @@ bool lay_out(const struct sage_attn *attn, const struct cuda_args *a, struct lay
            !__builtin_mul_overflow(a->n_heads, a->blocks.total, &blocks) &&
            !__builtin_mul_overflow(a->n_heads, a->n_seqs, &groups) &&
            place(at, &at->offsets, offsets, sizeof(int32_t)) &&
-           place(at, &at->ticket, 1, sizeof(unsigned)) &&
+           place(at, &at->ticket, COUNTERS, sizeof(unsigned)) &&
            place(at, &at->sums,
                  a->fp8        ? chunks * N_SUMS
                  : a->smooth_k ? chunks
@@ -265,7 +289,9 @@ bool lay_out(const struct sage_attn *attn, const struct cuda_args *a, struct lay
            place(at, &at->means, groups, 3 * sizeof(float) * static_cast<size_t>(a->d_padded)) &&
            place(at, &at->k_max, chunks, sizeof(float)) && place(at, &at->k8, blocks, block) &&
            place(at, &at->k_scale, blocks, 16 * sizeof(float)) &&
-           place(at, &at->v8, a->fp8 ? blocks : 0, block);
+           place(at, &at->v8, a->fp8 ? blocks : 0, block) &&
+           /* last: other parts with the same K and V have others */
+           place(at, &at->parts, a->n_splits > 1 ? parts : 0, part);
 }
 
 struct sage_part whole(const struct sage_attn *attn, const struct sage_part *part)
@@ -340,6 +366,8 @@ void fill(const struct sage_attn *attn, const struct layout *at, char *workspace
             a->mask.stride[i] = 0;
     }
     a->ticket = reinterpret_cast<unsigned *>(workspace + at->ticket);
+    a->done = a->ticket + 1;
+    a->parts = reinterpret_cast<float *>(workspace + at->parts);
     a->sums = reinterpret_cast<float *>(workspace + at->sums);
     a->means = reinterpret_cast<float *>(workspace + at->means);
     a->k_max = reinterpret_cast<float *>(workspace + at->k_max);
@@ -497,7 +525,7 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
         if (error)
             return refuse_cuda(why, len, "launching the quantisation", error);
     } else if (!p.prepared && wgmma) { /* there is no key, and nobody else to clear it */
-        error = cudaMemsetAsync(a.ticket, 0, sizeof(*a.ticket), stream);
+        error = cudaMemsetAsync(a.ticket, 0, COUNTERS * sizeof(*a.ticket), stream);
         if (error)
             return refuse_cuda(why, len, "cudaMemsetAsync", error);
     }

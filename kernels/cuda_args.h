@@ -26,6 +26,8 @@ enum {
     QUANT_CHUNK = 256, /* keys of a quantising block, or more: see chunk_keys */
     QUANT_CHUNKS = 64, /* and about that many chunks at most in a sequence */
     K_RUN = 16,        /* keys that have four scales, see cpu.h */
+    SPLIT_UNITS = 132, /* tiles and splits that there are at most where tiles are split */
+    COUNTERS = 1 + SPLIT_UNITS / 2 * 12, /* ticket and done, of tiles of 192 rows at most */
 };
 
 /* A tensor: address of [0, 0, 0, 0], strides in bytes of the first three dimensions. */
@@ -69,17 +71,21 @@ struct cuda_args {
     CUtensorMap v_map;                       /* v, for wgmma */
     uint64_t *start_ns;                      /* where the first kernel writes its time; NULL */
     unsigned n_tiles, processors;            /* in all; multiprocessors of the device */
+    unsigned n_splits, split_keys;           /* parts of each tile's keys: see split() */
+    unsigned slabs;                          /* of 16 rows in a tile, at most */
     unsigned starts_early;                   /* the code can: see launch_early() */
     int64_t low, high;                       /* row i sees keys i + low ... i + high */
     int bottom_right;                        /* and then both are nk - nq higher */
     /* the workspace */
     unsigned *ticket; /* tiles that blocks have taken, beyond each one's first; 0 between calls */
-    float *sums;      /* [n_heads][chunks.total][N_SUMS or 1][d] */
-    float *means;     /* [n_seqs][n_heads][3][d_padded]: K's mean, V's scale, V's mean */
-    float *k_max;     /* [n_heads][chunks.total]: largest scale of K */
-    int8_t *k8;       /* [n_heads][blocks.total][KERNEL_TILE_K][d_padded] */
-    float *k_scale;   /* [n_heads][blocks.total][4][4]: of (key / 2) % 4, of run key / 16 */
-    uint8_t *v8; /* [n_heads][blocks.total][d_padded][KERNEL_TILE_K], keys in v8_place() order */
+    unsigned *done;   /* [n_tiles][slabs]: splits that are over; 0 between calls */
+    float *parts; /* [n_tiles][slabs][n_splits][4 * (d_padded / 8) + 8][32]: their O, m and sums */
+    float *sums;  /* [n_heads][chunks.total][N_SUMS or 1][d] */
+    float *means; /* [n_seqs][n_heads][3][d_padded]: K's mean, V's scale, V's mean */
+    float *k_max; /* [n_heads][chunks.total]: largest scale of K */
+    int8_t *k8;   /* [n_heads][blocks.total][KERNEL_TILE_K][d_padded] */
+    float *k_scale; /* [n_heads][blocks.total][4][4]: of (key / 2) % 4, of run key / 16 */
+    uint8_t *v8;    /* [n_heads][blocks.total][d_padded][KERNEL_TILE_K], keys in v8_place() order */
 };
 
 /* Rows of a chunk's sums; without e4m3 only the first is there. */

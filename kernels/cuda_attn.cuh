@@ -44,7 +44,8 @@ struct tile {
     int end;                  /* of the rows to be computed */
     int64_t low, high;        /* row i sees keys i + low ... i + high */
     int64_t first, last;      /* the keys that some row of the tile sees, and one more */
-    float k_max;              /* largest scale of K; wgmma */
+    float k_max;              /* wgmma: largest scale of K; */
+    unsigned index, split;    /* which one it is, which part of its keys */
     bool there;
 };
 

@@ -183,9 +183,21 @@ template <int D, bool FP8> struct wgmma_fetch {
     {
         const unsigned n = atomicAdd(a.ticket, 1);
 
-        if (n == a.n_tiles - 1)
+        if (n == a.n_tiles * a.n_splits - 1)
             *a.ticket = 0;
         return gridDim.x + n;
+    }
+
+    /* Of a tile's keys those that belong to one split. */
+    __device__ static void take_split(const cuda_args &a, unsigned ticket, tile &t)
+    {
+        t.index = ticket / a.n_splits;
+        t.split = ticket % a.n_splits;
+        if (a.n_splits == 1)
+            return;
+        const int64_t from = static_cast<int64_t>(t.split) * a.split_keys;
+        t.first = max(t.first, from);
+        t.last = min(t.last, from + a.split_keys);
     }
 
     /*
@@ -206,10 +218,12 @@ template <int D, bool FP8> struct wgmma_fetch {
                 if (!first)
                     ticket = next_ticket(a);
                 t.there = false;
-                while (ticket < a.n_tiles) {
-                    find_tile(a, WGMMA_TILE_Q(D), ticket, t);
-                    if (t.there)
+                while (ticket < a.n_tiles * a.n_splits) {
+                    find_tile(a, WGMMA_TILE_Q(D), ticket / a.n_splits, t);
+                    if (t.there) {
+                        take_split(a, ticket, t);
                         break;
+                    }
                     ticket = next_ticket(a);
                 }
             }
@@ -600,9 +614,9 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         if (all)
             scale(x, c, {r.reference(r.top[0][0]), r.reference(r.top[0][1])});
         exponentiate(x);
-        turn_over(group); /* beyond a branch: the assembler would put it before the exponentials */
-        add_up(x.p[0]);
         pack(x.p[0]);
+        turn_over(group);
+        add_up(x.p[0]);
     }
 
     __device__ static void turn_wait(int group)
@@ -692,6 +706,77 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         }
     }
 
+    /* --- tiles whose keys are split --- */
+
+    static constexpr int N_O = 4 * (D / 8 + 1), N_PART = N_O + 4; /* floats of a lane */
+
+    /* Where split `i` leaves what this lane has: words of neighbouring lanes side by side. */
+    __device__ float *part_of(unsigned i) const
+    {
+        const int64_t slab = static_cast<int64_t>(r.t.index) * r.a.slabs + r.first_row() / 16;
+
+        return r.a.parts + (slab * r.a.n_splits + i) * (N_PART * 32) + r.lane;
+    }
+
+    /*
+     * Leave O, m and the sums of 16 rows; true if all other splits have left theirs: then they
+     * become the whole tile's. Added up in the order of the keys, whoever is last.
+     */
+    __device__ bool gather()
+    {
+        if (r.row() >= r.t.end)
+            return false;
+        float *const to = part_of(r.t.split);
+#pragma unroll
+        for (int i = 0; i < N_O; i++)
+            to[32 * i] = r.o[0][i / 4][i % 4];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            to[32 * (N_O + half)] = r.top[0][half];
+            to[32 * (N_O + 2 + half)] = r.sum[0][half];
+        }
+        __threadfence();
+        __syncwarp();
+        unsigned *const done = r.a.done + r.t.index * r.a.slabs + r.first_row() / 16;
+        unsigned before = 0;
+        if (r.lane == 0)
+            before = atomicAdd(done, 1);
+        if (__shfl_sync(~0u, before, 0) + 1 < r.a.n_splits)
+            return false;
+        if (r.lane == 0)
+            *done = 0;
+        __threadfence();
+        merge();
+        return true;
+    }
+
+    __device__ void merge()
+    {
+        float m[2] = {-INFINITY, -INFINITY};
+
+        for (unsigned i = 0; i < r.a.n_splits; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                m[half] = fmaxf(m[half], __ldcg(part_of(i) + 32 * (N_O + half)));
+        r.begin();
+#pragma unroll 1
+        for (unsigned i = 0; i < r.a.n_splits; i++) {
+            const float *from = part_of(i);
+            float by[2];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float top = __ldcg(from + 32 * (N_O + half));
+                by[half] = top == -INFINITY ? 0 : exp2_fast(top - m[half]);
+                r.sum[0][half] += by[half] * __ldcg(from + 32 * (N_O + 2 + half));
+            }
+#pragma unroll
+            for (int n = 0; n < N_O; n++)
+                r.o[0][n / 4][n % 4] += by[n % 4 / 2] * __ldcg(from + 32 * n);
+        }
+        r.top[0][0] = m[0];
+        r.top[0][1] = m[1];
+    }
+
     /* One more than the last key that some row of the warpgroup sees; 0 if it has no row. */
     __device__ int end_key() const
     {
@@ -725,7 +810,8 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         if (n > 0)
             steps(at, block * KEYS, end);
         pass(at, all - n);
-        r.finish();
+        if (r.a.n_splits == 1 || gather())
+            r.finish();
     }
 };
 
@@ -780,6 +866,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D), 1)
 template <int D, bool BF16, bool FP8, bool MASK>
 cudaError_t wgmma_launch(const cuda_args *args, unsigned blocks, cudaStream_t stream)
 {
+    blocks *= args->n_splits;
     return launch_early(wgmma_kernel<D, BF16, FP8, MASK>,
                         blocks < args->processors ? blocks : args->processors, WGMMA_THREADS(D),
                         WGMMA_SMEM(D, FP8), stream, *args);

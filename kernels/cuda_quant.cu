@@ -311,8 +311,9 @@ __global__ void __launch_bounds__(QUANT_THREADS)
     const chunk c = find_chunk(a, gridDim.x - 1 - blockIdx.x);
     const int64_t block0 = c.head * a.blocks.total + c.block;
 
-    if (blockIdx.x == 0 && threadIdx.x == 0)
-        *a.ticket = 0;
+    if (blockIdx.x == 0)
+        for (int i = threadIdx.x; i < COUNTERS; i += QUANT_THREADS)
+            a.ticket[i] = 0;
     if (!c.there)
         return;
     if (threadIdx.x == 0)

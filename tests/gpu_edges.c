@@ -176,6 +176,15 @@ static void overflow(struct edges *e)
     }
 }
 
+/* A step of the integers is a factor of many: m moves by thousands, and a few keys have it all. */
+static void steep(struct edges *e)
+{
+    for (int64_t d = 64; d <= 128; d += 64) {
+        begin(e, KIND_NORMAL, 150, 1000, d)->scale = 1e4f;
+        check(e, "scores of tens of thousands");
+    }
+}
+
 /* --- Inf and NaN --- */
 
 static void spoil(struct edges *e, int which, double value, int64_t d, int64_t row, int64_t c)
@@ -494,9 +503,9 @@ static void threads(struct edges *e)
 
 static void values(struct edges *e)
 {
-    void (*const tests[])(struct edges *) = {ones,      constants,   empty,   head_dims,
-                                             bands,     far_mean,    largest, overflow,
-                                             bad_masks, hidden_rows, spoils};
+    void (*const tests[])(struct edges *) = {ones,  constants, empty,       head_dims,
+                                             bands, far_mean,  largest,     overflow,
+                                             steep, bad_masks, hidden_rows, spoils};
 
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++)
         tests[i](e);
