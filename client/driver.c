@@ -14,6 +14,7 @@
 /* Layouts are cuda.h's: a mistake here is memory corruption there. */
 _Static_assert(sizeof(void *) == 8, "handles and addresses have 64 bits");
 _Static_assert(sizeof(struct cu_copy) == 200, "sizeof(CUDA_MEMCPY3D)");
+_Static_assert(sizeof(struct cu_word_op) == 48, "sizeof(CUstreamBatchMemOpParams)");
 _Static_assert(sizeof(struct cu_handle) == 64, "CU_IPC_HANDLE_SIZE");
 
 enum { CUDA_12_0 = 12000, LEGACY_STREAM = 1 };
@@ -203,6 +204,17 @@ int driver_describe(const struct driver *cu, uint64_t address, struct memory *m)
         m->size = mapped;
     }
     return result;
+}
+
+int driver_tell_and_await(const struct driver *cu, struct CUstream_st *stream, uint64_t tell,
+                          uint64_t await, uint32_t n)
+{
+    struct cu_word_op ops[] = {
+        {.operation = CU_OP_WRITE, .address = tell, .value = n},
+        {.operation = CU_OP_WAIT, .address = await, .value = n, .flags = CU_WAIT_GEQ},
+    };
+
+    return driver_check(cu->cuStreamBatchMemOp(stream, 2, ops, 0), "stream: cuStreamBatchMemOp");
 }
 
 /* --- for programs of this project --- */

@@ -5,11 +5,14 @@
 #include "client/client.h"
 
 #include <poll.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 /* The answer to a packet that nobody waits for: no request gets that far. */
 enum { NO_SEQ = UINT32_MAX };
+
+enum { CANCEL_NS = 10 * 1000 * 1000 }; /* between two tries to cancel a job */
 
 /* --- our events --- */
 
@@ -394,31 +397,39 @@ static int run_event(struct gpu_job *job, struct own_event *event, struct patien
 
 /* --- lane mode --- */
 
-int gpu_store_acquire(const struct gpu_job *job, const struct sage_lane *lane, uint32_t n)
+/*
+ * The stream will not tell that the inputs are ready: cancel the job, again and again, since a
+ * daemon that drains leaves it to the next one. It has run only if the stream did tell.
+ */
+static int take_back(struct sage_job submitted, int reason)
 {
-    uint64_t at = view_word(job->view, job->client, &lane->words->acquire[n % SAGE_ENTRIES]);
+    struct sage_page_lane *words = submitted.lane->words;
+    uint32_t n = submitted.number, i = n % SAGE_ENTRIES;
+    char why[PROTO_TEXT_MAX];
 
-    return driver_check(job->cu->cuStreamWriteValue32(job->stream, at, n, 0),
-                        "stream: cuStreamWriteValue32");
+    snprintf(why, sizeof(why), "%.*s", (int)sizeof(why) - 1, error_text());
+    do
+        sage_cancel(submitted);
+    while (!page_wait(&words->release[i], n, CANCEL_NS));
+    page_store(&words->acquire[i], n); /* or the lane would wait for it, see is_idle() */
+    int status = sage_wait(submitted, -1);
+    take_status(submitted);
+    return status == SAGE_ECANCELED ? error_set(reason, "%s", why) : status;
 }
 
-/* Let the stream wait for the release. Where it cannot, the job is cancelled, or the CPU waits. */
-static int await_on_stream(struct gpu_job *job, struct sage_job submitted)
+/*
+ * The stream tells the daemon that the inputs are ready, then waits for the release. No lock is
+ * held: where the stream is full the driver waits for it.
+ */
+static int order(struct gpu_job *job, struct sage_job submitted)
 {
-    const uint32_t *release = &submitted.lane->words->release[submitted.number % SAGE_ENTRIES];
-    uint64_t at = view_word(job->view, job->client, release);
-    int rc =
-        driver_check(job->cu->cuStreamWaitValue32(job->stream, at, submitted.number, CU_WAIT_GEQ),
-                     "stream: cuStreamWaitValue32");
+    struct sage_page_lane *words = submitted.lane->words;
+    uint32_t n = submitted.number, i = n % SAGE_ENTRIES;
+    uint64_t acquire = view_word(job->view, job->client, &words->acquire[i]);
+    uint64_t release = view_word(job->view, job->client, &words->release[i]);
+    int rc = driver_tell_and_await(job->cu, job->stream, acquire, release, n);
 
-    if (!rc)
-        return 0;
-    bool started = sage_cancel(submitted);
-    int status = started ? sage_wait(submitted, -1) : 0;
-    take_status(submitted);
-    if (started)
-        return status;
-    return error_set(rc, "stream: it cannot wait for a word of the page");
+    return rc ? take_back(submitted, rc) : 0;
 }
 
 /* For what is done before a job is submitted: no memory, a lost device are this process's own. */
@@ -439,7 +450,7 @@ static int run_lane(struct gpu_job *job, struct patience *patience)
         rc = lane_submit(lane, &job->attn, 0, job, &submitted);
     while (rc && (lane_drained(lane, rc) || may_prepare_again(patience, rc)));
     if (!rc)
-        rc = await_on_stream(job, submitted);
+        rc = order(job, submitted);
     lane_put(lane);
     return rc;
 }

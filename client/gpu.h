@@ -200,9 +200,6 @@ void stage_trim(struct sage_client *client, const struct driver *cu, bool all);
 
 /* --- enqueue.c --- */
 
-/* The stream stores job n's acquire word. It may take as long as what the stream has to do. */
-int gpu_store_acquire(const struct gpu_job *job, const struct sage_lane *lane, uint32_t n);
-
 /* sage_attn_run() where the daemon has a GPU. */
 int gpu_run(struct sage_client *client, const struct sage_attn *attn, struct sage_times *times);
 
