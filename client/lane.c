@@ -209,6 +209,7 @@ static int keep_packet(struct sage_lane *lane, uint32_t n, const void *packet, s
             return error_set(SAGE_ENOMEM, "out of memory");
     }
     pthread_mutex_lock(&lane->client->lock);
+    lane_look(lane, lane_tail(lane)); /* the entry's last job is over, and its status goes now */
     if (larger) {
         old = entry->packet;
         entry->packet = larger;

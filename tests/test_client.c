@@ -21,7 +21,7 @@
 
 #include <cmocka.h>
 
-#include "client/gpu.h"
+#include "client/client.h"
 #include "tests/inputs.h"
 #include "tests/private.h"
 
@@ -264,6 +264,38 @@ static void runs_out_of_entries(void **state)
         assert_int_equal(sage_attn_submit(lane, &p.attn, 0, &jobs[0]), 0);
         assert_int_equal(sage_wait(jobs[0], 10000), 0);
     }
+    private_problem_finish(&p);
+    sage_disconnect(client);
+}
+
+/*
+ * A lane of a stream whose owner does not look at it between two jobs: the entry of one that failed
+ * is used again, and sage_stream_error() would still tell of it.
+ */
+static void keeps_the_first_error_of_a_full_lane(void **state)
+{
+    struct sage_client *client = private_connect(*state, 0);
+    struct private_problem p;
+    struct sage_lane *lane;
+    struct sage_job jobs[64];
+
+    private_problem_init(&p, client, 16, 4);
+    assert_int_equal(lane_take(client, 77, &lane), 0);
+    for (int i = 0; i < 63; i++)
+        assert_int_equal(sage_attn_submit(lane, &p.attn, i ? 0 : SAGE_HELD, &jobs[i]), 0);
+    assert_int_equal(sage_cancel(jobs[0]), 0);
+    assert_int_equal(sage_wait(jobs[62], 10000), 0);
+    for (int i = 0; i < 2; i++) { /* the second has the entry of jobs[0] */
+        assert_int_equal(sage_attn_submit(lane, &p.attn, 0, &jobs[63]), 0);
+        assert_int_equal(sage_wait(jobs[63], 10000), 0);
+    }
+    assert_int_equal(jobs[63].number, jobs[0].number + SAGE_ENTRIES);
+    pthread_mutex_lock(&client->lock);
+    lane_look(lane, lane_tail(lane));
+    pthread_mutex_unlock(&client->lock);
+    assert_int_equal(lane->error, SAGE_ECANCELED);
+    assert_int_equal(lane->error_number, jobs[0].number);
+    lane_put(lane);
     private_problem_finish(&p);
     sage_disconnect(client);
 }
@@ -1028,6 +1060,7 @@ int main(void)
         cmocka_unit_test(knows_its_jobs),
         cmocka_unit_test(tells_times),
         cmocka_unit_test(runs_out_of_entries),
+        cmocka_unit_test(keeps_the_first_error_of_a_full_lane),
         cmocka_unit_test(serves_threads),
         cmocka_unit_test(survives_a_fork),
         cmocka_unit_test(leaves_a_grandchild_its_files),
