@@ -206,6 +206,16 @@ int driver_describe(const struct driver *cu, uint64_t address, struct memory *m)
     return result;
 }
 
+bool driver_is_still(const struct driver *cu, uint64_t address, uint64_t id, uint64_t block)
+{
+    int attributes[] = {7, 20}; /* CU_POINTER_ATTRIBUTE_BUFFER_ID, _MEMORY_BLOCK_ID */
+    uint64_t found[2] = {0};
+    void *data[] = {&found[0], &found[1]};
+
+    return cu->cuPointerGetAttributes(2, attributes, data, address) == CU_OK && found[0] == id &&
+           found[1] == block;
+}
+
 int driver_tell_and_await(const struct driver *cu, struct CUstream_st *stream, uint64_t tell,
                           uint64_t await, uint32_t n)
 {

@@ -165,10 +165,12 @@ struct memory {
 
 /* Needs no context. A CUresult. */
 int driver_describe(const struct driver *cu, uint64_t address, struct memory *memory);
+/* Is it still the allocation that had these ids? A fraction of driver_describe(). */
+bool driver_is_still(const struct driver *cu, uint64_t address, uint64_t id, uint64_t block);
 
 /*
- * In one call: the stream stores n in a word, behind all that was put on it before, then waits until
- * another has reached n. Addresses are the device's.
+ * In one call: the stream stores n in a word, behind all that was put on it before, then waits
+ * until another has reached n. Addresses are the device's.
  */
 int driver_tell_and_await(const struct driver *cu, struct CUstream_st *stream, uint64_t tell,
                           uint64_t await, uint32_t n);

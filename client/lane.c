@@ -252,8 +252,14 @@ static int check(struct sage_client *c, const struct sage_attn *attn, const stru
     if (rc)
         return error_set(rc, "%s", why);
     for (int i = 0; !rc && i < N_TENSORS; i++) {
-        const struct place *place = gpu && gpu->places[i].set ? &gpu->places[i] : NULL;
-        rc = buffer_resolve(c, tensor_names[i], place, tensor_of(a, i));
+        struct sage_tensor *t = tensor_of(a, i);
+        if (!gpu || !gpu->places[i].set) {
+            rc = buffer_resolve(c, tensor_names[i], t);
+            continue;
+        }
+        t->data = NULL;
+        t->buffer = gpu->places[i].buffer;
+        t->offset = gpu->places[i].offset;
     }
     return rc;
 }

@@ -954,6 +954,31 @@ static void drops_what_was_used_longest_ago(void **state)
     free(page);
 }
 
+static void finds_memory_by_its_address(void **state)
+{
+    struct cache cache = {0};
+    (void)state;
+
+    struct cached *a = enter(&cache, 0x1000, 0x1000, 1, 1);
+    enter(&cache, 0x10000, 0x1000, 10, 4);
+    assert_ptr_equal(cache_at(&cache, 0x1000, 0x1000), a);
+    assert_ptr_equal(cache_at(&cache, 0x1fff, 1), a);
+    assert_null(cache_at(&cache, 0xfff, 1));
+    assert_null(cache_at(&cache, 0x1001, 0x1000)); /* reaches beyond it */
+    assert_null(cache_at(&cache, 0x1001, UINT64_MAX));
+    assert_null(cache_at(&cache, 0x2000, 1));
+    assert_null(cache_at(&cache, 0x11000, 16)); /* of several chunks: each has to be asked about */
+    struct cached *b = enter(&cache, 0x3000, 0x1000, 2, 1);
+    assert_true(a->used < b->used);
+    assert_ptr_equal(cache_at(&cache, 0x1000, 1), a);
+    assert_true(a->used > b->used); /* so that it does not go next */
+    a->stale = true;
+    assert_null(cache_at(&cache, 0x1000, 1));
+    b->leaving = true;
+    assert_null(cache_at(&cache, 0x3000, 1));
+    empty(&cache);
+}
+
 /* --- staging: what is copied where --- */
 
 struct staging {
@@ -1049,6 +1074,7 @@ int main(void)
 {
     const struct CMUnitTest alone[] = {
         cmocka_unit_test(knows_memory_by_its_id),
+        cmocka_unit_test(finds_memory_by_its_address),
         cmocka_unit_test(drops_what_was_used_longest_ago),
         cmocka_unit_test(stages_any_layout),
     };
