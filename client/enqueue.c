@@ -222,22 +222,30 @@ static int open_event(struct gpu_job *job, const struct msg_launched *launched, 
     return 0;
 }
 
-/* Nobody waits for the answer. Under `lock` the connection cannot become another one. */
-static void tell_waited(struct sage_client *c, uint32_t event, uint64_t epoch)
+/*
+ * Nobody waits for the answer. epoch: the connection that it is meant for, 0: any. Under `lock` it
+ * cannot become another one.
+ */
+static void tell(struct sage_client *c, uint32_t op, enum msg_kind kind, const void *msg,
+                 uint64_t epoch)
 {
-    struct msg_waited msg = {.event = event};
     unsigned char packet[128];
-    size_t len = packet_encode(packet, sizeof(packet), OP_WAITED, NO_SEQ, MSG_WAITED, &msg);
+    size_t len = packet_encode(packet, sizeof(packet), op, NO_SEQ, kind, msg);
     int rc;
 
     do {
         pthread_mutex_lock(&c->lock);
-        rc = client_state(c) == LINK_LIVE && c->epoch == epoch ? conn_push(c->fd, packet, len, NULL)
-                                                               : 0;
+        bool live = client_state(c) == LINK_LIVE && (!epoch || c->epoch == epoch);
+        rc = live ? conn_push(c->fd, packet, len, NULL) : 0;
         pthread_mutex_unlock(&c->lock);
         if (rc == SAGE_EBUSY || rc == SAGE_ENOMEM)
             poll(NULL, 0, 1);
     } while (rc == SAGE_EBUSY || rc == SAGE_ENOMEM);
+}
+
+static void tell_waited(struct sage_client *c, uint32_t event, uint64_t epoch)
+{
+    tell(c, OP_WAITED, MSG_WAITED, &(struct msg_waited){.event = event}, epoch);
 }
 
 /* --- the modes --- */
@@ -398,6 +406,20 @@ static int run_event(struct gpu_job *job, struct own_event *event, struct patien
 /* --- lane mode --- */
 
 /*
+ * Our own device is lost: that is to be heard of at once. Under MPS the daemon may have lost it, too,
+ * and stay away for as long as we are there.
+ */
+static int give_up(struct sage_job submitted)
+{
+    const struct sage_lane *lane = submitted.lane;
+    struct msg_cancel msg = {.lane = lane->index, .number = submitted.number};
+
+    tell(lane->client, OP_CANCEL, MSG_CANCEL, &msg, 0);
+    take_status(submitted);
+    return SAGE_EDEVICE;
+}
+
+/*
  * The stream will not tell that the inputs are ready: cancel the job, again and again, since a
  * daemon that drains leaves it to the next one. It has run only if the stream did tell.
  */
@@ -407,6 +429,8 @@ static int take_back(struct sage_job submitted, int reason)
     uint32_t n = submitted.number, i = n % SAGE_ENTRIES;
     char why[PROTO_TEXT_MAX];
 
+    if (reason == SAGE_EDEVICE)
+        return give_up(submitted);
     snprintf(why, sizeof(why), "%.*s", (int)sizeof(why) - 1, error_text());
     do
         sage_cancel(submitted);

@@ -382,10 +382,9 @@ static int enter_context(struct gpu_job *job)
     int rc = driver_check(job->cu->cuCtxGetId(context, &job->context.id), "cuCtxGetId");
     if (!rc)
         rc = driver_check(job->cu->cuCtxGetCurrent(&current), "cuCtxGetCurrent");
-    if (!rc && current != context) {
+    job->pushed = current != context;
+    if (!rc && job->pushed)
         rc = driver_check(job->cu->cuCtxPushCurrent(context), "cuCtxPushCurrent");
-        job->pushed = true;
-    }
     if (rc)
         return rc;
     job->context.cu = context;
