@@ -243,11 +243,6 @@ static void tell(struct sage_client *c, uint32_t op, enum msg_kind kind, const v
     } while (rc == SAGE_EBUSY || rc == SAGE_ENOMEM);
 }
 
-static void tell_waited(struct sage_client *c, uint32_t event, uint64_t epoch)
-{
-    tell(c, OP_WAITED, MSG_WAITED, &(struct msg_waited){.event = event}, epoch);
-}
-
 /* --- the modes --- */
 
 enum sage_mode sage_client_mode(struct sage_client *client)
@@ -374,7 +369,7 @@ static int follow(struct gpu_job *job, struct sage_job submitted)
         rc = driver_check(job->cu->cuStreamWaitEvent(job->stream, event, 0),
                           "stream: cuStreamWaitEvent");
     int status = rc ? sage_wait(submitted, -1) : 0;
-    tell_waited(c, launched.event, epoch);
+    tell(c, OP_WAITED, MSG_WAITED, &(struct msg_waited){.event = launched.event}, epoch);
     if (!rc)
         return 0;
     take_status(submitted);
@@ -406,8 +401,8 @@ static int run_event(struct gpu_job *job, struct own_event *event, struct patien
 /* --- lane mode --- */
 
 /*
- * Our own device is lost: that is to be heard of at once. Under MPS the daemon may have lost it, too,
- * and stay away for as long as we are there.
+ * Our own device is lost: that is to be heard of at once. Under MPS the daemon may have lost it,
+ * too, and stay away for as long as we are there.
  */
 static int give_up(struct sage_job submitted)
 {
