@@ -104,8 +104,7 @@ static int check_bounds(const char *name, const struct sage_tensor *t, int64_t b
                      (long long)bytes, (unsigned long long)t->offset, (unsigned long long)size);
 }
 
-int buffer_resolve(struct sage_client *c, const char *name, const struct place *place,
-                   struct sage_tensor *t)
+int buffer_resolve(struct sage_client *c, const char *name, struct sage_tensor *t)
 {
     const unsigned char *data = t->data;
     uint64_t size = 0;
@@ -118,18 +117,13 @@ int buffer_resolve(struct sage_client *c, const char *name, const struct place *
         return 0; /* nowhere; what is wrong with such a tensor sage_attn_check() says */
 
     pthread_mutex_lock(&c->lock);
-    const struct sage_buffer *b = place ? NULL : find(c, data);
+    const struct sage_buffer *b = find(c, data);
     if (b) {
         t->buffer = b->id;
         t->offset = (uint64_t)(data - b->data);
         size = b->size;
     }
     pthread_mutex_unlock(&c->lock);
-    if (place) {
-        t->buffer = place->buffer;
-        t->offset = place->offset;
-        size = place->size;
-    }
     if (!t->buffer)
         return error_set(SAGE_EBUFFER, "%s: %p is in no registered buffer", name,
                          (const void *)data);

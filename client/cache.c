@@ -118,6 +118,19 @@ struct cached *cache_find(struct cache *cache, const struct span *spans, uint32_
     return found;
 }
 
+struct cached *cache_at(struct cache *cache, uint64_t address, uint64_t bytes)
+{
+    for (struct cached *c = cache->first; c; c = c->next) {
+        const struct span *s = c->spans;
+        if (c->n_spans > 1 || c->stale || c->leaving || address - s->base >= s->size ||
+            bytes > s->size - (address - s->base))
+            continue;
+        c->used = ++cache->clock;
+        return c;
+    }
+    return NULL;
+}
+
 bool cache_clashes(const struct cache *cache, const struct cached *cached)
 {
     uint64_t base = cached_base(cached), end = base + cached_bytes(cached);

@@ -58,6 +58,12 @@ void cache_remove(struct cache *cache, struct cached *cached);
  */
 struct cached *cache_find(struct cache *cache, const struct span *spans, uint32_t n_spans);
 
+/*
+ * The entry of a single span that has all these bytes, or NULL; whether its memory is still what it
+ * was is not said.
+ */
+struct cached *cache_at(struct cache *cache, uint64_t address, uint64_t bytes);
+
 /* Does the daemon, or may it, still have other memory mapped that was at the entry's addresses? */
 bool cache_clashes(const struct cache *cache, const struct cached *cached);
 

@@ -200,12 +200,9 @@ void buffer_unlist(struct sage_buffer *buffer);
 /* The listed buffer with the least id above `id`, or NULL. */
 struct sage_buffer *buffer_after(struct sage_client *client, uint32_t id);
 
-/*
- * Replace the address of a tensor by buffer and offset: by what `place` says if it is set,
- * otherwise by looking for it. SAGE_EBUFFER, SAGE_EBOUNDS.
- */
-int buffer_resolve(struct sage_client *client, const char *name, const struct place *place,
-                   struct sage_tensor *tensor);
+/* Replace the address of a tensor by the buffer it is in and its offset. SAGE_EBUFFER,
+ * SAGE_EBOUNDS. */
+int buffer_resolve(struct sage_client *client, const char *name, struct sage_tensor *tensor);
 /* Is this address in memory that is mapped here and registered? */
 bool buffer_is_host(struct sage_client *client, const void *data);
 

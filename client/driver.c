@@ -14,6 +14,7 @@
 /* Layouts are cuda.h's: a mistake here is memory corruption there. */
 _Static_assert(sizeof(void *) == 8, "handles and addresses have 64 bits");
 _Static_assert(sizeof(struct cu_copy) == 200, "sizeof(CUDA_MEMCPY3D)");
+_Static_assert(sizeof(struct cu_word_op) == 48, "sizeof(CUstreamBatchMemOpParams)");
 _Static_assert(sizeof(struct cu_handle) == 64, "CU_IPC_HANDLE_SIZE");
 
 enum { CUDA_12_0 = 12000, LEGACY_STREAM = 1 };
@@ -203,6 +204,27 @@ int driver_describe(const struct driver *cu, uint64_t address, struct memory *m)
         m->size = mapped;
     }
     return result;
+}
+
+bool driver_is_still(const struct driver *cu, uint64_t address, uint64_t id, uint64_t block)
+{
+    int attributes[] = {7, 20}; /* CU_POINTER_ATTRIBUTE_BUFFER_ID, _MEMORY_BLOCK_ID */
+    uint64_t found[2] = {0};
+    void *data[] = {&found[0], &found[1]};
+
+    return cu->cuPointerGetAttributes(2, attributes, data, address) == CU_OK && found[0] == id &&
+           found[1] == block;
+}
+
+int driver_tell_and_await(const struct driver *cu, struct CUstream_st *stream, uint64_t tell,
+                          uint64_t await, uint32_t n)
+{
+    struct cu_word_op ops[] = {
+        {.operation = CU_OP_WRITE, .address = tell, .value = n},
+        {.operation = CU_OP_WAIT, .address = await, .value = n, .flags = CU_WAIT_GEQ},
+    };
+
+    return driver_check(cu->cuStreamBatchMemOp(stream, 2, ops, 0), "stream: cuStreamBatchMemOp");
 }
 
 /* --- for programs of this project --- */

@@ -31,6 +31,8 @@ enum {
 
     CU_STREAM_ASIDE = 1,    /* CU_STREAM_NON_BLOCKING */
     CU_HOST_MAPPED = 2,     /* CU_MEMHOSTREGISTER_DEVICEMAP */
+    CU_OP_WAIT = 1,         /* CU_STREAM_MEM_OP_WAIT_VALUE_32 */
+    CU_OP_WRITE = 2,        /* CU_STREAM_MEM_OP_WRITE_VALUE_32 */
     CU_WAIT_GEQ = 0,        /* CU_STREAM_WAIT_VALUE_GEQ: (int32_t)(word - value) >= 0 */
     CU_EVENT_UNTIMED = 2,   /* CU_EVENT_DISABLE_TIMING */
     CU_EVENT_SHARED = 4,    /* CU_EVENT_INTERPROCESS */
@@ -40,6 +42,14 @@ enum {
 /* CUipcMemHandle and CUipcEventHandle. */
 struct cu_handle {
     unsigned char bytes[64];
+};
+
+/* CUstreamBatchMemOpParams. */
+struct cu_word_op {
+    int operation;
+    uint64_t address, value;
+    unsigned flags;
+    uint64_t reserved[2];
 };
 
 /* CUDA_MEMCPY3D. */
@@ -101,10 +111,8 @@ struct cu_copy {
     X(cuStreamGetId, (struct CUstream_st * stream, unsigned long long *id))                        \
     X(cuStreamIsCapturing, (struct CUstream_st * stream, int *status))                             \
     X(cuStreamSynchronize, (struct CUstream_st * stream))                                          \
-    X(cuStreamWaitValue32,                                                                         \
-      (struct CUstream_st * stream, uint64_t address, uint32_t value, unsigned flags))             \
-    X(cuStreamWriteValue32,                                                                        \
-      (struct CUstream_st * stream, uint64_t address, uint32_t value, unsigned flags))             \
+    X(cuStreamBatchMemOp,                                                                          \
+      (struct CUstream_st * stream, unsigned n, struct cu_word_op *ops, unsigned flags))           \
     X(cuStreamWaitEvent, (struct CUstream_st * stream, struct CUevent_st * event, unsigned flags)) \
     X(cuEventCreate, (struct CUevent_st * *event, unsigned flags))                                 \
     X(cuEventDestroy, (struct CUevent_st * event))                                                 \
@@ -157,6 +165,15 @@ struct memory {
 
 /* Needs no context. A CUresult. */
 int driver_describe(const struct driver *cu, uint64_t address, struct memory *memory);
+/* Is it still the allocation that had these ids? A fraction of driver_describe(). */
+bool driver_is_still(const struct driver *cu, uint64_t address, uint64_t id, uint64_t block);
+
+/*
+ * In one call: the stream stores n in a word, behind all that was put on it before, then waits
+ * until another has reached n. Addresses are the device's.
+ */
+int driver_tell_and_await(const struct driver *cu, struct CUstream_st *stream, uint64_t tell,
+                          uint64_t await, uint32_t n);
 
 /* A device for a program of this project: its primary context, current until device_close(). */
 struct device {

@@ -5,11 +5,14 @@
 #include "client/client.h"
 
 #include <poll.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 /* The answer to a packet that nobody waits for: no request gets that far. */
 enum { NO_SEQ = UINT32_MAX };
+
+enum { CANCEL_NS = 10 * 1000 * 1000 }; /* between two tries to cancel a job */
 
 /* --- our events --- */
 
@@ -219,18 +222,21 @@ static int open_event(struct gpu_job *job, const struct msg_launched *launched, 
     return 0;
 }
 
-/* Nobody waits for the answer. Under `lock` the connection cannot become another one. */
-static void tell_waited(struct sage_client *c, uint32_t event, uint64_t epoch)
+/*
+ * Nobody waits for the answer. epoch: the connection that it is meant for, 0: any. Under `lock` it
+ * cannot become another one.
+ */
+static void tell(struct sage_client *c, uint32_t op, enum msg_kind kind, const void *msg,
+                 uint64_t epoch)
 {
-    struct msg_waited msg = {.event = event};
     unsigned char packet[128];
-    size_t len = packet_encode(packet, sizeof(packet), OP_WAITED, NO_SEQ, MSG_WAITED, &msg);
+    size_t len = packet_encode(packet, sizeof(packet), op, NO_SEQ, kind, msg);
     int rc;
 
     do {
         pthread_mutex_lock(&c->lock);
-        rc = client_state(c) == LINK_LIVE && c->epoch == epoch ? conn_push(c->fd, packet, len, NULL)
-                                                               : 0;
+        bool live = client_state(c) == LINK_LIVE && (!epoch || c->epoch == epoch);
+        rc = live ? conn_push(c->fd, packet, len, NULL) : 0;
         pthread_mutex_unlock(&c->lock);
         if (rc == SAGE_EBUSY || rc == SAGE_ENOMEM)
             poll(NULL, 0, 1);
@@ -363,7 +369,7 @@ static int follow(struct gpu_job *job, struct sage_job submitted)
         rc = driver_check(job->cu->cuStreamWaitEvent(job->stream, event, 0),
                           "stream: cuStreamWaitEvent");
     int status = rc ? sage_wait(submitted, -1) : 0;
-    tell_waited(c, launched.event, epoch);
+    tell(c, OP_WAITED, MSG_WAITED, &(struct msg_waited){.event = launched.event}, epoch);
     if (!rc)
         return 0;
     take_status(submitted);
@@ -394,31 +400,55 @@ static int run_event(struct gpu_job *job, struct own_event *event, struct patien
 
 /* --- lane mode --- */
 
-int gpu_store_acquire(const struct gpu_job *job, const struct sage_lane *lane, uint32_t n)
+/*
+ * Our own device is lost: that is to be heard of at once. Under MPS the daemon may have lost it,
+ * too, and stay away for as long as we are there.
+ */
+static int give_up(struct sage_job submitted)
 {
-    uint64_t at = view_word(job->view, job->client, &lane->words->acquire[n % SAGE_ENTRIES]);
+    const struct sage_lane *lane = submitted.lane;
+    struct msg_cancel msg = {.lane = lane->index, .number = submitted.number};
 
-    return driver_check(job->cu->cuStreamWriteValue32(job->stream, at, n, 0),
-                        "stream: cuStreamWriteValue32");
+    tell(lane->client, OP_CANCEL, MSG_CANCEL, &msg, 0);
+    take_status(submitted);
+    return SAGE_EDEVICE;
 }
 
-/* Let the stream wait for the release. Where it cannot, the job is cancelled, or the CPU waits. */
-static int await_on_stream(struct gpu_job *job, struct sage_job submitted)
+/*
+ * The stream will not tell that the inputs are ready: cancel the job, again and again, since a
+ * daemon that drains leaves it to the next one. It has run only if the stream did tell.
+ */
+static int take_back(struct sage_job submitted, int reason)
 {
-    const uint32_t *release = &submitted.lane->words->release[submitted.number % SAGE_ENTRIES];
-    uint64_t at = view_word(job->view, job->client, release);
-    int rc =
-        driver_check(job->cu->cuStreamWaitValue32(job->stream, at, submitted.number, CU_WAIT_GEQ),
-                     "stream: cuStreamWaitValue32");
+    struct sage_page_lane *words = submitted.lane->words;
+    uint32_t n = submitted.number, i = n % SAGE_ENTRIES;
+    char why[PROTO_TEXT_MAX];
 
-    if (!rc)
-        return 0;
-    bool started = sage_cancel(submitted);
-    int status = started ? sage_wait(submitted, -1) : 0;
+    if (reason == SAGE_EDEVICE)
+        return give_up(submitted);
+    snprintf(why, sizeof(why), "%.*s", (int)sizeof(why) - 1, error_text());
+    do
+        sage_cancel(submitted);
+    while (!page_wait(&words->release[i], n, CANCEL_NS));
+    page_store(&words->acquire[i], n); /* or the lane would wait for it, see is_idle() */
+    int status = sage_wait(submitted, -1);
     take_status(submitted);
-    if (started)
-        return status;
-    return error_set(rc, "stream: it cannot wait for a word of the page");
+    return status == SAGE_ECANCELED ? error_set(reason, "%s", why) : status;
+}
+
+/*
+ * The stream tells the daemon that the inputs are ready, then waits for the release. No lock is
+ * held: where the stream is full the driver waits for it.
+ */
+static int order(struct gpu_job *job, struct sage_job submitted)
+{
+    struct sage_page_lane *words = submitted.lane->words;
+    uint32_t n = submitted.number, i = n % SAGE_ENTRIES;
+    uint64_t acquire = view_word(job->view, job->client, &words->acquire[i]);
+    uint64_t release = view_word(job->view, job->client, &words->release[i]);
+    int rc = driver_tell_and_await(job->cu, job->stream, acquire, release, n);
+
+    return rc ? take_back(submitted, rc) : 0;
 }
 
 /* For what is done before a job is submitted: no memory, a lost device are this process's own. */
@@ -439,7 +469,7 @@ static int run_lane(struct gpu_job *job, struct patience *patience)
         rc = lane_submit(lane, &job->attn, 0, job, &submitted);
     while (rc && (lane_drained(lane, rc) || may_prepare_again(patience, rc)));
     if (!rc)
-        rc = await_on_stream(job, submitted);
+        rc = order(job, submitted);
     lane_put(lane);
     return rc;
 }

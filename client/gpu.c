@@ -271,31 +271,38 @@ static int hide(struct gpu_job *job, int i, const struct memory *hidden, bool ma
     return 0;
 }
 
-static int place(struct gpu_job *job, int i, bool may_stage)
+/* What tensor i lies in, by the driver's account; *e: the entry, pinned, unless it is staged. */
+static int look(struct gpu_job *job, int i, uint64_t bytes, bool may_stage, struct cached **e)
 {
-    const struct sage_tensor *t = tensor_of(&job->attn, i);
     struct spans s = {.capacity = SPANS_AT_ONCE};
     struct memory first = {0}, hidden = {0};
-    struct cached *e = NULL;
-    int64_t bytes;
 
-    if (t->dtype == SAGE_NONE || !sage_tensor_bytes(t, &bytes) || bytes == 0 ||
-        buffer_is_host(job->client, t->data))
-        return 0;
     s.list = s.few;
-    int rc = collect(job, i, (uint64_t)bytes, &s, &first, &hidden);
+    int rc = collect(job, i, bytes, &s, &first, &hidden);
     if (!rc && hidden.size)
         rc = hide(job, i, &hidden, may_stage);
     else if (!rc)
-        rc = gpu_acquire(job, s.list, s.n, first.ipc, &e);
-    if (!rc && e)
-        job->places[i] = (struct place){.set = true,
-                                        .cached = e,
-                                        .buffer = e->buffer->id,
-                                        .offset = (uint64_t)(uintptr_t)t->data - cached_base(e),
-                                        .size = cached_bytes(e)};
+        rc = gpu_acquire(job, s.list, s.n, first.ipc, e);
     if (s.list != s.few)
         free(s.list);
+    return rc;
+}
+
+static int place(struct gpu_job *job, int i, bool may_stage)
+{
+    const struct sage_tensor *t = tensor_of(&job->attn, i);
+    uint64_t at = (uint64_t)(uintptr_t)t->data;
+    int64_t bytes;
+    int rc = 0;
+
+    if (t->dtype == SAGE_NONE || !sage_tensor_bytes(t, &bytes) || bytes == 0)
+        return 0;
+    struct cached *e = gpu_recall(job, at, (uint64_t)bytes);
+    if (!e && !buffer_is_host(job->client, t->data))
+        rc = look(job, i, (uint64_t)bytes, may_stage, &e);
+    if (!rc && e)
+        job->places[i] = (struct place){
+            .set = true, .cached = e, .buffer = e->buffer->id, .offset = at - cached_base(e)};
     return rc;
 }
 
@@ -325,23 +332,24 @@ static int check_device(struct gpu_job *job)
 {
     struct sage_client *c = job->client;
     char here[UUID_TEXT], there[PROTO_NAME_MAX];
-    int rc = driver_check(job->cu->cuCtxGetDevice(&job->device), "cuCtxGetDevice");
 
-    if (rc)
-        return rc;
     pthread_mutex_lock(&c->lock);
     memcpy(there, c->welcome.uuid, sizeof(there));
     c->gpu.used = true;
     uint64_t epoch = c->epoch;
-    bool known = c->gpu.same_epoch == epoch && c->gpu.same_device == job->device;
+    bool known = c->gpu.same_epoch == epoch && context_is(&c->gpu.same, &job->context);
+    job->device = c->gpu.same_device;
     pthread_mutex_unlock(&c->lock);
     if (known)
         return 0;
-    rc = driver_uuid(job->cu, job->device, here);
+    int rc = driver_check(job->cu->cuCtxGetDevice(&job->device), "cuCtxGetDevice");
+    if (!rc)
+        rc = driver_uuid(job->cu, job->device, here);
     if (rc)
         return rc;
     if (!strcmp(here, there)) {
         pthread_mutex_lock(&c->lock);
+        c->gpu.same = job->context;
         c->gpu.same_device = job->device;
         c->gpu.same_epoch = epoch;
         pthread_mutex_unlock(&c->lock);
@@ -365,14 +373,17 @@ static int check_stream(struct gpu_job *job)
 }
 
 /* Other threads may be capturing: what we do is none of theirs. */
-static int push_context(struct gpu_job *job)
+static int enter_context(struct gpu_job *job)
 {
-    struct CUctx_st *context = find_context(job);
+    struct CUctx_st *context = find_context(job), *current = NULL;
 
     if (!context)
         return error_set(SAGE_EINVAL, "there is no CUDA context: is q in device memory?");
     int rc = driver_check(job->cu->cuCtxGetId(context, &job->context.id), "cuCtxGetId");
     if (!rc)
+        rc = driver_check(job->cu->cuCtxGetCurrent(&current), "cuCtxGetCurrent");
+    job->pushed = current != context;
+    if (!rc && job->pushed)
         rc = driver_check(job->cu->cuCtxPushCurrent(context), "cuCtxPushCurrent");
     if (rc)
         return rc;
@@ -400,7 +411,7 @@ int gpu_begin(struct gpu_job *job, struct sage_client *c, const struct sage_attn
     job->cu = driver_open();
     if (!job->cu)
         return SAGE_EUNSUPPORTED;
-    rc = push_context(job);
+    rc = enter_context(job);
     if (rc)
         return rc;
     rc = check_device(job);
@@ -442,5 +453,6 @@ void gpu_end(struct gpu_job *job)
             job->places[i].cached->pins--;
     pthread_mutex_unlock(&c->lock);
     job->cu->cuThreadExchangeStreamCaptureMode(&job->capture_mode);
-    job->cu->cuCtxPopCurrent(&context);
+    if (job->pushed)
+        job->cu->cuCtxPopCurrent(&context);
 }

@@ -72,7 +72,8 @@ struct gpu {
     uint64_t cap;            /* set once; 0: an eighth of the device */
     enum sage_mode in_force; /* of the last job of a stream; AUTO: there was none */
     uint64_t no_events;      /* the connection on which events turned out not to work */
-    int same_device;         /* this one is the daemon's, */
+    struct context same;     /* a context of the daemon's device, */
+    int same_device;         /* which is this one, */
     uint64_t same_epoch;     /* on this connection */
     struct cache cache;
     bool used;     /* the driver has given us something */
@@ -93,7 +94,7 @@ struct place {
     bool set; /* otherwise in a memfd, to be found by its address */
     bool staged;
     uint32_t buffer;
-    uint64_t offset, size; /* in the buffer; of the buffer */
+    uint64_t offset;       /* in the buffer, which has all of it */
     struct cached *cached; /* pinned, unless staged */
 };
 
@@ -110,7 +111,8 @@ struct gpu_job {
     const struct page_view *view; /* the stream tells and waits in the page; NULL: the CPU does */
     struct memory seen;           /* what was asked for last, see describe() */
     struct CUstream_st *stream;
-    struct context context; /* pushed */
+    struct context context; /* current */
+    bool pushed;            /* by us */
     int device, capture_mode;
 };
 
@@ -154,6 +156,11 @@ void views_destroy(struct sage_client *client);
 /* The entry for these spans, which the daemon has then; pinned. ipc: it is one allocation. */
 int gpu_acquire(struct gpu_job *job, const struct span *spans, uint32_t n_spans, bool ipc,
                 struct cached **cached);
+/*
+ * The entry of an allocation that has all these bytes, pinned, if the driver says that it is still
+ * the same. NULL: look closer. It is of the daemon's device, as all that is registered.
+ */
+struct cached *gpu_recall(struct gpu_job *job, uint64_t address, uint64_t bytes);
 /* A descriptor of a chunk, if it is still what it was. */
 int gpu_export(const struct span *span, int *fd);
 /* End the watcher, let go of what the driver gave us. The connection is gone by now. */
@@ -199,9 +206,6 @@ void stage_end(struct gpu_job *job);
 void stage_trim(struct sage_client *client, const struct driver *cu, bool all);
 
 /* --- enqueue.c --- */
-
-/* The stream stores job n's acquire word. It may take as long as what the stream has to do. */
-int gpu_store_acquire(const struct gpu_job *job, const struct sage_lane *lane, uint32_t n);
 
 /* sage_attn_run() where the daemon has a GPU. */
 int gpu_run(struct sage_client *client, const struct sage_attn *attn, struct sage_times *times);

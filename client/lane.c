@@ -209,6 +209,7 @@ static int keep_packet(struct sage_lane *lane, uint32_t n, const void *packet, s
             return error_set(SAGE_ENOMEM, "out of memory");
     }
     pthread_mutex_lock(&lane->client->lock);
+    lane_look(lane, lane_tail(lane)); /* the entry's last job is over, and its status goes now */
     if (larger) {
         old = entry->packet;
         entry->packet = larger;
@@ -251,8 +252,14 @@ static int check(struct sage_client *c, const struct sage_attn *attn, const stru
     if (rc)
         return error_set(rc, "%s", why);
     for (int i = 0; !rc && i < N_TENSORS; i++) {
-        const struct place *place = gpu && gpu->places[i].set ? &gpu->places[i] : NULL;
-        rc = buffer_resolve(c, tensor_names[i], place, tensor_of(a, i));
+        struct sage_tensor *t = tensor_of(a, i);
+        if (!gpu || !gpu->places[i].set) {
+            rc = buffer_resolve(c, tensor_names[i], t);
+            continue;
+        }
+        t->data = NULL;
+        t->buffer = gpu->places[i].buffer;
+        t->offset = gpu->places[i].offset;
     }
     return rc;
 }
@@ -273,63 +280,26 @@ static int prepare(struct sage_lane *lane, unsigned flags)
 }
 
 /*
- * The stream's number n is not going to be a job: released, without an error. The reader may have
- * failed it already, if it saw it.
- */
-static void use_up(struct sage_lane *lane, uint32_t n)
-{
-    pthread_mutex_lock(&lane->client->lock);
-    lane->entry[n % SAGE_ENTRIES].failed = false;
-    pthread_mutex_unlock(&lane->client->lock);
-    page_release(lane->words, n, 0);
-}
-
-/*
  * Publish the prepared job, then send it, unless the reader is going to. There was room for it; so
- * it waits only if the reader has just replaced the connection and filled it, or others have while
- * the stream's acquire was stored.
+ * it waits only if the reader has just replaced the connection and filled it.
  */
-static int publish(struct sage_lane *lane, bool streamed, struct sage_job *job)
+static void publish(struct sage_lane *lane)
 {
     struct sage_client *c = lane->client;
     uint64_t tail = atomic_load(&lane->tail) + 1;
     uint32_t n = (uint32_t)tail;
     const struct entry *e = &lane->entry[n % SAGE_ENTRIES];
 
+    c->in_flight++;
     atomic_store(&lane->tail, tail);
     enum link_state state = LINK_STATE(atomic_fetch_add(&c->link, 1));
     if (state == LINK_LIVE) {
         int rc = conn_send(c->fd, e->packet, e->len, NULL);
         if (rc && rc != SAGE_ELOST) /* the reader then sends it again, or fails it */
             shutdown(c->fd, SHUT_RDWR);
-    } else if (state == LINK_LOST && streamed) {
-        use_up(lane, n); /* since client_revive(); nobody waits for it yet */
-        return error_set(SAGE_ELOST, "the connection to the daemon broke");
-    } else if (state == LINK_LOST) {
+    } else if (state == LINK_LOST) { /* since client_revive() */
         reader_fail(lane, n, "the connection to the daemon broke");
     }
-    *job = (struct sage_job){lane, n};
-    return 0;
-}
-
-/*
- * The stream stores the acquire word. Without submit_lock, for the driver may wait there for the
- * stream. A number that may be on its way is used up: released, in a job that nobody knows of.
- */
-static int store_acquire(struct sage_lane *lane, const struct gpu_job *gpu)
-{
-    struct sage_client *c = lane->client;
-    uint64_t tail = atomic_load(&lane->tail) + 1;
-
-    pthread_mutex_unlock(&c->submit_lock);
-    int rc = gpu_store_acquire(gpu, lane, (uint32_t)tail);
-    pthread_mutex_lock(&c->submit_lock);
-    if (!rc)
-        return 0;
-    page_store(&lane->words->acquire[tail % SAGE_ENTRIES], (uint32_t)tail);
-    use_up(lane, (uint32_t)tail);
-    atomic_store(&lane->tail, tail);
-    return rc;
 }
 
 bool lane_drained(struct sage_lane *lane, int status)
@@ -357,14 +327,11 @@ int lane_submit(struct sage_lane *lane, const struct sage_attn *attn, unsigned f
         rc = prepare(lane, flags);
     if (!rc) {
         uint32_t n = lane_tail(lane) + 1;
-        c->in_flight++;
-        if (streamed)
-            rc = store_acquire(lane, gpu);
-        else if (!(flags & SAGE_HELD))
+        if (!streamed && !(flags & SAGE_HELD))
             page_store(&lane->words->acquire[n % SAGE_ENTRIES], n);
+        publish(lane);
+        *job = (struct sage_job){lane, n};
     }
-    if (!rc)
-        rc = publish(lane, streamed, job);
     pthread_mutex_unlock(&c->submit_lock);
     if (!rc && gpu)
         gpu_submitted(gpu, *job);

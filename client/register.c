@@ -310,6 +310,12 @@ static int enter(struct gpu_job *job, struct cached *e, bool ipc)
     return rc;
 }
 
+/* With `lock` held. Did this daemon take it? While there is none the next will be offered it. */
+static bool is_taken(const struct sage_client *c, const struct cached *e)
+{
+    return client_state(c) != LINK_LIVE || e->buffer->epoch == c->epoch;
+}
+
 /* With `lock` held. Registered with this daemon; one that another call registers is waited for. */
 static struct cached *find(struct sage_client *c, const struct span *spans, uint32_t n)
 {
@@ -318,8 +324,8 @@ static struct cached *find(struct sage_client *c, const struct span *spans, uint
     while ((e = cache_find(&c->gpu.cache, spans, n))) {
         if (!e->ready)
             pthread_cond_wait(&c->changed, &c->lock);
-        else if (client_state(c) == LINK_LIVE && e->buffer->epoch != c->epoch)
-            e->stale = true; /* this daemon did not take it */
+        else if (!is_taken(c, e))
+            e->stale = true;
         else
             break;
     }
@@ -330,19 +336,54 @@ int gpu_acquire(struct gpu_job *job, const struct span *spans, uint32_t n, bool 
                 struct cached **out)
 {
     struct sage_client *c = job->client;
-    struct cached *new = cached_create(spans, n);
+    struct cached *new = NULL;
 
-    if (!new)
-        return error_set(SAGE_ENOMEM, "out of memory");
     pthread_mutex_lock(&c->lock);
     struct cached *e = find(c, spans, n);
-    if (!e)
-        cache_add(&c->gpu.cache, new);
-    *out = e ? e : new;
-    (*out)->pins++;
+    if (!e) {
+        e = new = cached_create(spans, n);
+        if (new)
+            cache_add(&c->gpu.cache, new);
+    }
+    if (e)
+        e->pins++;
     pthread_mutex_unlock(&c->lock);
-    int rc = e ? 0 : enter(job, new, ipc);
-    if (e || rc)
+    *out = e;
+    if (!e)
+        return error_set(SAGE_ENOMEM, "out of memory");
+    int rc = new ? enter(job, new, ipc) : 0;
+    if (rc)
         free(new);
     return rc;
+}
+
+/* An allocation that a tensor of this job was found in a moment ago. */
+static bool was_found(const struct gpu_job *job, const struct cached *e)
+{
+    for (int i = 0; i < N_TENSORS; i++)
+        if (job->places[i].cached == e)
+            return true;
+    return false;
+}
+
+struct cached *gpu_recall(struct gpu_job *job, uint64_t address, uint64_t bytes)
+{
+    struct sage_client *c = job->client;
+    struct span span = {0};
+
+    pthread_mutex_lock(&c->lock);
+    struct cached *e = cache_at(&c->gpu.cache, address, bytes);
+    if (e && e->ready && e->buffer->kind == BUFFER_CUDA_IPC && is_taken(c, e)) {
+        span = e->spans[0];
+        e->pins++;
+    } else {
+        e = NULL;
+    }
+    pthread_mutex_unlock(&c->lock);
+    if (!e || was_found(job, e) || driver_is_still(job->cu, address, span.id, span.block))
+        return e;
+    pthread_mutex_lock(&c->lock);
+    e->pins--;
+    pthread_mutex_unlock(&c->lock);
+    return NULL;
 }

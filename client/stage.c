@@ -372,7 +372,6 @@ int stage_in(struct gpu_job *job)
             continue;
         p->set = true;
         p->buffer = job->block->buffer->id;
-        p->size = job->block->bytes;
         tensor_of(&job->attn, i)->data = (void *)(uintptr_t)(job->block->base + p->offset);
         if (i != TENSOR_O && i != TENSOR_LSE)
             rc = copy(job, i, false);

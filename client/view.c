@@ -26,10 +26,7 @@ static int try_out(const struct driver *cu, uint64_t device, const uint32_t *wor
 
     if (rc)
         return rc;
-    rc = driver_check(cu->cuStreamWriteValue32(stream, device, PROBE, 0), "cuStreamWriteValue32");
-    if (!rc)
-        rc = driver_check(cu->cuStreamWaitValue32(stream, device, PROBE, CU_WAIT_GEQ),
-                          "cuStreamWaitValue32");
+    rc = driver_tell_and_await(cu, stream, device, device, PROBE);
     int passed = cu->cuStreamSynchronize(stream);
     rc = rc ? rc : driver_check(passed, "cuStreamSynchronize");
     cu->cuStreamDestroy(stream);

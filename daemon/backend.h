@@ -83,10 +83,10 @@ struct backend {
     /* Take note of what the device has done. NULL: streams do that by themselves, and notify. */
     void (*poll)(struct stream *stream);
     /*
-     * After a sleep, a piece is about to end, and another to start: have what that needs in the
-     * caches. NULL: no need.
+     * After a sleep, a piece is about to start: have what that needs in the caches. running: one of
+     * ours is. NULL: no need.
      */
-    void (*warm)(struct device *device);
+    void (*warm)(struct device *device, bool running);
 
     /*
      * Events of MODE_EVENT; without it all are NULL. A client's event: done (1), not yet (0), or

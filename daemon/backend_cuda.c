@@ -152,6 +152,9 @@ static int open_context(struct device *d, const struct config *config, char *why
         rc = sage_cuda_stamp_load(&d->code);
     if (rc)
         return cuda_error(d, (cudaError_t)rc, SAGE_EUNSUPPORTED, "GPU cannot be opened", why);
+    /* An older driver does not know what is asked for. */
+    if (cudaDeviceGetAttribute(&d->mps, cudaDevAttrMpsEnabled, d->ordinal) != cudaSuccess)
+        cudaGetLastError();
     snprintf(d->name, sizeof(d->name), "%.63s", prop.name);
     format_uuid(&prop.uuid, d->uuid);
     rc = sage_cuda_load(why, PROTO_TEXT_MAX);

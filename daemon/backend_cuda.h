@@ -60,6 +60,7 @@ struct device {
     struct graph nothing; /* on `probe`; without exec: there is none */
     int lost;             /* cudaError_t it was lost by, or 0. Any thread, atomically; stays */
     bool releases;        /* kernels can store words in pages of clients */
+    int mps;              /* kernels of other processes can run beside ours */
     int64_t clock_ns;     /* CLOCK_MONOTONIC - %globaltimer; INT64_MAX: not known */
     struct cuda_driver cu;
     /* Events of ours: by their numbers, from 1; and those that nobody waits for. Both owned. */
@@ -97,8 +98,8 @@ int graph_end(struct graph *graph, cudaStream_t stream, bool good);
 /* The device's `nothing`. */
 void warm_open(struct device *d);
 void warm_close(struct device *d);
-/* Launch it, if the last time is over. */
-void warm(struct device *d);
+/* Launch it, if the last time is over, and where that costs nobody anything. */
+void warm(struct device *d, bool running);
 
 /* cuda_share.c: members of backend_cuda, and what open() and close() have to do for them. */
 int share_open(struct device *d, char *why);

@@ -161,10 +161,13 @@ void warm_close(struct device *d)
     cudaFreeHost(d->nothing.stamp);
 }
 
-void warm(struct device *d)
+void warm(struct device *d, bool running)
 {
-    /* Where others leave it no room on the device it must not pile up. */
-    if (d->nothing.exec && cudaStreamQuery(d->probe) == cudaSuccess)
+    /*
+     * Without MPS the device would leave whatever another process computes for it. And where others
+     * leave it no room on the device it must not pile up.
+     */
+    if (d->nothing.exec && (running || d->mps) && cudaStreamQuery(d->probe) == cudaSuccess)
         cudaGraphLaunch(d->nothing.exec, d->probe);
     cudaGetLastError();
 }

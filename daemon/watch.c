@@ -161,6 +161,17 @@ static uint64_t scan(struct daemon *d, uint64_t now)
     return least;
 }
 
+/*
+ * The loop has slept and stays awake now, since something is to start soon: what a piece that is
+ * about to end makes room for, a job whose inputs are about to be ready, or one that a packet
+ * brings. What is ready already is launched just as soon.
+ */
+static void warm(struct daemon *d, bool ending)
+{
+    if (d->backend->warm && (ending || d->sched.n_active == 0))
+        d->backend->warm(d->device, sched_slots_used(d) > 0);
+}
+
 void watch_turn(struct daemon *d)
 {
     struct watch *w = &d->watch;
@@ -168,12 +179,13 @@ void watch_turn(struct daemon *d)
 
     wait = piece < wait ? piece : wait;
     if (now < w->hot_until_ns || wait == 0) {
-        bool slept = !uv_is_active((uv_handle_t *)&w->hot);
-        if (slept && now >= w->hot_until_ns && piece == 0 && d->backend->warm)
-            d->backend->warm(d->device);
+        if (!w->awake && !d->device_lost)
+            warm(d, piece == 0);
+        w->awake = true;
         uv_idle_start(&w->hot, on_hot);
         return;
     }
+    w->awake = false;
     uv_idle_stop(&w->hot);
     if (wait != UINT64_MAX)
         sleep_for(w, wait);

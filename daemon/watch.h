@@ -20,6 +20,7 @@ struct watch {
     uv_poll_t timer;               /* a timerfd: libuv's timers count milliseconds */
     int timer_fd;
     uint64_t hot_until_ns;
+    bool awake; /* since the last turn: `hot` may also be active for a packet that has woken us */
 };
 
 int watch_init(struct daemon *d);    /* 0 or a negative errno */

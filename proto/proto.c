@@ -678,83 +678,85 @@ struct out {
     bool full;
 };
 
-static int out_write(void *data, const char *bytes, size_t len)
+static inline int out_write(struct out *out, const void *bytes, size_t len)
 {
-    struct out *out = data;
-
     if (len > out->left) {
         out->full = true;
         return -1;
     }
-    if (len == 1) /* as most are, for which a call of memcpy() would take longer */
-        *out->at = *bytes;
-    else
-        memcpy(out->at, bytes, len);
+    memcpy(out->at, bytes, len);
     out->at += len;
     out->left -= len;
     return 0;
 }
 
-static void encode_map(msgpack_packer *pk, const struct table *table, const char *msg);
+/* msgpack's own packer calls a function for each byte or two: here they are stored right away. */
+#define msgpack_pack_inline_func(name) static inline int out_pack##name
+#define msgpack_pack_inline_func_cint(name) static inline int out_pack##name
+#define msgpack_pack_user struct out *
+#define msgpack_pack_append_buffer(out, bytes, len) return out_write(out, bytes, len)
+#include <msgpack/pack_template.h>
 
-static void encode_str(msgpack_packer *pk, const char *s, size_t len)
+static void encode_map(struct out *out, const struct table *table, const char *msg);
+
+static void encode_str(struct out *out, const char *s, size_t len)
 {
-    msgpack_pack_str(pk, len);
-    msgpack_pack_str_body(pk, s, len);
+    out_pack_str(out, len);
+    out_pack_str_body(out, s, len);
 }
 
-static void encode_value(msgpack_packer *pk, const struct field *f, const char *msg)
+static void encode_value(struct out *out, const struct field *f, const char *msg)
 {
     const char *from = msg + f->offset;
     const uint32_t *count = (const uint32_t *)(msg + f->count_offset);
 
     switch (f->kind) {
     case K_BOOL:
-        *(const bool *)from ? msgpack_pack_true(pk) : msgpack_pack_false(pk);
+        *(const bool *)from ? out_pack_true(out) : out_pack_false(out);
         break;
     case K_U32:
-        msgpack_pack_uint32(pk, *(const uint32_t *)from);
+        out_pack_uint32(out, *(const uint32_t *)from);
         break;
     case K_U64:
-        msgpack_pack_uint64(pk, *(const uint64_t *)from);
+        out_pack_uint64(out, *(const uint64_t *)from);
         break;
     case K_I64:
-        msgpack_pack_int64(pk, *(const int64_t *)from);
+        out_pack_int64(out, *(const int64_t *)from);
         break;
     case K_F32:
-        msgpack_pack_float(pk, *(const float *)from);
+        out_pack_float(out, *(const float *)from);
         break;
     case K_F64:
-        msgpack_pack_double(pk, *(const double *)from);
+        out_pack_double(out, *(const double *)from);
         break;
     case K_STR:
-        encode_str(pk, from, strlen(from));
+        encode_str(out, from, strlen(from));
         break;
     case K_I64X4:
-        msgpack_pack_array(pk, 4);
+        out_pack_array(out, 4);
         for (int i = 0; i < 4; i++)
-            msgpack_pack_int64(pk, ((const int64_t *)from)[i]);
+            out_pack_int64(out, ((const int64_t *)from)[i]);
         break;
     case K_BYTES:
-        msgpack_pack_bin(pk, *count);
-        msgpack_pack_bin_body(pk, from, *count);
+        out_pack_bin(out, *count);
+        out_pack_bin_body(out, from, *count);
         break;
     case K_U64S:
-        msgpack_pack_array(pk, *count);
+        out_pack_array(out, *count);
         for (uint32_t i = 0; i < *count; i++)
-            msgpack_pack_uint64(pk, ((const uint64_t *)from)[i]);
+            out_pack_uint64(out, ((const uint64_t *)from)[i]);
         break;
     case K_OFFSETS:
-        msgpack_pack_bin(pk, *count * 4);
-        msgpack_pack_bin_body(pk, from, *count * 4);
+        out_pack_bin(out, *count * 4);
+        out_pack_bin_body(out, from, *count * 4);
         break;
     case K_MAP:
-        encode_map(pk, f->sub, from);
+        encode_map(out, f->sub, from);
         break;
     case K_LIST:
-        msgpack_pack_array(pk, *count);
+        out_pack_array(out, *count);
         for (uint32_t i = 0; i < *count; i++)
-            encode_map(pk, f->sub, from + i * f->sub->size);
+            encode_map(out, f->sub, from + i * f->sub->size);
         break;
     }
 }
@@ -781,18 +783,18 @@ static bool is_sent(const struct field *f, const char *msg)
     }
 }
 
-static void encode_map(msgpack_packer *pk, const struct table *table, const char *msg)
+static void encode_map(struct out *out, const struct table *table, const char *msg)
 {
     size_t n = 0;
 
     for (size_t i = 0; i < table->n_fields; i++)
         n += is_sent(&table->fields[i], msg);
-    msgpack_pack_map(pk, n);
+    out_pack_map(out, n);
     for (size_t i = 0; i < table->n_fields; i++) {
         if (!is_sent(&table->fields[i], msg))
             continue;
-        encode_str(pk, table->fields[i].key, table->fields[i].key_len);
-        encode_value(pk, &table->fields[i], msg);
+        encode_str(out, table->fields[i].key, table->fields[i].key_len);
+        encode_value(out, &table->fields[i], msg);
     }
 }
 
@@ -802,12 +804,10 @@ size_t packet_encode(void *buf, size_t size, uint32_t op, uint32_t seq, enum msg
                      const void *msg)
 {
     struct out out = {.at = buf, .left = size};
-    msgpack_packer pk;
 
-    msgpack_packer_init(&pk, &out, out_write);
-    msgpack_pack_array(&pk, 3);
-    msgpack_pack_uint32(&pk, op);
-    msgpack_pack_uint32(&pk, seq);
-    encode_map(&pk, tables[kind], msg);
+    out_pack_array(&out, 3);
+    out_pack_uint32(&out, op);
+    out_pack_uint32(&out, seq);
+    encode_map(&out, tables[kind], msg);
     return out.full ? 0 : size - out.left;
 }

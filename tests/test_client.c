@@ -21,7 +21,7 @@
 
 #include <cmocka.h>
 
-#include "client/gpu.h"
+#include "client/client.h"
 #include "tests/inputs.h"
 #include "tests/private.h"
 
@@ -264,6 +264,38 @@ static void runs_out_of_entries(void **state)
         assert_int_equal(sage_attn_submit(lane, &p.attn, 0, &jobs[0]), 0);
         assert_int_equal(sage_wait(jobs[0], 10000), 0);
     }
+    private_problem_finish(&p);
+    sage_disconnect(client);
+}
+
+/*
+ * A lane of a stream whose owner does not look at it between two jobs: the entry of one that failed
+ * is used again, and sage_stream_error() would still tell of it.
+ */
+static void keeps_the_first_error_of_a_full_lane(void **state)
+{
+    struct sage_client *client = private_connect(*state, 0);
+    struct private_problem p;
+    struct sage_lane *lane;
+    struct sage_job jobs[64];
+
+    private_problem_init(&p, client, 16, 4);
+    assert_int_equal(lane_take(client, 77, &lane), 0);
+    for (int i = 0; i < 63; i++)
+        assert_int_equal(sage_attn_submit(lane, &p.attn, i ? 0 : SAGE_HELD, &jobs[i]), 0);
+    assert_int_equal(sage_cancel(jobs[0]), 0);
+    assert_int_equal(sage_wait(jobs[62], 10000), 0);
+    for (int i = 0; i < 2; i++) { /* the second has the entry of jobs[0] */
+        assert_int_equal(sage_attn_submit(lane, &p.attn, 0, &jobs[63]), 0);
+        assert_int_equal(sage_wait(jobs[63], 10000), 0);
+    }
+    assert_int_equal(jobs[63].number, jobs[0].number + SAGE_ENTRIES);
+    pthread_mutex_lock(&client->lock);
+    lane_look(lane, lane_tail(lane));
+    pthread_mutex_unlock(&client->lock);
+    assert_int_equal(lane->error, SAGE_ECANCELED);
+    assert_int_equal(lane->error_number, jobs[0].number);
+    lane_put(lane);
     private_problem_finish(&p);
     sage_disconnect(client);
 }
@@ -922,6 +954,31 @@ static void drops_what_was_used_longest_ago(void **state)
     free(page);
 }
 
+static void finds_memory_by_its_address(void **state)
+{
+    struct cache cache = {0};
+    (void)state;
+
+    struct cached *a = enter(&cache, 0x1000, 0x1000, 1, 1);
+    enter(&cache, 0x10000, 0x1000, 10, 4);
+    assert_ptr_equal(cache_at(&cache, 0x1000, 0x1000), a);
+    assert_ptr_equal(cache_at(&cache, 0x1fff, 1), a);
+    assert_null(cache_at(&cache, 0xfff, 1));
+    assert_null(cache_at(&cache, 0x1001, 0x1000)); /* reaches beyond it */
+    assert_null(cache_at(&cache, 0x1001, UINT64_MAX));
+    assert_null(cache_at(&cache, 0x2000, 1));
+    assert_null(cache_at(&cache, 0x11000, 16)); /* of several chunks: each has to be asked about */
+    struct cached *b = enter(&cache, 0x3000, 0x1000, 2, 1);
+    assert_true(a->used < b->used);
+    assert_ptr_equal(cache_at(&cache, 0x1000, 1), a);
+    assert_true(a->used > b->used); /* so that it does not go next */
+    a->stale = true;
+    assert_null(cache_at(&cache, 0x1000, 1));
+    b->leaving = true;
+    assert_null(cache_at(&cache, 0x3000, 1));
+    empty(&cache);
+}
+
 /* --- staging: what is copied where --- */
 
 struct staging {
@@ -1017,6 +1074,7 @@ int main(void)
 {
     const struct CMUnitTest alone[] = {
         cmocka_unit_test(knows_memory_by_its_id),
+        cmocka_unit_test(finds_memory_by_its_address),
         cmocka_unit_test(drops_what_was_used_longest_ago),
         cmocka_unit_test(stages_any_layout),
     };
@@ -1028,6 +1086,7 @@ int main(void)
         cmocka_unit_test(knows_its_jobs),
         cmocka_unit_test(tells_times),
         cmocka_unit_test(runs_out_of_entries),
+        cmocka_unit_test(keeps_the_first_error_of_a_full_lane),
         cmocka_unit_test(serves_threads),
         cmocka_unit_test(survives_a_fork),
         cmocka_unit_test(leaves_a_grandchild_its_files),

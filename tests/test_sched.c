@@ -590,6 +590,7 @@ static struct shared {
     unsigned given_back;  /* of these */
     unsigned n_mapped;    /* chunks */
     unsigned polls, last; /* the piece that runs is over when `polls` comes to `last` */
+    int warmed, warmed_running;
     char memory[MEMORY];
 } shared;
 
@@ -1135,6 +1136,60 @@ static void test_expected(void **state)
     disconnect(&peers[0]);
 }
 
+static void count_warm(struct device *device, bool running)
+{
+    (void)device;
+    shared.warmed++;
+    shared.warmed_running += running;
+}
+
+/* How often was a launch warmed up since the last time? Then nothing is under way. */
+static int warmed(void)
+{
+    int n = shared.warmed;
+
+    shared.warmed = 0;
+    while (d.watch.awake)
+        uv_run(&d.loop, UV_RUN_NOWAIT);
+    return n;
+}
+
+/* Who was woken by a packet whose job is not ready gets ready for it; who is awake is. */
+static void test_warm(void **state)
+{
+    (void)state;
+
+    start_daemon(2, 500);
+    connect_peer(&peers[0], PRIORITY_NORMAL);
+    fake.warm = count_warm;
+    shared.warmed = shared.warmed_running = 0;
+    warmed();
+    uint32_t n = submit_held(&peers[0], 0, problem(1, 64, 64));
+    assert_int_equal(shared.warmed, 1);
+    acquire(&peers[0], 0, n);
+    submit_held(&peers[0], 1, problem(1, 64, 64)); /* meanwhile the first one is found */
+    assert_int_equal(peers[0].s->n_running, 1);
+    assert_int_equal(shared.warmed, 1);
+    acquire(&peers[0], 1, 1);
+    while (!released(&peers[0], 1) || !released(&peers[0], 0)) {
+        uv_run(&d.loop, UV_RUN_NOWAIT);
+        step();
+    }
+    warmed();
+    submit(&peers[0], 0, problem(1, 64, 64)); /* ready: it is launched at once */
+    assert_int_equal(peers[0].s->n_running, 1);
+    assert_int_equal(warmed(), 0);
+    submit_held(&peers[0], 1, problem(1, 64, 64)); /* beside one that runs */
+    assert_int_equal(shared.warmed_running, 1);
+    acquire(&peers[0], 1, 2);
+    while (!released(&peers[0], 1) || !released(&peers[0], 0)) {
+        uv_run(&d.loop, UV_RUN_NOWAIT);
+        step();
+    }
+    stop_daemon();
+    disconnect(&peers[0]);
+}
+
 /* Ticks have seen so many more seconds pass: is something hung? */
 static bool hung_after(double seconds)
 {
@@ -1201,6 +1256,7 @@ int main(void)
         cmocka_unit_test(test_chunks),     cmocka_unit_test(test_polled),
         cmocka_unit_test(test_hung),       cmocka_unit_test(test_events_lost),
         cmocka_unit_test(test_alone),      cmocka_unit_test(test_expected),
+        cmocka_unit_test(test_warm),
     };
     log_set_level(3);
     alarm(120); /* a scheduler that stalls or spins does not do so for ever */
