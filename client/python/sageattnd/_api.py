@@ -62,8 +62,8 @@ def _attention(q, k, v, layout, is_causal, sm_scale, return_lse, smooth_k, attn_
     if enable_gqa is False and q.shape[axis] != k.shape[axis]:
         raise ValueError(f"enable_gqa: False, but q has {q.shape[axis]} heads and k "
                          f"{k.shape[axis]}")
-    if sm_scale is None:
-        sm_scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0  # before it is padded
+    if sm_scale is None:  # 0 stands for 1/sqrt(D), but D may have to be padded
+        sm_scale = q.shape[-1] ** -0.5 if q.shape[-1] % 8 else 0.0
     left, right = (-1, -1) if window is None else window
     options = Options(bool(is_causal), float(sm_scale), _native.VARIANTS[variant],
                       bool(smooth_k), bool(smooth_v), _native.DIAGONALS[diagonal], int(left),
@@ -122,7 +122,7 @@ def sageattn(q: T, k: T, v: T, tensor_layout: str = "HND", is_causal: bool = Fal
     "daemon" an earlier job of the stream that failed is reported by the next call and by
     check_errors().
     """
-    if tensor_layout not in ("HND", "NHD"):
+    if not isinstance(tensor_layout, str) or tensor_layout not in ("HND", "NHD"):
         shown = tensor_layout if isinstance(tensor_layout, str) else type(tensor_layout).__name__
         raise ValueError(f"tensor_layout: {shown!r}: must be 'HND' or 'NHD'. "
                          "(F.scaled_dot_product_attention has attn_mask in this place: "

@@ -52,13 +52,13 @@ def _mask(mask, q, k) -> np.ndarray | None:
     return _usable(np.broadcast_to(mask.reshape(shape), (*shape[:3], wanted[3])))
 
 
-def _describe(a: np.ndarray | None, address: int | None = None):
-    """The twelve numbers of a struct sage_tensor; where it lies, unless `address` says."""
+def _describe(a: np.ndarray | None):
+    """The twelve numbers of a struct sage_tensor."""
     if a is None:
         return _native.ABSENT
-    if address is None:
-        address = a.__array_interface__["data"][0]
-    return (MASKS[a.dtype.name], 0, 0, address, *a.shape, *(s // a.itemsize for s in a.strides))
+    address = a.__array_interface__["data"][0]
+    strides = (s // a.itemsize for s in a.strides) if a.size else (1, 1, 1, 1)  # numpy: 0 then
+    return (MASKS[a.dtype.name], 0, 0, address, *a.shape, *strides)
 
 
 def _offsets(values, field: str, longest) -> np.ndarray:
