@@ -16,8 +16,8 @@ import sage
 if sage.SANITIZED:
     print("sanitized libraries cannot be loaded into python")
     sys.exit(77)
-os.environ.setdefault("SAGEATTND_LIBRARY_PATH", os.path.join(sage.BUILD, ".libs"))
-if "SAGE_WHEEL" not in os.environ:  # a wheel that is installed, instead of the sources
+if "SAGE_WHEEL" not in os.environ:  # where one is installed, libraries and all
+    os.environ.setdefault("SAGEATTND_LIBRARY_PATH", os.path.join(sage.BUILD, ".libs"))
     sys.path.insert(0, os.path.join(os.environ.get("SAGE_SRCDIR", "."), "client", "python"))
 
 import sageattnd
@@ -116,6 +116,15 @@ def test_structures():
     assert lines[24].split()[1:] == [str(i) for i in (
         n.F16, n.BF16, n.F32, n.BOOL, n.VARIANTS["int8_fp16"], n.VARIANTS["int8_fp8"],
         n.DIAGONALS["bottom-right"], n.EUNSUPPORTED, n.ECAPTURE)], lines
+
+
+def test_place():
+    """It is the installed wheel that is tested, where there is one."""
+    assert sageattnd.__file__.startswith(os.environ.get("SAGE_WHEEL", "")), sageattnd.__file__
+    sageattn(*inputs())
+    used = {line.split()[-1] for line in open("/proc/self/maps") if "libsageattn.so" in line}
+    folder = os.path.realpath(os.environ.get("SAGEATTND_LIBRARY_PATH") or _native.BUNDLED)
+    assert [os.path.dirname(path) for path in used] == [folder], (used, folder)
 
 
 def test_version():
