@@ -2,7 +2,7 @@
 # python_wheel.sh - does the wheel work by itself: no build tree, no library but libc's?
 set -eu
 
-"$PYTHON3" -c 'import pip, setuptools, wheel' 2>/dev/null ||
+"$PYTHON3" -c 'import setuptools, wheel, pip' 2>/dev/null ||
     { echo "no pip, setuptools and wheel in $PYTHON3"; exit 77; }
 ! grep -q -e __asan_init -e __tsan_init "$SAGE_BUILDDIR/.libs/libsageattn.so" ||
     { echo "sanitized libraries cannot be loaded into python"; exit 77; }
@@ -13,7 +13,7 @@ trap 'rm -rf "$here"' EXIT
 wheel=$(env -u MAKEFLAGS -u MAKELEVEL make -s -C "$SAGE_BUILDDIR" wheel | tail -n 1)
 echo "$wheel"
 "$PYTHON3" -m pip install -q --no-index --no-deps --no-compile --target "$here/site" "$wheel" 2>&1
-for library in "$here"/site/sageattnd/lib/*; do
+for library in "$here"/site/sageattnd/*.so.*; do
     others=$(readelf -d "$library" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p' |
         grep -v -x -e 'lib\(c\|m\|dl\|rt\|pthread\)\.so\.[0-9]*' -e 'ld-linux.*') || :
     [ -z "$others" ] || { echo "$library needs $others"; exit 1; }

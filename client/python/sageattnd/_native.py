@@ -15,7 +15,7 @@ DIAGONALS = {"top-left": 0, "bottom-right": 1}
 UNLIMITED = -1
 SONAME = {"attn": "libsageattn.so.0", "client": "libsageclient.so.0"}
 EUNSUPPORTED, ECAPTURE = -2, -22
-BUNDLED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lib")
+BUNDLED = os.path.dirname(os.path.abspath(__file__))  # a wheel brings the libraries
 
 # struct sage_attn of sageattn.h; tests/python_numpy.py compares it with the compiler's idea.
 TENSOR = "iIQP4q4q"  # dtype, buffer, offset, data, shape, stride
