@@ -1,6 +1,7 @@
 """Where a job on a GPU computes: in this process, or by the daemon that serves this GPU."""
 from __future__ import annotations
 
+import functools
 import logging
 import statistics
 import threading
@@ -50,8 +51,13 @@ def daemon(problem: bytes, device: int, mode: str) -> Optional[_client.Connectio
     return _connect(device)
 
 
+@functools.lru_cache(None)
+def _memory(device: int) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def _connect(device: int) -> _client.Connection:
-    connection = _client.connection(device)
+    connection = _client.connection(device, _memory(device))
     _trim_with_empty_cache()
     return connection
 

@@ -12,6 +12,7 @@ from . import _native
 from ._native import SageError
 
 CPU = -1  # the key of the connection to a daemon that computes on the CPU
+SHARE = 16  # of the device that the daemon may keep mapped while no job uses it: one part in
 
 
 def _name() -> bytes:
@@ -21,12 +22,16 @@ def _name() -> bytes:
 
 
 class Connection:
-    """A connection of libsageclient's; any thread may call anything."""
+    """A connection of libsageclient's; any thread may call anything. gpu: the UUID, or None for a
+    daemon that computes on the CPU; memory: bytes of the device's."""
 
-    def __init__(self, gpu: str | None):
+    def __init__(self, gpu: str | None, memory: int):
         self.lib = _native.client()
         self.handle = ctypes.c_void_p()
+        self.cache_bytes = memory // SHARE
         options = _native.ConnectOptions(name=_name(), gpu=gpu.encode() if gpu else None)
+        if "SAGE_CACHE_BYTES" not in os.environ:
+            options.cache_bytes = self.cache_bytes
         self._must(self.lib.sage_connect(ctypes.byref(options), ctypes.byref(self.handle)))
         self.server = _native.Server()
         self._must(self.lib.sage_server_info(self.handle, ctypes.byref(self.server)))
@@ -82,14 +87,14 @@ _lock = threading.Lock()
 _connections: dict[int, Connection] = {}
 
 
-def connection(device: int) -> Connection:
-    """That of a CUDA device by its number in this process, or of the CPU."""
+def connection(device: int, memory: int = 0) -> Connection:
+    """That of a CUDA device of `memory` bytes by its number in this process, or of the CPU."""
     found = _connections.get(device)
     if found:
         return found
     with _lock:
         if device not in _connections:
-            made = Connection(None if device == CPU else gpu_uuid(device))
+            made = Connection(None if device == CPU else gpu_uuid(device), memory)
             if device == CPU and made.backend != "cpu":
                 text = (f"the daemon computes on {made.server.device.decode()}, these tensors are "
                         "in the CPU's memory: name the socket of a daemon with --backend=cpu in "

@@ -158,7 +158,7 @@ def _run(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout, causal, scal
 
     tensors = (q, k, v, o, mask, rows)
     if q.is_cuda:
-        _on_cuda(problem(*tensors), q.device, mode)
+        _on_cuda(problem(*tensors), tensors, mode)
     elif mode == "daemon":
         _in_cpu_daemon(tensors, problem)
     else:
@@ -166,17 +166,23 @@ def _run(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout, causal, scal
     return o, lse
 
 
-def _on_cuda(problem: bytes, device: torch.device, mode: str) -> None:
+def _on_cuda(problem: bytes, tensors, mode: str) -> None:
+    device = tensors[0].device
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
-            return _on_cuda(problem, device, mode)
-    stream = torch.cuda.current_stream().cuda_stream
+            return _on_cuda(problem, tensors, mode)
+    stream = torch.cuda.current_stream()
     connection = _choose.daemon(problem, device.index, mode)
-    if connection:
-        return connection.enqueue(problem, stream)
-    size = _native.cuda_workspace(problem)
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    return _native.cuda_run(problem, workspace.data_ptr(), size, stream)
+    if not connection:
+        size = _native.cuda_workspace(problem)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        return _native.cuda_run(problem, workspace.data_ptr(), size, stream.cuda_stream)
+    connection.enqueue(problem, stream.cuda_stream)
+    if sum(t.numel() * t.element_size() for t in tensors if t is not None) > connection.cache_bytes:
+        # PyTorch's allocator frees and asks again when memory runs out, all at once: by then the
+        # daemon must not hold what was freed. Who has tensors of this size does not miss the wait.
+        stream.synchronize()
+        connection.trim()
 
 
 def _on_cpu(problem: bytes) -> None:
