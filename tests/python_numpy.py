@@ -277,7 +277,8 @@ def test_refused():
     q, k, v = (nhd(a)[0] for a in (q, k, v))
     for word, case in (("cu_seqlens_q", ([0.0, 100.0], [0, 100])),
                        ("cu_seqlens_q", ([0, 100], [0, 100], 99)),
-                       ("cu_seqlens_k", ([0, 100], [0, 50, 100]))):
+                       ("cu_seqlens_k", ([0, 100], [0, 50, 100])),
+                       ("cu_seqlens_k", ([0, 100], [0, (1 << 32) + 100]))):
         with refused(ValueError, word):
             sageattn_varlen(q, k, v, *case)
     with refused(sageattnd.SageError, "q_offsets"):

@@ -171,6 +171,9 @@ def test_varlen():
         sageattn_varlen(q, k, v, *cu, 69, 70)
     with refused(ValueError, "cu_seqlens_k"):
         sageattn_varlen(q, k, v, cu[0], cu[1].float())
+    with refused(ValueError, "cu_seqlens_k", "2^31"):
+        sageattn_varlen(q, k, v, cu[0], cu[1] + (1 << 32))
+    assert same(sageattn_varlen(q, k, v, ends_q, ends_k, is_causal=True), o)
 
 
 def test_refused():

@@ -131,5 +131,4 @@ def check_errors() -> None:
         if device == _client.CPU:
             continue  # its errors are those of the call
         torch.cuda.synchronize(device)
-        for stream in list(connection.streams):
-            connection.check_stream(stream)
+        connection.check()

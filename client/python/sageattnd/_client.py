@@ -12,6 +12,7 @@ from . import _native
 from ._native import SageError
 
 CPU = -1  # the key of the connection to a daemon that computes on the CPU
+STREAMS = 64  # as many as sage_stream_error() knows of
 SHARE = 16  # of the device that the daemon may keep mapped while no job uses it: one part in
 
 
@@ -35,7 +36,8 @@ class Connection:
         self._must(self.lib.sage_connect(ctypes.byref(options), ctypes.byref(self.handle)))
         self.server = _native.Server()
         self._must(self.lib.sage_server_info(self.handle, ctypes.byref(self.server)))
-        self.streams: set[int] = set()
+        self.lock = threading.Lock()
+        self.streams: dict[int, None] = {}  # the last used of which libsageclient keeps errors
         self.staging = threading.Lock()
         self.buffer, self.size = ctypes.c_void_p(), 0
 
@@ -50,7 +52,11 @@ class Connection:
     def enqueue(self, problem: bytes, stream: int) -> None:
         """Compute as if by a kernel of the stream."""
         self.check_stream(stream)
-        self.streams.add(stream)
+        with self.lock:
+            self.streams.pop(stream, None)
+            self.streams[stream] = None
+            if len(self.streams) > STREAMS:
+                del self.streams[next(iter(self.streams))]
         self._must(self.lib.sage_attn_enqueue(self.handle, problem, stream))
 
     def check_stream(self, stream: int) -> None:
@@ -59,6 +65,13 @@ class Connection:
         if status:
             raise SageError(status, "an earlier job of this stream failed, its output is "
                                     f"undefined: {self.lib.sage_last_error().decode()}")
+
+    def check(self) -> None:
+        """check_stream() of all."""
+        with self.lock:
+            streams = list(self.streams)
+        for stream in streams:
+            self.check_stream(stream)
 
     @contextlib.contextmanager
     def stage(self, size: int):

@@ -1,29 +1,42 @@
 """Attention of numpy arrays: on the CPU, in this process or by a daemon that computes there."""
 from __future__ import annotations
 
+import ctypes
+import functools
+
 import numpy as np
 
 from . import _client, _native
 from ._native import Options
 
 # bfloat16 is ml_dtypes'; numpy has none of its own.
-DTYPES = {"float16": _native.F16, "bfloat16": _native.BF16}
-MASKS = {**DTYPES, "float32": _native.F32, "bool": _native.BOOL}
+CODES = {"float16": _native.F16, "bfloat16": _native.BF16, "float32": _native.F32,
+         "bool": _native.BOOL}
+HALVES = (_native.F16, _native.BF16)
 AXES = {"HND": (0, 1, 2, 3), "NHD": (0, 2, 1, 3)}
 UNIT = 64  # tensors in a daemon's buffer start at multiples of it
 
 
+@functools.lru_cache(None)
+def _code(dtype: np.dtype) -> int:
+    """The enum sage_dtype; NONE for others. Asking a dtype for its name takes microseconds."""
+    return CODES.get(dtype.name, _native.NONE)
+
+
 def _cast(q, k, v):
     """To one 16-bit type: that of those that have one, else float16."""
-    names = [a.dtype.name for a in (q, k, v)]
-    for field, name in zip("qkv", names):
-        if name not in DTYPES and name != "float32":
-            raise TypeError(f"{field}: dtype {name}: must be float16, bfloat16 or float32")
-    kinds = {a.dtype for a in (q, k, v)} - {np.dtype(np.float32)}
-    if len(kinds) > 1:
-        raise TypeError(f"q, k, v: dtypes {names} differ: cast them to one")
-    kind = kinds.pop() if kinds else np.dtype(np.float16)
-    return [a.astype(kind, copy=False) for a in (q, k, v)]
+    kind = None
+    for field, a in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(a, np.ndarray):
+            raise TypeError(f"{field}: {type(a).__name__}: must be a numpy.ndarray, like the others")
+        if _code(a.dtype) in HALVES:
+            if kind not in (None, a.dtype):
+                raise TypeError(f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype} differ: cast "
+                                "them to one")
+            kind = a.dtype
+        elif _code(a.dtype) != _native.F32:
+            raise TypeError(f"{field}: dtype {a.dtype}: must be float16, bfloat16 or float32")
+    return [a.astype(kind or np.float16, copy=False) for a in (q, k, v)]
 
 
 def _usable(a: np.ndarray) -> np.ndarray:
@@ -42,7 +55,7 @@ def _four(a: np.ndarray, layout: str) -> np.ndarray:
 def _mask(mask, q, k) -> np.ndarray | None:
     if mask is None:
         return None
-    if mask.dtype.name not in MASKS:
+    if not _code(mask.dtype):
         raise TypeError(f"attn_mask: dtype {mask.dtype}: must be bool, float16, bfloat16 or "
                         "float32")
     wanted = (*q.shape[:3], k.shape[2])
@@ -58,13 +71,15 @@ def _describe(a: np.ndarray | None):
         return _native.ABSENT
     address = a.__array_interface__["data"][0]
     strides = (s // a.itemsize for s in a.strides) if a.size else (1, 1, 1, 1)  # numpy: 0 then
-    return (MASKS[a.dtype.name], 0, 0, address, *a.shape, *strides)
+    return (_code(a.dtype), 0, 0, address, *a.shape, *strides)
 
 
 def _offsets(values, field: str, longest) -> np.ndarray:
     values = np.asarray(values)
     if values.ndim != 1 or values.dtype.kind not in "iu" or not len(values):
         raise ValueError(f"{field}: must be a row of integers, [sequences + 1]")
+    if values.min() < 0 or values.max() >= 1 << 31:
+        raise ValueError(f"{field}: must be between 0 and 2^31 - 1")
     longest_here = int(np.diff(values).max(initial=0))
     if longest is not None and longest_here > longest:
         raise ValueError(f"{field}: a sequence has {longest_here} tokens, max_seqlen says "
@@ -109,7 +124,6 @@ def _in_process(tensors, options: Options, offsets) -> None:
 
 def _in_daemon(tensors, options: Options, offsets) -> None:
     """By way of memory that the daemon maps: q, k, v and mask go there, o and lse come back."""
-    import ctypes
     connection = _client.connection(_client.CPU)
     at, size = [], 0
     for a in tensors:

@@ -32,6 +32,13 @@ def fallbacks() -> dict[str, int]:
         return dict(_fallbacks)
 
 
+def _autocast() -> torch.dtype:
+    """What torch.autocast("cuda") casts to, for PyTorch's function is one that it knows."""
+    if hasattr(torch, "get_autocast_dtype"):  # PyTorch 2.4 and newer
+        return torch.get_autocast_dtype("cuda")
+    return torch.get_autocast_gpu_dtype()
+
+
 def _old(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
 
@@ -92,8 +99,8 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
     256, GPUs before compute capability 8.0, other devices, tensors that broadcast. strict=True
     raises Unsupported instead.
     """
-    if torch.is_autocast_enabled() and query.is_cuda:
-        kind = torch.get_autocast_gpu_dtype()
+    if query.is_cuda and torch.is_autocast_enabled():
+        kind = _autocast()
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
     reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:

@@ -70,11 +70,13 @@ def attention(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout: str, op
         q, k, v = F.pad(q, pad), F.pad(k, pad), F.pad(v, pad)
     if mask is not None:
         mask = _mask(mask, q, k, layout)
+    if q_offsets is not None:
+        q_offsets, k_offsets = torch.as_tensor(q_offsets), torch.as_tensor(k_offsets)
     o, lse = _operator(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout, *options,
                        with_lse, mode)
     if width % 8:
         o = o[..., :width]
-    return o.to(kind), lse if with_lse else None
+    return o if o.dtype == kind else o.to(kind), lse if with_lse else None
 
 
 # --- the operator ---
@@ -122,13 +124,15 @@ def _offsets(offsets, field: str, longest):
         raise ValueError(f"{field}: must be a row of int32 or int64, [sequences + 1]")
     if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
         raise SageError(_native.ECAPTURE, f"{field}: a graph cannot hold the lengths of sequences")
-    offsets = offsets.to("cpu", torch.int32).contiguous()
+    offsets = offsets.to("cpu", torch.int64)
+    if int(offsets.min()) < 0 or int(offsets.max()) >= 1 << 31:
+        raise ValueError(f"{field}: must be between 0 and 2^31 - 1")
     if longest is not None and len(offsets) > 1:
         longest_here = int((offsets[1:] - offsets[:-1]).max())
         if longest_here > longest:
             raise ValueError(f"{field}: a sequence has {longest_here} tokens, max_seqlen says "
                              f"{longest}")
-    return offsets
+    return offsets.to(torch.int32).contiguous()
 
 
 def _run(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout, causal, scale, variant,
@@ -145,9 +149,9 @@ def _run(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout, causal, scal
             raise ValueError(f"cu_seqlens_k: length {len(k_offsets)}, cu_seqlens_q has "
                              f"{len(q_offsets)}")
         more = (q_offsets.data_ptr(), k_offsets.data_ptr(), len(q_offsets) - 1)
-    rows = lse.view(*o.shape[:0], *lse.shape[-3:], 1) if with_lse else None
-    if rows is not None and layout == "THD":
-        rows = rows[None]
+    rows = None
+    if with_lse:  # [B, Hq, Nq, 1]
+        rows = lse[None, ..., None] if layout == "THD" else lse[..., None]
 
     def problem(q, k, v, o, mask, rows):
         packed = _native.pack(_describe(q, layout), _describe(k, layout), _describe(v, layout),
@@ -187,7 +191,7 @@ def _on_cuda(problem: bytes, tensors, mode: str) -> None:
 
 def _on_cpu(problem: bytes) -> None:
     size = _native.cpu_workspace(problem)
-    workspace = torch.empty(size + _native.ALIGNMENT, dtype=torch.uint8)
+    workspace = torch.empty(size + _native.ALIGNMENT, dtype=torch.uint8, device="cpu")
     address = workspace.data_ptr()
     _native.cpu_run(problem, address + -address % _native.ALIGNMENT, size)
 
