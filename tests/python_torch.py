@@ -549,6 +549,18 @@ def test_ranks():
     assert done.returncode == 0 and "causal: relL1" in done.stdout, done.stdout
 
 
+def test_documents():
+    """The Python of README.md and docs/python.md runs, block after block."""
+    needs("transformers", "diffusers")
+    for name, least in (("README.md", 1), ("docs/python.md", 6)):
+        with open(os.path.join(SRC, name)) as page:
+            blocks = [b.split("```")[0] for b in page.read().split("```python\n")[1:]]
+        assert len(blocks) >= least, name
+        done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], universal_newlines=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert done.returncode == 0, f"{name}: {done.stdout}"
+
+
 def test_cost():
     """Of a call beside its kernel; printed, for it is the machine's."""
     from sageattnd import _native, _torch
