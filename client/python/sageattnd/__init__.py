@@ -28,7 +28,7 @@ __all__ = ["SageError", "check_errors", "close", "fallbacks", "integrations", "s
            "scaled_dot_product_attention", "sdpa", "set_mode"]
 
 if TYPE_CHECKING:
-    from ._choose import check_errors as check_errors
+    from ._daemon import check_errors as check_errors
     from ._sdpa import fallbacks as fallbacks
     from ._sdpa import scaled_dot_product_attention as scaled_dot_product_attention
     from ._sdpa import sdpa as sdpa
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     """What needs PyTorch is imported when it is first asked for: numpy does without."""
     if name == "check_errors":
-        from ._choose import check_errors
+        from ._daemon import check_errors
         return check_errors
     if name in ("fallbacks", "scaled_dot_product_attention", "sdpa"):
         import importlib

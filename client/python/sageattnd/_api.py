@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Optional, Tuple, TypeVar, Union
+from typing import Any, Optional, Tuple, TypeVar
 
 from . import _native
 from ._native import Options
@@ -83,7 +83,7 @@ def sageattn(q: T, k: T, v: T, tensor_layout: str = "HND", is_causal: bool = Fal
              scale: Optional[float] = None, enable_gqa: Optional[bool] = None,
              smooth_v: bool = False, variant: str = "auto",
              window: Optional[Tuple[int, int]] = None, diagonal: str = "top-left",
-             mode: Optional[str] = None) -> Union[T, Tuple[T, T]]:
+             mode: Optional[str] = None) -> Any:
     """softmax(sm_scale * Q K^T + mask) V with Q and K in INT8 (SageAttention, arXiv:2410.02367;
     with variant "int8_fp8" SageAttention2, arXiv:2411.10958).
 
@@ -136,8 +136,7 @@ def sageattn_varlen(q: T, k: T, v: T, cu_seqlens_q: T, cu_seqlens_k: T,
                     is_causal: bool = False, sm_scale: Optional[float] = None,
                     smooth_k: bool = True, *, return_lse: bool = False, smooth_v: bool = False,
                     variant: str = "auto", window: Optional[Tuple[int, int]] = None,
-                    diagonal: str = "top-left", mode: Optional[str] = None
-                    ) -> Union[T, Tuple[T, T]]:
+                    diagonal: str = "top-left", mode: Optional[str] = None) -> Any:
     """sageattn() for sequences of different lengths, one after the other.
 
     Arguments
@@ -161,7 +160,7 @@ def sageattn_qk_int8_pv_fp16_triton(q: T, k: T, v: T, tensor_layout: str = "HND"
                                     quantization_backend: str = "triton", is_causal: bool = False,
                                     attn_mask: Optional[T] = None,
                                     sm_scale: Optional[float] = None, smooth_k: bool = True,
-                                    return_lse: bool = False, **more: Any):
+                                    return_lse: bool = False, **more: Any) -> Any:
     """sageattn(variant="int8_fp16"). quantization_backend: upstream's values; no difference."""
     _one_of("quantization_backend", quantization_backend, ("triton", "cuda"))
     return sageattn(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, smooth_k, attn_mask,
@@ -172,7 +171,7 @@ def sageattn_qk_int8_pv_fp16_cuda(q: T, k: T, v: T, tensor_layout: str = "HND",
                                   is_causal: bool = False, qk_quant_gran: str = "per_thread",
                                   sm_scale: Optional[float] = None, pv_accum_dtype: str = "fp32",
                                   smooth_k: bool = True, smooth_v: bool = False,
-                                  return_lse: bool = False, **more: Any):
+                                  return_lse: bool = False, **more: Any) -> Any:
     """sageattn(variant="int8_fp16"). qk_quant_gran, pv_accum_dtype: upstream's values; scales are
     as fine as the finest of them, and sums in fp32, whatever they say."""
     _one_of("qk_quant_gran", qk_quant_gran, GRANULARITIES)
@@ -185,7 +184,8 @@ def sageattn_qk_int8_pv_fp8_cuda(q: T, k: T, v: T, tensor_layout: str = "HND",
                                  is_causal: bool = False, qk_quant_gran: str = "per_thread",
                                  sm_scale: Optional[float] = None,
                                  pv_accum_dtype: str = "fp32+fp16", smooth_k: bool = True,
-                                 smooth_v: bool = False, return_lse: bool = False, **more: Any):
+                                 smooth_v: bool = False, return_lse: bool = False,
+                                 **more: Any) -> Any:
     """sageattn(variant="int8_fp8"). qk_quant_gran, pv_accum_dtype: upstream's values; scales are
     as fine as the finest of them, and sums in fp32, whatever they say."""
     _one_of("qk_quant_gran", qk_quant_gran, GRANULARITIES)
@@ -198,7 +198,7 @@ def sageattn_qk_int8_pv_fp8_cuda_sm90(q: T, k: T, v: T, tensor_layout: str = "HN
                                       is_causal: bool = False, qk_quant_gran: str = "per_thread",
                                       sm_scale: Optional[float] = None,
                                       pv_accum_dtype: str = "fp32+fp32", smooth_k: bool = True,
-                                      return_lse: bool = False, **more: Any):
+                                      return_lse: bool = False, **more: Any) -> Any:
     """sageattn(variant="int8_fp8"), not on Hopper alone. qk_quant_gran, pv_accum_dtype: as in
     sageattn_qk_int8_pv_fp8_cuda()."""
     return sageattn_qk_int8_pv_fp8_cuda(q, k, v, tensor_layout, is_causal, qk_quant_gran, sm_scale,

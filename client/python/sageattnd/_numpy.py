@@ -28,7 +28,7 @@ def _cast(q, k, v):
     kind = None
     for field, a in (("q", q), ("k", k), ("v", v)):
         if not isinstance(a, np.ndarray):
-            raise TypeError(f"{field}: {type(a).__name__}: must be a numpy.ndarray, like the others")
+            raise TypeError(f"{field}: {type(a).__name__}: must be a numpy.ndarray, like q")
         if _code(a.dtype) in HALVES:
             if kind not in (None, a.dtype):
                 raise TypeError(f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype} differ: cast "

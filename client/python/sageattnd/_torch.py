@@ -6,7 +6,7 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
-from . import _choose, _client, _native
+from . import _client, _daemon, _native
 from ._native import Options, SageError
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -176,7 +176,7 @@ def _on_cuda(problem: bytes, tensors, mode: str) -> None:
         with torch.cuda.device(device):
             return _on_cuda(problem, tensors, mode)
     stream = torch.cuda.current_stream()
-    connection = _choose.daemon(problem, device.index, mode)
+    connection = _daemon.choose(problem, device.index, mode)
     if not connection:
         size = _native.cuda_workspace(problem)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)

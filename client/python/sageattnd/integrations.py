@@ -13,7 +13,7 @@ def transformers(name: str = "sageattnd", *, strict: bool = False, variant: str 
         model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="sageattnd")
 
     It is scaled_dot_product_attention(), with its fallbacks and arguments, and takes the masks
-    that transformers makes for "sdpa". Wants transformers 4.48 or newer.
+    that transformers makes for "sdpa". Wants a transformers that has AttentionInterface.
     """
     from transformers import AttentionInterface
 

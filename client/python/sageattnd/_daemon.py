@@ -1,4 +1,4 @@
-"""Where a job on a GPU computes: in this process, or by the daemon that serves this GPU."""
+"""Jobs on a GPU that its daemon may compute: which ones, their errors, the memory they leave."""
 from __future__ import annotations
 
 import functools
@@ -31,8 +31,9 @@ _lock = threading.Lock()
 _choices: dict[int, Choice] = {}
 
 
-def daemon(problem: bytes, device: int, mode: str) -> Optional[_client.Connection]:
-    """The connection by which to compute this problem, or None; `device` is the current one."""
+def choose(problem: bytes, device: int, mode: str) -> Optional[_client.Connection]:
+    """The connection by which to compute this problem, or None: this process itself. `device` is
+    the current one."""
     if mode == "inproc":
         return None
     if mode == "daemon":
@@ -42,7 +43,7 @@ def daemon(problem: bytes, device: int, mode: str) -> Optional[_client.Connectio
         if torch.cuda.is_current_stream_capturing():
             return None  # no time to measure
         with _lock:
-            choice = _choices.get(device) or _choose(device)
+            choice = _choices.get(device) or _look(device)
             _choices[device] = choice
     if not choice.connection or _native.attn().sage_attn_ops(problem, None) < choice.least:
         return None
@@ -62,14 +63,14 @@ def _connect(device: int) -> _client.Connection:
     return connection
 
 
-def _choose(device: int) -> Choice:
+def _look(device: int) -> Choice:
     try:
         connection = _connect(device)
         handoff, rate = _measure(connection, device)
-    except (SageError, ImportError) as error:
+    except (SageError, ImportError, torch.cuda.OutOfMemoryError) as error:
         known = isinstance(error, SageError) and error.name == "SAGE_ENODAEMON"
         log.log(logging.INFO if known else logging.WARNING,
-                "cuda:%d: attention in this process: no daemon: %s", device, error)
+                "cuda:%d: attention in this process, not by a daemon: %s", device, error)
         return Choice(None, 0.0)
     least = WELL_ABOVE * handoff * rate
     log.info("cuda:%d: jobs above %.2g ms (%.3g operations) go to the daemon, process %d: a "
@@ -80,16 +81,17 @@ def _choose(device: int) -> Choice:
 
 def _measure(connection: _client.Connection, device: int) -> tuple[float, float]:
     """Seconds from here to the daemon and back with the smallest job; operations a second."""
-    stream = torch.cuda.Stream(device)
+    place = torch.device("cuda", device)
+    stream = torch.cuda.Stream(place)
 
-    def seconds(heads: int, tokens: int):
+    def seconds(tokens: int):
         """Of a job on an idle stream, and its operations."""
         with torch.cuda.stream(stream):
-            qkvo = [torch.zeros(1, heads, tokens, 64, dtype=torch.float16, device=device)
+            qkvo = [torch.zeros((1, 1, tokens, 64), dtype=torch.float16, device=place)
                     for _ in range(4)]
-        place = [(_native.F16, 0, 0, t.data_ptr(), *t.shape, *t.stride()) for t in qkvo]
+        numbers = [(_native.F16, 0, 0, t.data_ptr(), *t.shape, *t.stride()) for t in qkvo]
         options = _native.Options(False, 0.0, 1, True, False, 0, -1, -1)
-        problem = _native.pack(*place, _native.ABSENT, _native.ABSENT, options)
+        problem = _native.pack(*numbers, _native.ABSENT, _native.ABSENT, options)
         took = []
         for _ in range(TRIES):
             stream.synchronize()
@@ -100,9 +102,22 @@ def _measure(connection: _client.Connection, device: int) -> tuple[float, float]
         connection.check_stream(stream.cuda_stream)
         return statistics.median(took), _native.attn().sage_attn_ops(problem, None)
 
-    handoff, _ = seconds(1, 64)
-    whole, ops = seconds(16, 2048)
+    handoff, _ = seconds(64)
+    whole, ops = seconds(32768)  # a millisecond of an H100, and 16 MiB
     return handoff, ops / max(whole - handoff, 1e-6)
+
+
+# --- errors ---
+
+def check_errors() -> None:
+    """Wait for the GPUs that daemons have computed on for this process, and raise SageError for
+    the first job that failed since it was last asked. Its output, and that of those after it on
+    its stream, are undefined."""
+    for device, connection in _client.connections().items():
+        if device == _client.CPU:
+            continue  # its errors are those of the call
+        torch.cuda.synchronize(device)
+        connection.check()
 
 
 # --- memory ---
@@ -121,14 +136,3 @@ def _trim_with_empty_cache() -> None:
 
     empty_cache.__doc__, empty_cache.sageattnd = wrapped.__doc__, True
     torch.cuda.empty_cache = torch.cuda.memory.empty_cache = empty_cache
-
-
-def check_errors() -> None:
-    """Wait for the GPUs that daemons have computed on for this process, and raise SageError for
-    the first job that failed since it was last asked. Its output, and that of those after it on
-    its stream, are undefined."""
-    for device, connection in _client.connections().items():
-        if device == _client.CPU:
-            continue  # its errors are those of the call
-        torch.cuda.synchronize(device)
-        connection.check()
