@@ -384,7 +384,7 @@ def test_auto():
 
 def fill(attention, rounds, config):
     # PyTorch's segments may be nearly all of the device, and each is mapped as a whole.
-    with daemon(client_bytes="1T", user_bytes="1T") as d:
+    with daemon(client_bytes="1024G", user_bytes="1024G") as d:
         said = run_child("fill", d.path, 0.87, attention, rounds, env={
             "PYTORCH_CUDA_ALLOC_CONF": config, "PYTORCH_ALLOC_CONF": config})
         print(f"    {said['allocator']} {config or '-'}: {said['peak']:.0%} of {said['gib']:.0f} "
