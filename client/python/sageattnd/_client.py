@@ -41,9 +41,9 @@ class Connection:
         self.staging = threading.Lock()
         self.buffer, self.size = ctypes.c_void_p(), 0
 
-    def _must(self, status: int, what: str = "") -> None:
+    def _must(self, status: int) -> None:
         if status:
-            raise SageError(status, what + self.lib.sage_last_error().decode())
+            raise SageError(status, self.lib.sage_last_error().decode())
 
     @property
     def backend(self) -> str:
@@ -124,7 +124,8 @@ def connections() -> dict[int, Connection]:
 
 
 def close() -> None:
-    """Close all connections; waits for what streams still have to do. The next job connects."""
+    """Close all connections, while no other thread computes; waits for what streams still have to
+    do. The next job connects."""
     with _lock:
         while _connections:
             _connections.popitem()[1].close()

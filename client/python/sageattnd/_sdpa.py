@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from . import _torch
 
 log = logging.getLogger("sageattnd")
+MAX_HEAD_DIM = 256  # SAGE_MAX_HEAD_DIM
 pytorch = F.scaled_dot_product_attention
 # torch.compiler has it since PyTorch 2.3, torch._utils before.
 _compiling = (getattr(getattr(torch, "compiler", None), "is_compiling", None)
@@ -56,8 +57,10 @@ def _why_not(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Opt
         return f"dtype {q.dtype}".replace("torch.", "")
     if q.dim() not in (3, 4) or not q.dim() == k.dim() == v.dim():
         return "number of dimensions"
-    if q.shape[-1] > 256 or not q.shape[-1] == k.shape[-1] == v.shape[-1]:
-        return "head_dim above 256" if q.shape[-1] > 256 else "head_dim differs"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head_dim above {MAX_HEAD_DIM}"
+    if not q.shape[-1] == k.shape[-1] == v.shape[-1]:
+        return "head_dim differs"
     same_heads = q.shape[-3] == k.shape[-3]
     if k.shape[:-1] != v.shape[:-1] or q.dim() == 4 and q.shape[0] != k.shape[0]:
         return "shapes differ"
