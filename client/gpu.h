@@ -69,7 +69,7 @@ enum { STAGE_BLOCKS = 2 };
 struct gpu {
     enum sage_mode asked;    /* set once */
     bool staging;            /* set once */
-    uint64_t cap;            /* set once; 0: an eighth of the device */
+    uint64_t cap;            /* 0: an eighth of the device, when that is known */
     enum sage_mode in_force; /* of the last job of a stream; AUTO: there was none */
     uint64_t no_events;      /* the connection on which events turned out not to work */
     struct context same;     /* a context of the daemon's device, */

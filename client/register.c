@@ -109,9 +109,10 @@ static void *watch(void *arg)
         struct timespec limit = after_ms(WATCH_MS);
         if (pthread_cond_timedwait(&c->gpu.tick, &c->lock, &limit) != ETIMEDOUT)
             continue;
+        uint64_t cap = c->gpu.cap;
         pthread_mutex_unlock(&c->lock);
         revalidate(c, cu);
-        evict(c, UINT64_MAX);
+        evict(c, cap);
         pthread_mutex_lock(&c->lock);
     }
     pthread_mutex_unlock(&c->lock);
@@ -119,7 +120,7 @@ static void *watch(void *arg)
 }
 
 /* Without it freed memory is only found out when its address is used again. */
-static int start_watcher(struct sage_client *c)
+static int start_watcher(struct sage_client *c, uint64_t cap)
 {
     sigset_t all, old;
     int error = 0;
@@ -127,6 +128,7 @@ static int start_watcher(struct sage_client *c)
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
     pthread_mutex_lock(&c->lock);
+    c->gpu.cap = cap;
     if (!c->gpu.watching)
         error = pthread_create(&c->gpu.watcher, NULL, watch, c);
     c->gpu.watching = !error;
@@ -157,11 +159,12 @@ int sage_trim(struct sage_client *client)
         return client_alien();
     pthread_mutex_lock(&client->lock);
     bool used = client->gpu.used;
+    uint64_t cap = client->gpu.cap ? client->gpu.cap : UINT64_MAX;
     pthread_mutex_unlock(&client->lock);
     if (!used)
         return 0;
     revalidate(client, driver_open());
-    evict(client, UINT64_MAX);
+    evict(client, cap);
     free_own(client, false);
     return 0;
 }
@@ -223,10 +226,14 @@ int gpu_export(const struct span *span, int *fd)
 
 static uint64_t cap_of(struct gpu_job *job)
 {
+    struct sage_client *c = job->client;
     size_t total = 0;
 
-    if (job->client->gpu.cap)
-        return job->client->gpu.cap;
+    pthread_mutex_lock(&c->lock);
+    uint64_t cap = c->gpu.cap;
+    pthread_mutex_unlock(&c->lock);
+    if (cap)
+        return cap;
     job->cu->cuDeviceTotalMem(&total, job->device);
     return total / CAP_SHARE;
 }
@@ -291,10 +298,11 @@ static void clear(struct sage_client *c, const struct cached *e, uint64_t cap)
 static int enter(struct gpu_job *job, struct cached *e, bool ipc)
 {
     struct sage_client *c = job->client;
-    int rc = start_watcher(c);
+    uint64_t cap = cap_of(job);
+    int rc = start_watcher(c, cap);
 
     if (!rc) {
-        clear(c, e, cap_of(job));
+        clear(c, e, cap);
         rc = add_buffer(job, e, ipc);
     }
     if (rc == SAGE_EQUOTA || rc == SAGE_ENOMEM) {

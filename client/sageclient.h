@@ -256,9 +256,9 @@ SAGE_API int sage_stream_error(struct sage_client *client, struct CUstream_st *s
 SAGE_API enum sage_mode sage_client_mode(struct sage_client *client);
 
 /*
- * Let the daemon let go of device memory that was freed, now, and free the library's own that is
- * not in use. A thread of the library does the former every 100 ms. Jobs keep what they use. Waits
- * for the daemon's answers.
+ * Let the daemon let go of device memory that was freed or is beyond cache_bytes, now, and free the
+ * library's own that is not in use. A thread of the library does the former every 100 ms. Jobs keep
+ * what they use. Waits for the daemon's answers.
  */
 SAGE_API int sage_trim(struct sage_client *client);
 

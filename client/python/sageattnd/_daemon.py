@@ -1,0 +1,138 @@
+"""Jobs on a GPU that its daemon may compute: which ones, their errors, the memory they leave."""
+from __future__ import annotations
+
+import functools
+import logging
+import statistics
+import threading
+import time
+from typing import NamedTuple, Optional
+
+import torch
+
+from . import _client, _native
+from ._native import SageError
+
+log = logging.getLogger("sageattnd")
+
+WELL_ABOVE = 10  # a job that takes so many hand-offs is made slower by a tenth at most
+TRIES = 9
+
+
+class Choice(NamedTuple):
+    """connection: None where this process computes by itself; least: operations of the smallest
+    job for the daemon."""
+
+    connection: Optional[_client.Connection]
+    least: float
+
+
+_lock = threading.Lock()
+_choices: dict[int, Choice] = {}
+
+
+def choose(problem: bytes, device: int, mode: str) -> Optional[_client.Connection]:
+    """The connection by which to compute this problem, or None: this process itself. `device` is
+    the current one."""
+    if mode == "inproc":
+        return None
+    if mode == "daemon":
+        return _connect(device)
+    choice = _choices.get(device)
+    if not choice:
+        if torch.cuda.is_current_stream_capturing():
+            return None  # no time to measure
+        with _lock:
+            choice = _choices.get(device) or _look(device)
+            _choices[device] = choice
+    if not choice.connection or _native.attn().sage_attn_ops(problem, None) < choice.least:
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        return None  # a daemon has to be told at each run
+    return _connect(device)
+
+
+@functools.lru_cache(None)
+def _memory(device: int) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def _connect(device: int) -> _client.Connection:
+    connection = _client.connection(device, _memory(device))
+    _trim_with_empty_cache()
+    return connection
+
+
+def _look(device: int) -> Choice:
+    try:
+        connection = _connect(device)
+        handoff, rate = _measure(connection, device)
+    except (SageError, ImportError, torch.cuda.OutOfMemoryError) as error:
+        known = isinstance(error, SageError) and error.name == "SAGE_ENODAEMON"
+        log.log(logging.INFO if known else logging.WARNING,
+                "cuda:%d: attention in this process, not by a daemon: %s", device, error)
+        return Choice(None, 0.0)
+    least = WELL_ABOVE * handoff * rate
+    log.info("cuda:%d: jobs above %.2g ms (%.3g operations) go to the daemon, process %d: a "
+             "hand-off takes %.0f us", device, WELL_ABOVE * handoff * 1e3, least,
+             connection.server.pid, handoff * 1e6)
+    return Choice(connection, least)
+
+
+def _measure(connection: _client.Connection, device: int) -> tuple[float, float]:
+    """Seconds from here to the daemon and back with the smallest job; operations a second."""
+    place = torch.device("cuda", device)
+    stream = torch.cuda.Stream(place)
+
+    def seconds(tokens: int):
+        """Of a job on an idle stream, and its operations."""
+        with torch.cuda.stream(stream):
+            qkvo = [torch.zeros((1, 1, tokens, 64), dtype=torch.float16, device=place)
+                    for _ in range(4)]
+        numbers = [(_native.F16, 0, 0, t.data_ptr(), *t.shape, *t.stride()) for t in qkvo]
+        options = _native.Options(False, 0.0, 1, True, False, 0, -1, -1)
+        problem = _native.pack(*numbers, _native.ABSENT, _native.ABSENT, options)
+        took = []
+        for _ in range(TRIES):
+            stream.synchronize()
+            start = time.perf_counter()
+            connection.enqueue(problem, stream.cuda_stream)
+            stream.synchronize()
+            took.append(time.perf_counter() - start)
+        connection.check_stream(stream.cuda_stream)
+        return statistics.median(took), _native.attn().sage_attn_ops(problem, None)
+
+    handoff, _ = seconds(64)
+    whole, ops = seconds(32768)  # a millisecond of an H100, and 16 MiB
+    return handoff, ops / max(whole - handoff, 1e-6)
+
+
+# --- errors ---
+
+def check_errors() -> None:
+    """Wait for the GPUs that daemons have computed on for this process, and raise SageError for
+    the first job that failed since it was last asked. Its output, and that of those after it on
+    its stream, are undefined."""
+    for device, connection in _client.connections().items():
+        if device == _client.CPU:
+            continue  # its errors are those of the call
+        torch.cuda.synchronize(device)
+        connection.check()
+
+
+# --- memory ---
+
+def _trim_with_empty_cache() -> None:
+    """From the first connection on torch.cuda.empty_cache() tells the daemons, too."""
+    wrapped = torch.cuda.empty_cache
+    if getattr(wrapped, "sageattnd", False):
+        return
+
+    def empty_cache() -> None:
+        wrapped()
+        for device, connection in _client.connections().items():
+            if device != _client.CPU:
+                connection.trim()
+
+    empty_cache.__doc__, empty_cache.sageattnd = wrapped.__doc__, True
+    torch.cuda.empty_cache = torch.cuda.memory.empty_cache = empty_cache

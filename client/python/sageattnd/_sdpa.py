@@ -1,0 +1,149 @@
+"""In place of torch.nn.functional.scaled_dot_product_attention."""
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from typing import Any, Iterator, Optional
+
+import torch
+import torch.nn.functional as F
+
+from . import _torch
+
+log = logging.getLogger("sageattnd")
+MAX_HEAD_DIM = 256  # SAGE_MAX_HEAD_DIM
+pytorch = F.scaled_dot_product_attention
+# torch.compiler has it since PyTorch 2.3, torch._utils before.
+_compiling = (getattr(getattr(torch, "compiler", None), "is_compiling", None)
+              or getattr(torch._utils, "is_compiling", lambda: False))
+
+_lock = threading.Lock()
+_fallbacks: dict[str, int] = {}
+
+
+class Unsupported(ValueError):
+    """With strict=True: what scaled_dot_product_attention() would have left to PyTorch."""
+
+
+def fallbacks() -> dict[str, int]:
+    """How many calls were left to PyTorch, by reason. Calls in code that torch.compile() has
+    compiled are not counted."""
+    with _lock:
+        return dict(_fallbacks)
+
+
+def _autocast() -> torch.dtype:
+    """What torch.autocast("cuda") casts to, for PyTorch's function is one that it knows."""
+    if hasattr(torch, "get_autocast_dtype"):  # PyTorch 2.4 and newer
+        return torch.get_autocast_dtype("cuda")
+    return torch.get_autocast_gpu_dtype()
+
+
+def _old(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def _why_not(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Optional[str]:
+    """None, or why the kernels cannot do it (or PyTorch itself refuses it)."""
+    tensors = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
+    if dropout_p:
+        return "dropout"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "gradient"
+    if q.device.type not in ("cuda", "cpu") or any(t.device != q.device for t in tensors):
+        return f"device {q.device.type}"
+    if q.dtype not in _torch.DTYPES or not q.dtype == k.dtype == v.dtype:
+        return f"dtype {q.dtype}".replace("torch.", "")
+    if q.dim() not in (3, 4) or not q.dim() == k.dim() == v.dim():
+        return "number of dimensions"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head_dim above {MAX_HEAD_DIM}"
+    if not q.shape[-1] == k.shape[-1] == v.shape[-1]:
+        return "head_dim differs"
+    same_heads = q.shape[-3] == k.shape[-3]
+    if k.shape[:-1] != v.shape[:-1] or q.dim() == 4 and q.shape[0] != k.shape[0]:
+        return "shapes differ"
+    if not same_heads and not (enable_gqa and q.shape[-3] % max(k.shape[-3], 1) == 0):
+        return "heads differ"
+    if attn_mask is not None and (is_causal or attn_mask.dtype not in _torch.MASKS
+                                  or attn_mask.dim() > q.dim()):
+        return "attn_mask"
+    if scale is not None and not scale > 0:
+        return "scale"
+    if not _compiling() and _old(q.device):
+        return "compute capability below 8.0"
+    return None
+
+
+def _fall_back(reason: str) -> None:
+    with _lock:
+        first = reason not in _fallbacks
+        _fallbacks[reason] = _fallbacks.get(reason, 0) + 1
+    if first:
+        log.warning("scaled_dot_product_attention: left to PyTorch: %s (said once; "
+                    "sageattnd.fallbacks() counts)", reason)
+
+
+def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                                 attn_mask: Optional[torch.Tensor] = None, dropout_p: float = 0.0,
+                                 is_causal: bool = False, scale: Optional[float] = None,
+                                 enable_gqa: bool = False, *, strict: bool = False,
+                                 variant: str = "auto", mode: Optional[str] = None
+                                 ) -> torch.Tensor:
+    """F.scaled_dot_product_attention: its arguments, its meaning, its result up to the error of
+    the quantisation (and a row that sees no key is 0).
+
+    query [B, Hq, Nq, D] or [Hq, Nq, D], key and value [.., Hkv, Nk, D]; attn_mask broadcastable to
+    [B, Hq, Nq, Nk]; see sageattn() for variant and mode. Returns o like query.
+
+    What the kernels cannot do is left to PyTorch, with a warning for each reason, and counted:
+    see fallbacks(). That is dropout, gradients, dtypes other than float16 and bfloat16, D above
+    256, GPUs before compute capability 8.0, other devices, tensors that broadcast. strict=True
+    raises Unsupported instead.
+    """
+    if query.is_cuda and torch.is_autocast_enabled():
+        kind = _autocast()
+        query, key, value = query.to(kind), key.to(kind), value.to(kind)
+    reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if reason is not None:
+        if strict:
+            raise Unsupported(f"scaled_dot_product_attention: the kernels cannot do it: {reason}")
+        if not _compiling():
+            _fall_back(reason)
+        more = {} if scale is None else {"scale": scale}
+        if enable_gqa:
+            more["enable_gqa"] = True  # PyTorch 2.5 and newer
+        return pytorch(query, key, value, attn_mask, dropout_p, is_causal, **more)
+    from ._api import sageattn
+    if query.dim() == 4:
+        return sageattn(query, key, value, "HND", is_causal, scale, attn_mask=attn_mask,
+                        variant=variant, mode=mode)
+    return sageattn(query[None], key[None], value[None], "HND", is_causal, scale,
+                    attn_mask=attn_mask, variant=variant, mode=mode)[0]
+
+
+@contextlib.contextmanager
+def sdpa(strict: bool = False, variant: str = "auto", mode: Optional[str] = None
+         ) -> Iterator[None]:
+    """Within the block, of all threads, F.scaled_dot_product_attention is ours.
+
+        with sageattnd.sdpa():
+            image = pipeline(prompt)
+
+    Arguments as in scaled_dot_product_attention(). Code that holds PyTorch's function under a
+    name of its own (from torch.nn.functional import ...) is not reached.
+    """
+
+    def ours(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+             enable_gqa=False) -> Any:
+        return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal,
+                                            scale, enable_gqa, strict=strict, variant=variant,
+                                            mode=mode)
+
+    before = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = ours
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = before

@@ -1,0 +1,65 @@
+"""Hooks into other packages; none of them is imported before its function is called."""
+from __future__ import annotations
+
+import sys
+from typing import Optional
+
+
+def transformers(name: str = "sageattnd", *, strict: bool = False, variant: str = "auto",
+                 mode: Optional[str] = None) -> None:
+    """Register the attention under `name`:
+
+        sageattnd.integrations.transformers()
+        model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="sageattnd")
+
+    It is scaled_dot_product_attention(), with its fallbacks and arguments, and takes the masks
+    that transformers makes for "sdpa". Wants a transformers that has AttentionInterface.
+    """
+    from transformers import AttentionInterface
+
+    from ._sdpa import scaled_dot_product_attention
+
+    def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
+                is_causal=None, **_):
+        """query [B, Hq, Nq, D], key and value [B, Hkv, Nk, D] -> [B, Nq, Hq, D], no weights."""
+        if attention_mask is not None:
+            attention_mask = attention_mask[..., :key.shape[-2]]
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        is_causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
+        o = scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal,
+                                         scaling, query.shape[1] != key.shape[1], strict=strict,
+                                         variant=variant, mode=mode)
+        return o.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(name, forward)
+    try:
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    except ImportError:  # before 4.53 models make masks by themselves
+        return
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def diffusers() -> None:
+    """Let diffusers find these functions where it looks for sageattention's:
+
+        sageattnd.integrations.diffusers()       # before diffusers is imported
+        from diffusers import DiffusionPipeline
+        pipeline.transformer.set_attention_backend("sage")
+
+    Its list of backends is closed, so the name is upstream's: "sage", "sage_varlen" and those of
+    single kernels. Wants diffusers 0.35 or newer; for older ones, or for models that attend by
+    F.scaled_dot_product_attention, there is sageattnd.sdpa(). RuntimeError where diffusers has
+    been imported, for it has looked by then.
+    """
+    from . import shim
+
+    if "diffusers" in sys.modules:
+        raise RuntimeError("diffusers has been imported, and has looked for sageattention: call "
+                           "sageattnd.integrations.diffusers() before that")
+    shim.install()
+    from diffusers.models import attention_dispatch
+
+    if not attention_dispatch._CAN_USE_SAGE_ATTN:
+        raise RuntimeError("this diffusers does not take sageattention "
+                           f"{shim.VERSION} for its backend \"sage\"")

@@ -1,0 +1,587 @@
+#!/usr/bin/env python3
+"""The package sageattnd with PyTorch on the CPU: as an operator, in place of PyTorch's attention
+and of sageattention, in transformers and diffusers, and over several ranks.
+
+PyTorch is that of this python, or else of the environment that `./quickstart python` makes.
+"""
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import sage
+
+SRC = os.environ.get("SAGE_SRCDIR", ".")
+PACKAGE = os.path.join(SRC, "client", "python")
+ENVIRONMENT = os.path.join(sage.BUILD, "python-env", "bin", "python")
+
+if sage.SANITIZED:
+    print("sanitized libraries cannot be loaded into python")
+    sys.exit(77)
+if not importlib.util.find_spec("torch"):
+    if os.path.exists(ENVIRONMENT) and sys.executable != ENVIRONMENT:
+        os.execv(ENVIRONMENT, [ENVIRONMENT, *sys.argv])
+    print("no PyTorch: ./quickstart python installs one")
+    sys.exit(77)
+os.environ.setdefault("SAGEATTND_LIBRARY_PATH", os.path.abspath(os.path.join(sage.BUILD, ".libs")))
+# Without compiled modules each of the many processes below would take seconds to start.
+os.environ["PYTHONPYCACHEPREFIX"] = os.path.abspath(os.path.join(sage.BUILD, "python-cache"))
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ["PYTHONPATH"] = os.path.abspath(PACKAGE) + os.pathsep + os.environ.get("PYTHONPATH", "")
+sys.path.insert(0, PACKAGE)
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import sageattnd
+import sageattnd.shim
+from sageattnd import SageError, sageattn, sageattn_varlen
+from sageattnd import scaled_dot_product_attention as ours
+
+BOUNDS = {"auto": 0.03, "int8_fp16": 0.03, "int8_fp8": 0.06}  # relL1 against fp64
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def inputs(b=2, hq=4, hkv=None, nq=100, nk=None, d=64, seed=1, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(seed)
+    hkv, nk = hkv or hq, nq if nk is None else nk
+    return [torch.randn(s, generator=generator).to(dtype)
+            for s in ((b, hq, nq, d), (b, hkv, nk, d), (b, hkv, nk, d))]
+
+
+def nhd(t):
+    return t.transpose(1, 2)
+
+
+def error(o, wanted):
+    return float((o.double() - wanted).abs().sum() / wanted.abs().sum())
+
+
+def check(o, lse, q, k, v, variant="auto", **options):
+    """o and lse of [B, H, N, D] against fp64."""
+    wanted, wanted_lse = sage.reference(*(t.double().numpy() for t in (q, k, v)), **options)
+    rel = error(o, torch.from_numpy(wanted))
+    assert rel < BOUNDS[variant], f"relL1 {rel}"
+    if lse is not None:
+        off = np.abs(lse.numpy() - wanted_lse).max()
+        assert lse.dtype == torch.float32 and off < 0.05, f"lse: off by {off}"
+
+
+def refused(kind, *words):
+    """The block must raise that, with these words."""
+    class Block:
+        def __enter__(self):
+            pass
+
+        def __exit__(self, got, value, _):
+            assert got is not None, f"wanted {kind.__name__}, but it was done"
+            assert issubclass(got, kind), f"wanted {kind.__name__}, got {value!r}"
+            for word in words:
+                assert word in str(value), f"no '{word}' in '{value}'"
+            return True
+    return Block()
+
+
+def same(a, b):
+    """Of the same problem: every bit."""
+    return all(torch.equal(x, y) for x, y in zip(a, b)) if isinstance(a, tuple) else \
+        torch.equal(a, b)
+
+
+# --- results ---
+
+def test_accuracy():
+    for i, (d, causal, variant) in enumerate((d, c, v) for d in (8, 64, 72, 128, 256)
+                                             for c in (False, True)
+                                             for v in ("int8_fp16", "int8_fp8")):
+        q, k, v = inputs(hkv=(1, 2, 4)[i % 3], nq=50, nk=90, d=d, seed=i, dtype=HALVES[i % 2])
+        o, lse = sageattn(q, k, v, is_causal=causal, return_lse=True, variant=variant)
+        check(o, lse, q, k, v, variant, causal=causal)
+        assert o.dtype == q.dtype and o.shape == q.shape
+        o2, lse2 = sageattn(nhd(q), nhd(k), nhd(v), "NHD", causal, None, True, variant=variant)
+        assert same((nhd(o2), lse2), (o, lse))
+
+
+def test_views():
+    """No copy of what can be read in place, and o in the order of q; the same results."""
+    qkv = torch.randn(2, 50, 3, 4, 64, dtype=torch.bfloat16)
+    q, k, v = qkv.unbind(2)
+    wanted = sageattn(*(t.contiguous() for t in (q, k, v)), "NHD")
+    assert same(sageattn(q, k, v, "NHD"), wanted)
+    o = sageattn(nhd(q), nhd(k), nhd(v))
+    assert same(nhd(o), wanted) and nhd(o).is_contiguous()
+    turned = [t.transpose(1, 3).contiguous().transpose(1, 3) for t in (q, k, v)]
+    assert turned[0].stride(-1) != 1 and same(sageattn(*turned, "NHD"), wanted)
+    one = k[:1].expand_as(k)
+    assert same(sageattn(q, one, v, "NHD"), sageattn(q, one.clone(), v, "NHD"))
+    before = [t.clone() for t in (q, k, v)]
+    sageattn(q, k, v, "NHD")
+    assert all(same(a, b) for a, b in zip(before, (q, k, v))), "inputs were written to"
+
+
+def test_head_dim():
+    for d in (1, 60, 77):
+        q, k, v = inputs(d=d)
+        o, lse = sageattn(q, k, v, return_lse=True)
+        assert o.shape == q.shape
+        check(o, lse, q, k, v)
+
+
+def test_dtypes():
+    """float32 is cast to the 16-bit type of the others, and o to q's."""
+    for kind in HALVES:
+        q, k, v = inputs(dtype=kind)
+        wanted = sageattn(q, k, v)
+        for case in ((q.float(), k, v), (q, k.float(), v), (q.float(), k.float(), v)):
+            o = sageattn(*case)
+            assert o.dtype == case[0].dtype and same(o, wanted.to(o.dtype))
+    q, k, v = inputs(dtype=torch.float32)
+    assert same(sageattn(q, k, v), sageattn(q.half(), k.half(), v.half()).float())
+
+
+def test_masks():
+    q, k, v = inputs(nq=33, nk=65)
+    for shape in ((2, 4, 33, 65), (33, 65), (2, 1, 1, 65), (4, 33, 1), (1, 65)):
+        seen = torch.rand(shape) > 0.3
+        added = torch.randn(shape)
+        for mask in (seen, added, added.bfloat16()):
+            o, lse = sageattn(q, k, v, attn_mask=mask, return_lse=True)
+            full = mask.expand(2, 4, 33, 65)
+            full = full.numpy() if mask.dtype == torch.bool else full.double().numpy()
+            if lse.isfinite().all():
+                check(o, lse, q, k, v, mask=full)
+            assert same(nhd(sageattn(nhd(q), nhd(k), nhd(v), "NHD", attn_mask=mask)), o)
+
+
+def test_varlen():
+    q, k, v = (nhd(t)[0] for t in inputs(b=1, hkv=2, nq=90, nk=120))
+    ends_q, ends_k = [0, 20, 90], [0, 50, 120]
+    for kind in (torch.int32, torch.int64):
+        cu = [torch.tensor(ends, dtype=kind) for ends in (ends_q, ends_k)]
+        o, lse = sageattn_varlen(q, k, v, *cu, 70, 70, True, return_lse=True)
+        assert o.shape == q.shape and lse.shape == (4, 90)
+        for i in range(2):
+            a, b = slice(*ends_q[i:i + 2]), slice(*ends_k[i:i + 2])
+            one = [nhd(t[None]) for t in (q[a], k[b], v[b])]
+            check(nhd(o[a][None]), lse[None, :, a], *one, causal=True)
+    with refused(ValueError, "cu_seqlens_q", "70"):
+        sageattn_varlen(q, k, v, *cu, 69, 70)
+    with refused(ValueError, "cu_seqlens_k"):
+        sageattn_varlen(q, k, v, cu[0], cu[1].float())
+    with refused(ValueError, "cu_seqlens_k", "2^31"):
+        sageattn_varlen(q, k, v, cu[0], cu[1] + (1 << 32))
+    assert same(sageattn_varlen(q, k, v, ends_q, ends_k, is_causal=True), o)
+
+
+def test_refused():
+    q, k, v = inputs()
+    for kind, word, case in (
+            (TypeError, "k: dtype torch.float64", (q, k.double(), v)),
+            (TypeError, "differ", (q, k.half(), v)),
+            (ValueError, "q: shape", (q[0], k, v)),
+            (TypeError, "v: ndarray", (q, k, v.float().numpy())),
+            (ValueError, "attn_mask: on meta", (q, k, v, "HND", False, None, False, True,
+                                                torch.ones(1, device="meta", dtype=torch.bool))),
+            (SageError, "head", inputs(d=264)),
+            (SageError, "k", (q, k[:, :3], v[:, :3]))):
+        with refused(kind, word):
+            sageattn(*case)
+    with refused(ValueError, "attn_mask", "scaled_dot_product_attention"):
+        sageattn(q, k, v, torch.ones(100, 100, dtype=torch.bool))
+
+
+def test_gradient():
+    """There is none: said, rather than a tensor that silently has no history."""
+    q, k, v = inputs()
+    k.requires_grad_()
+    with refused(RuntimeError, "k requires a gradient", "no_grad"):
+        sageattn(q, k, v)
+    for without in (torch.no_grad(), torch.inference_mode()):
+        with without:
+            o = sageattn(q, k, v)
+            assert not o.requires_grad and same(o, sageattn(q, k.detach(), v))
+
+
+# --- as an operator ---
+
+def test_compile():
+    """Whole graphs, equal to eager mode, also with sizes that change."""
+    q, k, v = inputs()
+    mask = torch.rand(100, 100) > 0.5
+    cu = torch.tensor([0, 40, 100], dtype=torch.int32)
+
+    def block(q, k, v):
+        o = sageattn(2 * q, k, v, is_causal=True)
+        return nhd(o).flatten(2) + 1
+
+    def layouts(q, k, v):
+        return sageattn(nhd(q), nhd(k), nhd(v), "NHD", return_lse=True, variant="int8_fp8")
+
+    def padded(q, k, v):
+        return sageattn(q[..., :60], k[..., :60], v[..., :60], attn_mask=mask)
+
+    def varlen(q, k, v):
+        return sageattn_varlen(*(nhd(t)[0] for t in (q, k, v)), cu, cu, 60, 60)
+
+    def attention(q, k, v):
+        return ours(q, k, v, is_causal=True) + F.scaled_dot_product_attention(q, k, v)
+
+    for function in (block, layouts, padded, varlen, attention):
+        with sageattnd.sdpa(strict=True), torch.inference_mode():
+            compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+            assert same(compiled(q, k, v), function(q, k, v)), function.__name__
+    dynamic = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (64, 100, 37):
+        assert same(dynamic(*inputs(nq=n)), block(*inputs(nq=n)))
+
+
+def test_meta():
+    """Shapes, dtypes and strides without data, as the operator gives them with data."""
+    for layout in ("HND", "NHD"):
+        for t in (inputs(), [nhd(t) for t in inputs()]):
+            o, lse = sageattn(*(x.to("meta") for x in t), layout, return_lse=True)
+            real_o, real_lse = sageattn(*t, layout, return_lse=True)
+            for a, b in ((o, real_o), (lse, real_lse)):
+                assert a.is_meta and a.shape == b.shape and a.dtype == b.dtype
+                assert a.stride() == b.stride()
+
+
+def test_opcheck():
+    if not hasattr(torch.library, "opcheck"):
+        raise sage.Skip("PyTorch before 2.4 has no torch.library.opcheck")
+    q, k, v = inputs()
+    torch.library.opcheck(torch.ops.sageattnd.attention.default, (
+        q, k, v, None, None, None, None, None, "HND", True, 0.1, 1, True, False, 0, -1, -1, True,
+        "inproc"))
+
+
+def test_threads():
+    t = inputs()
+    wanted, wrong = sageattn(*t), []
+
+    def work():
+        wrong.extend(1 for _ in range(50) if not same(sageattn(*t), wanted))
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_daemon():
+    """Also by a daemon, with every kind of tensor; the same bits."""
+    q, k, v = inputs(hkv=2)
+    cu = torch.tensor([0, 40, 100])
+    with sage.Daemon() as daemon:
+        os.environ["SAGEATTND_SOCKET"] = daemon.path
+        for case in (dict(), dict(return_lse=True, is_causal=True),
+                     dict(attn_mask=torch.rand(100, 100) > 0.5), dict(attn_mask=torch.randn(100))):
+            wanted = sageattn(q, k, v, mode="inproc", **case)
+            assert same(sageattn(q, k, v, mode="daemon", **case), wanted), case
+            o = sageattn(nhd(q), nhd(k), nhd(v), "NHD", mode="daemon", **case)
+            assert same(nhd(o[0] if isinstance(o, tuple) else o),
+                        wanted[0] if isinstance(wanted, tuple) else wanted)
+        flat = [nhd(t)[0] for t in (q, k, v)]
+        assert same(sageattn_varlen(*flat, cu, cu, mode="daemon"), sageattn_varlen(*flat, cu, cu))
+        assert not sageattn(q, k[:, :, :0], v[:, :, :0], mode="daemon").any()
+        sage.until(lambda: daemon.stats()["done"] == 10, "10 jobs of the daemon")
+        sageattnd.check_errors()
+        sageattnd.close()
+
+
+# --- in place of PyTorch's ---
+
+def test_sdpa():
+    """PyTorch's meaning of each argument."""
+    q, k, v = inputs(nq=40, nk=70)
+    one = [t[0] for t in (q, k, v)]
+    before = sageattnd.fallbacks()
+    for tensors, case in (((q, k, v), {}), ((q, k, v), dict(is_causal=True)),
+                          ((q, k, v), dict(scale=0.2)), (one, dict(is_causal=True)),
+                          ((q, k, v), dict(attn_mask=torch.randn(2, 4, 40, 70).bfloat16())),
+                          ((q, k, v), dict(attn_mask=torch.rand(40, 70) > 0.3)),
+                          (one, dict(attn_mask=torch.rand(40, 70) > 0.3)),
+                          ([t[..., :36] for t in (q, k, v)], {})):
+        mask = case.get("attn_mask")
+        exact = {**case, "attn_mask": mask.double()} if mask is not None and \
+            mask.is_floating_point() else case
+        wanted = F.scaled_dot_product_attention(*(t.double() for t in tensors), **exact)
+        o = ours(*tensors, strict=True, **case)
+        assert o.shape == wanted.shape and error(o, wanted) < BOUNDS["auto"], case
+    assert sageattnd.fallbacks() == before
+
+
+class Log:
+    """What is logged within the block."""
+
+    def __enter__(self):
+        import logging
+        self.lines, log = [], self
+        self.handler = logging.Handler()
+        self.handler.emit = lambda record: log.lines.append(record.getMessage())
+        logging.getLogger("sageattnd").addHandler(self.handler)
+        return self.lines
+
+    def __exit__(self, *_):
+        import logging
+        logging.getLogger("sageattnd").removeHandler(self.handler)
+
+
+def test_fallbacks():
+    """What the kernels cannot do is PyTorch's, bit for bit, counted, and said once."""
+    q, k, v = inputs()
+    f = [t.float() for t in (q, k, v)]
+    wide = inputs(d=264)
+    for reason, tensors, case in (
+            ("dropout", (q, k, v), dict(dropout_p=0.5)),
+            ("gradient", [q, k.clone().requires_grad_(), v], {}),
+            ("dtype float32", f, {}), ("dtype float64", [t.double() for t in f], {}),
+            ("head_dim above 256", wide, {}), ("head_dim differs", (q, k, v[..., :32]), {}),
+            ("number of dimensions", [t[:, None] for t in (q, k, v)], {}),
+            ("attn_mask", (q, k, v), dict(attn_mask=torch.zeros(100, 100), is_causal=True)),
+            ("scale", (q, k, v), dict(scale=-0.1)), ("heads differ", (q, k[:, :1], v[:, :1]), {})):
+        count = sageattnd.fallbacks().get(reason, 0)
+        with Log() as lines:
+            for _ in range(2):
+                torch.manual_seed(7)
+                try:
+                    o = ours(*tensors, **case)
+                except RuntimeError as refusal:
+                    o = refusal
+                torch.manual_seed(7)
+                try:
+                    wanted = F.scaled_dot_product_attention(*tensors, **case)
+                except RuntimeError as refusal:
+                    wanted = refusal
+                assert str(o) == str(wanted) if isinstance(wanted, Exception) else same(o, wanted)
+        assert sageattnd.fallbacks()[reason] == count + 2, reason
+        assert len(lines) == (1 if count == 0 else 0) and all(reason in line for line in lines)
+        with refused(ValueError, reason):
+            ours(*tensors, strict=True, **case)
+
+
+def test_sdpa_context():
+    q, k, v = inputs()
+    before = F.scaled_dot_product_attention
+    with sageattnd.sdpa(variant="int8_fp8"):
+        assert same(F.scaled_dot_product_attention(q, k, v), sageattn(q, k, v, variant="int8_fp8"))
+        with sageattnd.sdpa(strict=True):
+            with refused(ValueError, "dtype float32"):
+                F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+        f = [t.float() for t in (q, k, v)]
+        assert same(F.scaled_dot_product_attention(*f), before(*f))
+    assert F.scaled_dot_product_attention is before
+    try:
+        with sageattnd.sdpa():
+            raise KeyError
+    except KeyError:
+        pass
+    assert F.scaled_dot_product_attention is before
+    attention = torch.nn.MultiheadAttention(64, 4, batch_first=True).bfloat16()
+    x = torch.randn(2, 50, 64).bfloat16()
+    with torch.no_grad():
+        wanted = attention(x, x, x, need_weights=False)[0]
+        # in training mode: the fused path of eval() would not call F
+        with sageattnd.sdpa(strict=True):
+            o = attention(x, x, x, need_weights=False)[0]
+    assert not same(o, wanted) and error(o, wanted.double()) < 0.05, error(o, wanted.double())
+
+
+# --- in place of sageattention ---
+
+def test_shim():
+    """Not by accident; then as programs look for it: by import, specification, version."""
+    import importlib.metadata
+    assert importlib.util.find_spec("sageattention") is None
+    sageattnd.shim.install()
+    sageattnd.shim.install()
+    try:
+        import inspect
+        import sageattention
+        from sageattention import sageattn as theirs
+        from sageattention.core import sageattn_varlen as varlen
+        assert theirs is sageattn and varlen is sageattn_varlen
+        assert importlib.util.find_spec("sageattention") is not None
+        assert importlib.metadata.version("sageattention") == sageattention.__version__ == "2.2.0"
+        assert importlib.metadata.version("numpy") == np.__version__
+        assert "attn_mask" in inspect.signature(theirs).parameters
+        for name in sageattnd.shim.NAMES:
+            assert callable(getattr(sageattention, name))
+    finally:
+        sageattnd.shim.uninstall()
+    assert importlib.util.find_spec("sageattention") is None
+    sys.modules["sageattention"] = real = type(sys)("sageattention")
+    real.__spec__ = importlib.machinery.ModuleSpec("sageattention", None)
+    with refused(RuntimeError, "replace=True"):
+        sageattnd.shim.install()
+    sageattnd.shim.install(replace=True)
+    sageattnd.shim.uninstall()
+
+
+def test_upstream_calls():
+    """Every call of SageAttention's README (1.0.6 and 2.2.0), examples and benchmarks, and those
+    of ComfyUI, as written there."""
+    sageattnd.shim.install()
+    try:
+        calls()
+    finally:
+        sageattnd.shim.uninstall()
+
+
+def calls():
+    from functools import partial
+
+    import sageattention
+    from sageattention import sageattn, sageattn_qk_int8_pv_fp16_cuda
+    from sageattention import sageattn_qk_int8_pv_fp16_triton, sageattn_qk_int8_pv_fp8_cuda
+    from sageattention import sageattn_qk_int8_pv_fp8_cuda_sm90, sageattn_varlen
+    q, k, v = inputs()
+    flat, cu = [nhd(t).flatten(0, 1) for t in (q, k, v)], torch.tensor([0, 100, 200])
+    scale, pytorch = 0.125, F.scaled_dot_product_attention
+    results = [
+        (sageattn(q, k, v, tensor_layout="HND", is_causal=False, smooth_k=True), 0),
+        (sageattn(q, k, v, tensor_layout="HND", is_causal=False), 0),
+        (sageattn(q, k, v, is_causal=True), 1),
+        (sageattn(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False), 0),
+        (sageattn(q, k, v, is_causal=False, tensor_layout="HND", sm_scale=None, smooth_k=False), 0),
+        (sageattn(q, k, v, attn_mask=torch.zeros(2, 1, 1, 100).bfloat16(), is_causal=False,
+                  tensor_layout="HND"), 0),
+        (sageattn(q=q, k=k, v=v, tensor_layout="HND", is_causal=True, sm_scale=scale,
+                  return_lse=True)[0], 1),
+        (sageattn_qk_int8_pv_fp16_cuda(q, k, v, tensor_layout="HND", is_causal=True,
+                                       qk_quant_gran="per_warp", pv_accum_dtype="fp32"), 1),
+        (sageattn_qk_int8_pv_fp16_triton(q, k, v, tensor_layout="HND", is_causal=False,
+                                         quantization_backend="cuda"), 0),
+        (sageattn_qk_int8_pv_fp8_cuda(q, k, v, tensor_layout="HND", is_causal=True,
+                                      qk_quant_gran="per_thread", pv_accum_dtype="fp32+fp16"), 1),
+        (sageattn_qk_int8_pv_fp8_cuda_sm90(q, k, v, tensor_layout="HND", is_causal=False,
+                                           sm_scale=scale, pv_accum_dtype="fp32+fp32"), 0),
+        (nhd(sageattn_varlen(*flat, cu, cu, 100, 100, is_causal=True).unflatten(0, (2, 100))), 1)]
+    try:
+        F.scaled_dot_product_attention = sageattn
+        results.append((F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0,
+                                                       is_causal=False), 0))
+        for function, pv in ((sageattention.sageattn_qk_int8_pv_fp16_cuda, "fp32"),
+                             (sageattention.sageattn_qk_int8_pv_fp8_cuda, "fp32+fp32")):
+            F.scaled_dot_product_attention = partial(function, pv_accum_dtype=pv)
+            results.append((F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0,
+                                                           is_causal=False), 0))
+    finally:
+        F.scaled_dot_product_attention = pytorch
+    wanted = [pytorch(q.double(), k.double(), v.double(), is_causal=c) for c in (False, True)]
+    for i, (o, causal) in enumerate(results):
+        assert error(o, wanted[causal]) < BOUNDS["int8_fp8"], f"call {i}"
+
+
+# --- in other packages ---
+
+def needs(*packages):
+    for package in packages:
+        if not importlib.util.find_spec(package):
+            raise sage.Skip(f"no {package}")
+
+
+def test_transformers():
+    """A small language model: logits, and what it generates after a padded prompt."""
+    needs("transformers")
+    import transformers
+    sageattnd.integrations.transformers(strict=True)
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(vocab_size=128, hidden_size=256, intermediate_size=256,
+                                      num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, max_position_embeddings=128)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    tokens = torch.randint(128, (2, 20))
+    seen = torch.ones_like(tokens)
+    seen[0, :5] = 0
+    logits, answers = {}, {}
+    with torch.no_grad():
+        for name in ("sdpa", "sageattnd"):
+            model.config._attn_implementation = name  # set_attn_implementation(), from 4.54 on
+            whole = model(tokens).logits
+            padded = model(tokens, attention_mask=seen).logits
+            assert not torch.equal(padded[0, -1], whole[0, -1]), "the mask is not seen"
+            logits[name] = torch.cat((whole, padded[:, 5:]), 1)
+            answers[name] = model.generate(tokens, attention_mask=seen, max_new_tokens=8,
+                                           do_sample=False, pad_token_id=0)
+    rel = error(logits["sageattnd"], logits["sdpa"].double())
+    assert not torch.equal(logits["sageattnd"], logits["sdpa"]) and rel < 0.02, rel
+    assert answers["sageattnd"].shape == answers["sdpa"].shape
+
+
+DIFFUSERS = """
+import sageattnd, torch
+sageattnd.integrations.diffusers()
+from diffusers.models import attention_dispatch as d
+q, k, v = (torch.randn(2, 50, 4, 64).bfloat16() for _ in range(3))
+wanted = torch.nn.functional.scaled_dot_product_attention(
+    *(t.transpose(1, 2).double() for t in (q, k, v))).transpose(1, 2)
+for name in ("sage", "sage_varlen", "_sage_qk_int8_pv_fp16_triton"):
+    with d.attention_backend(name):
+        o = d.dispatch_attention_fn(q, k, v)
+    error = float((o - wanted).abs().sum() / wanted.abs().sum())
+    assert o.shape == q.shape and 0.001 < error < 0.03, (name, error)
+try:
+    sageattnd.integrations.diffusers()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_diffusers():
+    needs("diffusers")
+    done = subprocess.run([sys.executable, "-c", DIFFUSERS], universal_newlines=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0 and "has been imported" in done.stdout, done.stdout
+
+
+def test_ranks():
+    """The example: ring and Ulysses attention on two ranks."""
+    example = os.path.join(PACKAGE, "examples", "sequence_parallel.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node=2", example, "--tokens=512"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          universal_newlines=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0 and "causal: relL1" in done.stdout, done.stdout
+
+
+def test_documents():
+    """The Python of README.md and docs/python.md runs, block after block."""
+    needs("transformers", "diffusers")
+    for name, least in (("README.md", 1), ("docs/python.md", 6)):
+        with open(os.path.join(SRC, name)) as page:
+            blocks = [b.split("```")[0] for b in page.read().split("```python\n")[1:]]
+        assert len(blocks) >= least, name
+        done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], universal_newlines=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        assert done.returncode == 0, f"{name}: {done.stdout}"
+
+
+def test_cost():
+    """Of a call beside its kernel; printed, for it is the machine's."""
+    from sageattnd import _native, _torch
+    q, k, v = inputs(b=1, hq=1, nq=16, d=8)
+    o = torch.empty_like(q)
+    problem = _native.pack(*(_torch._describe(t, "HND") for t in (q, k, v, o)), _native.ABSENT,
+                           _native.ABSENT, _native.Options(False, 0.35, 1, True, False, 0, -1, -1))
+
+    def median(work):
+        times = []
+        for _ in range(2000):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return 1e6 * float(np.median(times))
+    with torch.inference_mode():
+        print(f"    a call {median(lambda: sageattn(q, k, v)):.1f} us, its kernel "
+              f"{median(lambda: _torch._on_cpu(problem)):.1f} us; "
+              f"PyTorch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    os.environ.pop("SAGEATTND_RUN", None)
+    sage.run(globals(), limit=300)
