@@ -497,23 +497,26 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         }
     }
 
-    /* Integers to scores in base 2, relative to `top`. */
+    /* A tile of 8 keys: integers to scores in base 2, relative to `top`. */
+    __device__ static void scale(scores &x, int n, const factors &c, const float (&top)[2])
+    {
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+            x.p[0][n][e] = fmaf(static_cast<float>(x.s[n][e]), c[e / 2][n / 2], -top[e / 2]);
+    }
+
     __device__ static void scale(scores &x, const factors &c, const float (&top)[2])
     {
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                x.p[0][n][e] = fmaf(static_cast<float>(x.s[n][e]), c[e / 2][n / 2], -top[e / 2]);
+            scale(x, n, c, top);
     }
 
-    __device__ static void exponentiate(scores &x)
+    __device__ static void exponentiate(scores &x, int n)
     {
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                x.p[0][n][e] = exp2_fast(x.p[0][n][e]);
+        for (int e = 0; e < 4; e++)
+            x.p[0][n][e] = exp2_fast(x.p[0][n][e]);
     }
 
     /* For lse: P before rounding. */
@@ -528,20 +531,19 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
     }
 
     /* P to 16 bits or e4m3, as A of P V: two or four tiles of 8 keys are a step's. */
-    __device__ void pack(const float (&p)[KEYS / 8][4])
+    __device__ void pack(const scores &x, int n)
     {
+        const float(&p)[KEYS / 8][4] = x.p[0];
+
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-            for (int row = 0; row < 2; row++) {
-                if constexpr (!FP8)
-                    p_packed[n / 2][n % 2 * 2 + row] =
-                        pack_16<BF16>(p[n][2 * row], p[n][2 * row + 1]);
-                else if (n % 2 == 0)
-                    p_packed[n / 4][n / 2 % 2 * 2 + row] =
-                        pack_e4m3(p[n][2 * row], p[n][2 * row + 1]) |
-                        pack_e4m3(p[n + 1][2 * row], p[n + 1][2 * row + 1]) << 16;
-            }
+        for (int row = 0; row < 2; row++) {
+            if constexpr (!FP8)
+                p_packed[n / 2][n % 2 * 2 + row] = pack_16<BF16>(p[n][2 * row], p[n][2 * row + 1]);
+            else if (n % 2 == 1)
+                p_packed[n / 4][n / 2 % 2 * 2 + row] =
+                    pack_e4m3(p[n - 1][2 * row], p[n - 1][2 * row + 1]) |
+                    pack_e4m3(p[n][2 * row], p[n][2 * row + 1]) << 16;
+        }
     }
 
     /*
@@ -564,10 +566,14 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
             decay[0][0] = decay[0][1] = 1;
             moved = r.follow_from_top(x.p, decay);
         }
-        exponentiate(x);
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+            exponentiate(x, n);
         add_up(x.p[0]);
         before_pack();
-        pack(x.p[0]);
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+            pack(x, n);
         return moved;
     }
 
@@ -611,10 +617,25 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
             r.follow(x.p, decay);
         }
         turn_wait(group);
-        if (all)
-            scale(x, c, {r.reference(r.top[0][0]), r.reference(r.top[0][1])});
-        exponentiate(x);
-        pack(x.p[0]);
+        if (all) {
+            /* in this order: the unit for exponentials, the slowest, has something to do always */
+            const float top[2] = {r.reference(r.top[0][0]), r.reference(r.top[0][1])};
+            scale(x, 0, c, top);
+            scale(x, 1, c, top);
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) {
+                exponentiate(x, n);
+                if (n + 2 < KEYS / 8)
+                    scale(x, n + 2, c, top);
+                pack(x, n);
+            }
+        } else {
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) {
+                exponentiate(x, n);
+                pack(x, n);
+            }
+        }
         turn_over(group);
         add_up(x.p[0]);
     }
