@@ -1,0 +1,84 @@
+"""Attention as the models here call it, by PyTorch or by sageattnd: the one place that knows both.
+
+attend(q, k, v, causal=False, window=0, mask=None, scale=None) -> o like q
+    q [B, Hq, N, D], k and v [B, Hkv, N, D], Hq a multiple of Hkv; any strides.
+    window: with causal, row i sees keys i - window + 1 to i; 0: all up to i.
+    mask: bool [B, 1, 1, N], True where a key is visible. scale: 1/sqrt(D) if None.
+"""
+import functools
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.append(os.path.join(HERE, "..", "..", "client", "python"))
+
+SDPA = {"sdpa": None, "cudnn": "CUDNN_ATTENTION", "fa2": "FLASH_ATTENTION"}
+VARIANTS = ("int8_fp16", "int8_fp8")
+
+
+@functools.cache
+def band(n, window, device):
+    """bool [n, n]: row i sees keys i - window + 1 to i."""
+    return torch.ones(n, n, dtype=torch.bool, device=device).tril().triu(1 - window)
+
+
+def pluggable(compute):
+    """attend() of a function with the arguments of F.scaled_dot_product_attention."""
+    def attend(q, k, v, causal=False, window=0, mask=None, scale=None):
+        if window and window < q.shape[2]:
+            causal, mask = False, band(q.shape[2], window, q.device)
+        return compute(q, k, v, attn_mask=mask, is_causal=causal, scale=scale,
+                       enable_gqa=q.shape[1] != k.shape[1])
+    return attend
+
+
+def sdpa(backend=None):
+    """PyTorch's own, by one of its backends, or by the one that it picks."""
+    if backend is None:
+        return pluggable(F.scaled_dot_product_attention)
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def compute(*args, **keys):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return F.scaled_dot_product_attention(*args, **keys)
+    return pluggable(compute)
+
+
+def attention(name, mode="inproc"):
+    """name: of SDPA or of VARIANTS; mode: "inproc" or "daemon" ($SAGEATTND_SOCKET), for VARIANTS.
+
+    What our kernels cannot do is an error here, never PyTorch's work.
+    """
+    if name in SDPA:
+        return sdpa(SDPA[name])
+    if name not in VARIANTS:
+        raise ValueError(f"attention {name}: not among {', '.join([*SDPA, *VARIANTS])}")
+    import sageattnd
+    return pluggable(functools.partial(sageattnd.scaled_dot_product_attention, variant=name,
+                                       mode=mode, strict=True))
+
+
+def in_dtype(attend, dtype):
+    """For a model that computes in float32: attention's inputs and output in 16 bits."""
+    def rounded(q, k, v, **keys):
+        return attend(q.to(dtype), k.to(dtype), v.to(dtype), **keys).to(q.dtype)
+    return rounded
+
+
+class Probe:
+    """Gives the model what `reference` says, and notes how close `other` comes on the same inputs.
+
+    .cosines: one for each call, over all of o.
+    """
+
+    def __init__(self, reference, other):
+        self.reference, self.other, self.cosines = reference, other, []
+
+    def __call__(self, *args, **keys):
+        o = self.reference(*args, **keys)
+        pair = (x.double().flatten() for x in (o, self.other(*args, **keys)))
+        self.cosines.append(F.cosine_similarity(*pair, dim=0).item())
+        return o

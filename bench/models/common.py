@@ -1,0 +1,81 @@
+"""What the programs here share: where things are, private daemons, tables, being skipped."""
+import contextlib
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(os.path.dirname(HERE))
+sys.dont_write_bytecode = True
+sys.path[:0] = [HERE, os.path.join(ROOT, "tests")]
+
+if "SAGE_BUILDDIR" not in os.environ:
+    os.environ["SAGE_BUILDDIR"] = next(
+        (place for place in (".", os.path.join(ROOT, "build"), ROOT)
+         if os.path.exists(os.path.join(place, "sageattnd"))), ".")
+
+
+def skip(why):
+    print(f"{os.path.basename(sys.argv[0])}: skipped: {why}")
+    sys.exit(77)
+
+
+def need_torch(device="cpu"):
+    try:
+        import torch
+    except ImportError as missing:
+        skip(missing)
+    if device == "cuda" and not torch.cuda.is_available():
+        skip("no GPU that PyTorch can use")
+    return torch
+
+
+@contextlib.contextmanager
+def environment(**more):
+    """os.environ with more, for this process and those that it starts."""
+    before = dict(os.environ)
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def serving(device, **options):
+    """A private daemon, which $SAGEATTND_SOCKET names in here; tests/sage.py's Daemon."""
+    import gpu_daemon
+    import sage
+    start = gpu_daemon.daemon if device == "cuda" else sage.Daemon
+    if device == "cpu":
+        options = {"threads": os.cpu_count(), "slot_bytes": "64M", **options}
+    with start(**options) as daemon, environment(SAGEATTND_SOCKET=daemon.path):
+        yield daemon
+
+
+class Table:
+    """Rows on standard output as they come, aligned, and as tab-separated values in a file."""
+
+    def __init__(self, columns, path=None):
+        self.columns = columns.split()
+        self.file = open(path, "w") if path else None
+        self.bad = 0
+        self._put(self.columns)
+
+    def _put(self, cells):
+        widths = (max(10, len(name) + 1) for name in self.columns)
+        print("".join(str(cell).ljust(width) for cell, width in zip(cells, widths)), flush=True)
+        if self.file:
+            print(*cells, sep="\t", file=self.file, flush=True)
+
+    def row(self, *cells, good=True):
+        """good: None where there is no limit."""
+        assert len(cells) == len(self.columns) - 1 and self.columns[-1] == "judged"
+        self.bad += good is False
+        self._put([*cells, {True: "ok", False: "MISSED", None: "-"}[good]])
+
+    def status(self):
+        """Exit status: 1 where a limit was missed."""
+        if self.file:
+            self.file.close()
+        return 1 if self.bad else 0
