@@ -63,8 +63,8 @@ class Table:
         self._put(self.columns)
 
     def _put(self, cells):
-        widths = (max(10, len(name) + 1) for name in self.columns)
-        print("".join(str(cell).ljust(width) for cell, width in zip(cells, widths)), flush=True)
+        widths = (max(12, len(name)) for name in self.columns)
+        print(" ".join(str(cell).ljust(width) for cell, width in zip(cells, widths)), flush=True)
         if self.file:
             print(*cells, sep="\t", file=self.file, flush=True)
 
