@@ -5,15 +5,13 @@ attend(q, k, v, causal=False, window=0, mask=None, scale=None) -> o like q
     window: with causal, row i sees keys i - window + 1 to i; 0: all up to i.
     mask: bool [B, 1, 1, N], True where a key is visible. scale: 1/sqrt(D) if None.
 """
+import contextlib
 import functools
-import os
 import sys
 
 import torch
 import torch.nn.functional as F
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.append(os.path.join(HERE, "..", "..", "client", "python"))
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SDPA = {"sdpa": None, "cudnn": "CUDNN_ATTENTION", "fa2": "FLASH_ATTENTION"}
 VARIANTS = ("int8_fp16", "int8_fp8")
@@ -25,40 +23,40 @@ def band(n, window, device):
     return torch.ones(n, n, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
-def pluggable(compute):
-    """attend() of a function with the arguments of F.scaled_dot_product_attention."""
+def sdpa(backend=None):
+    """PyTorch's own, by one of its backends, or by the one that it picks."""
     def attend(q, k, v, causal=False, window=0, mask=None, scale=None):
         if window and window < q.shape[2]:
             causal, mask = False, band(q.shape[2], window, q.device)
-        return compute(q, k, v, attn_mask=mask, is_causal=causal, scale=scale,
-                       enable_gqa=q.shape[1] != k.shape[1])
+        choice = sdpa_kernel(getattr(SDPBackend, backend)) if backend else contextlib.nullcontext()
+        with choice:
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale,
+                                                  enable_gqa=q.shape[1] != k.shape[1])
     return attend
-
-
-def sdpa(backend=None):
-    """PyTorch's own, by one of its backends, or by the one that it picks."""
-    if backend is None:
-        return pluggable(F.scaled_dot_product_attention)
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def compute(*args, **keys):
-        with sdpa_kernel(getattr(SDPBackend, backend)):
-            return F.scaled_dot_product_attention(*args, **keys)
-    return pluggable(compute)
 
 
 def attention(name, mode="inproc"):
     """name: of SDPA or of VARIANTS; mode: "inproc" or "daemon" ($SAGEATTND_SOCKET), for VARIANTS.
 
-    What our kernels cannot do is an error here, never PyTorch's work.
+    What our kernels cannot do is an error here, never PyTorch's work. A job that a daemon failed
+    to do after the call is reported by settle().
     """
     if name in SDPA:
         return sdpa(SDPA[name])
     if name not in VARIANTS:
         raise ValueError(f"attention {name}: not among {', '.join([*SDPA, *VARIANTS])}")
-    import sageattnd
-    return pluggable(functools.partial(sageattnd.scaled_dot_product_attention, variant=name,
-                                       mode=mode, strict=True))
+    from sageattnd import sageattn
+
+    def attend(q, k, v, causal=False, window=0, mask=None, scale=None):
+        return sageattn(q, k, v, is_causal=causal, sm_scale=scale, attn_mask=mask, variant=name,
+                        window=(window - 1, 0) if window else None, mode=mode)
+    return attend
+
+
+def settle():
+    """Wait for what daemons compute for this process, and raise for what they could not."""
+    if "sageattnd" in sys.modules:
+        sys.modules["sageattnd"].check_errors()
 
 
 def in_dtype(attend, dtype):

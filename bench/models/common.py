@@ -7,11 +7,15 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 sys.dont_write_bytecode = True
 sys.path[:0] = [HERE, os.path.join(ROOT, "tests")]
+sys.path.append(os.path.join(ROOT, "client", "python"))  # one that is installed comes first
 
 if "SAGE_BUILDDIR" not in os.environ:
     os.environ["SAGE_BUILDDIR"] = next(
         (place for place in (".", os.path.join(ROOT, "build"), ROOT)
          if os.path.exists(os.path.join(place, "sageattnd"))), ".")
+
+
+os.environ.setdefault("SAGEATTND_LIBRARY_PATH", os.path.join(os.environ["SAGE_BUILDDIR"], ".libs"))
 
 
 def skip(why):

@@ -4,7 +4,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from attention import Probe, attention, in_dtype, sdpa
+from attention import Probe, attention, in_dtype, sdpa, settle
 from gemma3 import Gemma3
 from smollm2 import SmolLM2
 from weights import Weights
@@ -52,6 +52,7 @@ class Worker:
             logits = model.logits(h)
             losses.append(F.cross_entropy(logits, target, reduction="none"))
             top.append(logits.argmax(-1))
+        settle()
         return torch.cat(losses).cpu().numpy(), torch.cat(top).cpu().numpy()
 
     def layers(self, window, name, mode):
@@ -59,6 +60,7 @@ class Worker:
         model, reference = self.prepare("sdpa", mode)
         probe = Probe(reference, self.prepare(name, mode)[1])
         model.hidden(self.ids(*window), probe)
+        settle()
         return probe.cosines
 
 
