@@ -78,7 +78,8 @@ class DiT(nn.Module):
 
 def crops(pictures, n, size, generator):
     """n random squares of uint8 [P, 3, H, W], of its shorter side down to two thirds of it, scaled
-    to size -> [n, 3, size, size], -1 to 1, and which pictures they are of. Half are mirrored."""
+    to size -> [n, 3, size, size], -1 to 1, and which pictures they are of. Half are mirrored.
+    generator: on the CPU."""
     count, _, height, width = pictures.shape
     draw = torch.rand(5, n, generator=generator).tolist()
     out, kinds = [], []
@@ -93,9 +94,9 @@ def crops(pictures, n, size, generator):
 
 
 def loss(model, x, kind, attend, generator):
-    """Mean squared error at random times, more of them in the middle."""
-    t = torch.sigmoid(torch.randn(len(x), generator=generator)).to(x)
-    noise = torch.randn(x.shape, generator=generator).to(x)
+    """Mean squared error at random times, more of them in the middle; generator: x's device's."""
+    t = torch.sigmoid(torch.randn(len(x), generator=generator, device=x.device))
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
     mixed = torch.lerp(x, noise, t[:, None, None, None])
     return F.mse_loss(model(mixed, t, kind, attend).float(), noise - x)
 
