@@ -33,7 +33,7 @@ sys.path[:0] = [PROGRAMS, os.path.join(SRC, "client", "python")]
 import numpy as np
 import torch
 
-from attention import Probe, in_dtype, sdpa
+from attention import Probe, attention, in_dtype, rotated, sdpa
 from minilm import MiniLM, batch
 from smollm2 import SmolLM2
 from weights import Weights
@@ -112,6 +112,20 @@ def test_sdpa_window():
 
 
 # --- the programs ---
+
+def test_rotation():
+    """The same scores; with one large channel a much smaller error."""
+    q, k, v = torch.randn(3, 1, 2, 300, 64, generator=torch.Generator().manual_seed(1)).half()
+    q[..., 5] *= 30
+    k[..., 6] *= 30
+    exact = sdpa()(q.double(), k.double(), v.double())
+
+    def error(attend, *args):
+        return float((attend(*args).double() - exact).abs().sum() / exact.abs().sum())
+    assert error(rotated(sdpa()), q.double(), k.double(), v.double()) < 1e-6
+    plain, turned = (error(attention(name), q, k, v) for name in ("int8_fp16", "int8_fp16_rotated"))
+    assert turned < plain / 2, (plain, turned)
+
 
 def test_perplexity():
     weights("smollm2")

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SDPA = {"sdpa": None, "cudnn": "CUDNN_ATTENTION", "fa2": "FLASH_ATTENTION"}
 VARIANTS = ("int8_fp16", "int8_fp8")
+ROTATED = "_rotated"  # behind a variant's name
 
 
 @functools.cache
@@ -35,22 +36,42 @@ def sdpa(backend=None):
     return attend
 
 
+@functools.cache
+def hadamard(d, device, dtype):
+    """Orthogonal [d, d] of entries 1 and -1 by sqrt(d), d a power of two (Sylvester, 1867)."""
+    h = torch.ones(1, 1)
+    while len(h) < d:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return (h / d**0.5).to(device, dtype)
+
+
+def rotated(attend):
+    """q and k in a turned basis: the same scores, but a channel that sticks out is spread over all
+    of them, which a scale for each row of INT8 is grateful for (QuaRot: arXiv:2404.00456)."""
+    def turned(q, k, v, **keys):
+        h = hadamard(q.shape[-1], q.device, q.dtype)
+        return attend(q @ h, k @ h, v, **keys)
+    return turned
+
+
 def attention(name, mode="inproc"):
-    """name: of SDPA or of VARIANTS; mode: "inproc" or "daemon" ($SAGEATTND_SOCKET), for VARIANTS.
+    """name: of SDPA or of VARIANTS, the latter also with ROTATED behind; mode: for VARIANTS,
+    "inproc" or "daemon" ($SAGEATTND_SOCKET).
 
     What our kernels cannot do is an error here, never PyTorch's work. A job that a daemon failed
     to do after the call is reported by settle().
     """
     if name in SDPA:
         return sdpa(SDPA[name])
-    if name not in VARIANTS:
+    variant = name.removesuffix(ROTATED)
+    if variant not in VARIANTS:
         raise ValueError(f"attention {name}: not among {', '.join([*SDPA, *VARIANTS])}")
     from sageattnd import sageattn
 
     def attend(q, k, v, causal=False, window=0, mask=None, scale=None):
-        return sageattn(q, k, v, is_causal=causal, sm_scale=scale, attn_mask=mask, variant=name,
+        return sageattn(q, k, v, is_causal=causal, sm_scale=scale, attn_mask=mask, variant=variant,
                         window=(window - 1, 0) if window else None, mode=mode)
-    return attend
+    return rotated(attend) if name.endswith(ROTATED) else attend
 
 
 def settle():
