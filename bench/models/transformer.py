@@ -5,6 +5,7 @@ attention over all tokens, MLP; text and image tokens with weights of their own 
 them so; cross-attention to text. Plain PyTorch, nothing compiled.
 """
 import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -58,11 +59,13 @@ class Block(nn.Module):
             nn.init.normal_(p, std=0.02)
 
     def inputs(self, like):
-        """Tokens of each kind [1, N, width], condition [1, width], text, rotation."""
+        """Tokens of each kind [1, N, width], condition [1, width], text [1, cross, width] and
+        rotation, cosines and sines [N, head_dim / 2] or None."""
         shape, width = self.shape, self.shape.heads * self.shape.head_dim
         angle = torch.rand(sum(shape.tokens), shape.head_dim // 2, device=like.device) * 6.28
-        return ([torch.randn(1, n, width).to(like) for n in shape.tokens],
-                torch.randn(1, width).to(like), torch.randn(1, shape.cross, width).to(like),
+        normal = functools.partial(torch.randn, device=like.device, dtype=like.dtype)
+        return ([normal(1, n, width) for n in shape.tokens], normal(1, width),
+                normal(1, shape.cross, width),
                 (angle.cos(), angle.sin()) if shape.rotary else None)
 
     def heads(self, x):
