@@ -55,6 +55,8 @@ def serving(device, **options):
         options = {"threads": os.cpu_count(), "slot_bytes": "64M", **options}
     with start(**options) as daemon, environment(SAGEATTND_SOCKET=daemon.path):
         yield daemon
+        if "sageattnd" in sys.modules:
+            sys.modules["sageattnd"].close()
 
 
 class Table:
