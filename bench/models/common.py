@@ -13,8 +13,6 @@ if "SAGE_BUILDDIR" not in os.environ:
     os.environ["SAGE_BUILDDIR"] = next(
         (place for place in (".", os.path.join(ROOT, "build"), ROOT)
          if os.path.exists(os.path.join(place, "sageattnd"))), ".")
-
-
 os.environ.setdefault("SAGEATTND_LIBRARY_PATH", os.path.join(os.environ["SAGE_BUILDDIR"], ".libs"))
 
 
@@ -59,6 +57,9 @@ def serving(device, **options):
             sys.modules["sageattnd"].close()
 
 
+WIDTHS = {"shape": 12, "attention": 17, "contender": 16}
+
+
 class Table:
     """Rows on standard output as they come, aligned, and as tab-separated values in a file."""
 
@@ -69,7 +70,7 @@ class Table:
         self._put(self.columns)
 
     def _put(self, cells):
-        widths = (max(12, len(name)) for name in self.columns)
+        widths = (max(WIDTHS.get(name, 9), len(name)) for name in self.columns)
         print(" ".join(str(cell).ljust(width) for cell, width in zip(cells, widths)), flush=True)
         if self.file:
             print(*cells, sep="\t", file=self.file, flush=True)

@@ -64,14 +64,18 @@ class Worker:
         return probe.cosines
 
 
-worker = None
+arguments = worker = None
 
 
 def start(*args):
-    global worker
-    worker = Worker(*args)
+    """What a process of a pool begins with; one that failed here would be replaced for ever."""
+    global arguments
+    arguments = args
 
 
 @torch.inference_mode()
 def call(what, *args):
+    """A method of this process's Worker."""
+    global worker
+    worker = worker or Worker(*arguments)
     return getattr(worker, what)(*args)
