@@ -33,7 +33,7 @@ sys.path[:0] = [PROGRAMS, os.path.join(SRC, "client", "python")]
 import numpy as np
 import torch
 
-import common  # noqa: F401, where the libraries are
+import common  # noqa: F401: it says where the libraries are
 from attention import Probe, attention, in_dtype, rotated, sdpa
 from minilm import MiniLM, batch
 from smollm2 import SmolLM2

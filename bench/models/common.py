@@ -1,4 +1,8 @@
-"""What the programs here share: where things are, private daemons, tables, being skipped."""
+"""What the programs here share: where things are, arguments, private daemons, tables.
+
+To be imported first: where PyTorch or another module is missing, the program ends here, with 77.
+"""
+import argparse
 import contextlib
 import os
 import sys
@@ -21,14 +25,32 @@ def skip(why):
     sys.exit(77)
 
 
-def need_torch(device="cpu"):
-    try:
-        import torch
-    except ImportError as missing:
-        skip(missing)
+try:
+    import torch
+
+    import gpu_daemon
+    import sage
+except ImportError as missing:
+    skip(missing)
+
+
+def need(device):
     if device == "cuda" and not torch.cuda.is_available():
         skip("no GPU that PyTorch can use")
-    return torch
+
+
+def parser_of(doc):
+    return argparse.ArgumentParser(description=doc,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def several(parser, option, text, allowed):
+    """What a list on the command line names."""
+    names = text.split(",")
+    for name in names:
+        if name not in allowed:
+            parser.error(f"{option}: no {name!r} among {', '.join(allowed)}")
+    return names
 
 
 @contextlib.contextmanager
@@ -46,8 +68,6 @@ def environment(**more):
 @contextlib.contextmanager
 def serving(device, **options):
     """A private daemon, which $SAGEATTND_SOCKET names in here; tests/sage.py's Daemon."""
-    import gpu_daemon
-    import sage
     start = gpu_daemon.daemon if device == "cuda" else sage.Daemon
     if device == "cpu":
         options = {"threads": os.cpu_count(), "slot_bytes": "64M", **options}
