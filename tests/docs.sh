@@ -1,5 +1,6 @@
 #!/bin/sh
 # docs.sh - do the man pages say what the programs do: every flag, option and call, and no other?
+# And docs/models.md what was measured?
 set -eu
 
 here=$(mktemp -d)
@@ -65,6 +66,8 @@ calls "$SAGE_SRCDIR/kernels/sageattn.h" >"$here/others"
 sed -n 's/^\.F[no] \(sage_[a-z_]*\).*/\1/p' "$docs/libsageclient.3" |
     grep -v -x -f "$here/others" >"$here/said"
 same "calls in libsageclient.3"
+
+"$PYTHON3" "$SAGE_SRCDIR/bench/models/report" --check || failed=1
 
 command -v mandoc >/dev/null || { echo "no mandoc: pages not checked"; exit $((failed ? 1 : 77)); }
 mandoc -T lint -W warning "$docs"/*.[1-8] || failed=1

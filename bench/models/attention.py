@@ -1,0 +1,103 @@
+"""Attention as the models here call it, by PyTorch or by sageattnd: the one place that knows both.
+
+attend(q, k, v, causal=False, window=0, mask=None, scale=None) -> o like q
+    q [B, Hq, N, D], k and v [B, Hkv, N, D], Hq a multiple of Hkv; any strides.
+    window: with causal, row i sees keys i - window + 1 to i; 0: all up to i.
+    mask: bool [B, 1, 1, N], True where a key is visible. scale: 1/sqrt(D) if None.
+"""
+import contextlib
+import functools
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SDPA = {"sdpa": None, "cudnn": "CUDNN_ATTENTION", "fa2": "FLASH_ATTENTION"}
+VARIANTS = ("int8_fp16", "int8_fp8")
+ROTATED = "_rotated"  # behind a variant's name
+
+
+@functools.cache
+def band(n, window, device):
+    """bool [n, n]: row i sees keys i - window + 1 to i."""
+    return torch.ones(n, n, dtype=torch.bool, device=device).tril().triu(1 - window)
+
+
+def sdpa(backend=None):
+    """PyTorch's own, by one of its backends, or by the one that it picks."""
+    def attend(q, k, v, causal=False, window=0, mask=None, scale=None):
+        if window and window < q.shape[2]:
+            causal, mask = False, band(q.shape[2], window, q.device)
+        choice = sdpa_kernel(getattr(SDPBackend, backend)) if backend else contextlib.nullcontext()
+        with choice:
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale,
+                                                  enable_gqa=q.shape[1] != k.shape[1])
+    return attend
+
+
+@functools.cache
+def hadamard(d, device, dtype):
+    """Orthogonal [d, d] of entries 1 and -1 by sqrt(d), d a power of two (Sylvester, 1867)."""
+    h = torch.ones(1, 1)
+    while len(h) < d:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return (h / d**0.5).to(device, dtype)
+
+
+def rotated(attend):
+    """q and k in a turned basis: the same scores, but a channel that sticks out is spread over all
+    of them, which a scale for each row of INT8 is grateful for (QuaRot: arXiv:2404.00456)."""
+    def turned(q, k, v, **keys):
+        h = hadamard(q.shape[-1], q.device, q.dtype)
+        return attend(q @ h, k @ h, v, **keys)
+    return turned
+
+
+def attention(name, mode="inproc"):
+    """name: of SDPA or of VARIANTS, the latter also with ROTATED behind; mode: for VARIANTS,
+    "inproc" or "daemon" ($SAGEATTND_SOCKET).
+
+    What our kernels cannot do is an error here, never PyTorch's work. A job that a daemon failed
+    to do after the call is reported by settle().
+    """
+    if name in SDPA:
+        return sdpa(SDPA[name])
+    variant = name.removesuffix(ROTATED)
+    if variant not in VARIANTS:
+        raise ValueError(f"attention {name}: not among {', '.join([*SDPA, *VARIANTS])}")
+    from sageattnd import sageattn
+
+    def attend(q, k, v, causal=False, window=0, mask=None, scale=None):
+        return sageattn(q, k, v, is_causal=causal, sm_scale=scale, attn_mask=mask, variant=variant,
+                        window=(window - 1, 0) if window else None, mode=mode)
+    return rotated(attend) if name.endswith(ROTATED) else attend
+
+
+def settle():
+    """Wait for what daemons compute for this process, and raise for what they could not."""
+    if "sageattnd" in sys.modules:
+        sys.modules["sageattnd"].check_errors()
+
+
+def in_dtype(attend, dtype):
+    """For a model that computes in float32: attention's inputs and output in 16 bits."""
+    def rounded(q, k, v, **keys):
+        return attend(q.to(dtype), k.to(dtype), v.to(dtype), **keys).to(q.dtype)
+    return rounded
+
+
+class Probe:
+    """Gives the model what `reference` says, and notes how close `other` comes on the same inputs.
+
+    .cosines: one for each call, over all of o.
+    """
+
+    def __init__(self, reference, other):
+        self.reference, self.other, self.cosines = reference, other, []
+
+    def __call__(self, *args, **keys):
+        o = self.reference(*args, **keys)
+        pair = (x.double().flatten() for x in (o, self.other(*args, **keys)))
+        self.cosines.append(F.cosine_similarity(*pair, dim=0).item())
+        return o
