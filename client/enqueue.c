@@ -585,6 +585,8 @@ int sage_stream_error(struct sage_client *client, struct CUstream_st *stream)
     int rc = driver_check(cu->cuStreamGetCtx(stream, &context), "stream: cuStreamGetCtx");
     if (!rc)
         rc = driver_check(cu->cuCtxGetId(context, &id), "stream: cuCtxGetId");
+    if (!rc)
+        rc = gpu_check_stream(cu, stream);
     if (rc)
         return rc;
     uint64_t key = stream_key(cu, stream, id);

@@ -359,13 +359,13 @@ static int check_device(struct gpu_job *job)
                      job->stream == GPU_NO_STREAM ? "the memory is" : "stream: is", here, there);
 }
 
-static int check_stream(struct gpu_job *job)
+int gpu_check_stream(const struct driver *cu, struct CUstream_st *stream)
 {
     int status = 0;
 
-    if (job->stream == GPU_NO_STREAM)
+    if (stream == GPU_NO_STREAM)
         return 0;
-    int rc = driver_check(job->cu->cuStreamIsCapturing(job->stream, &status), "stream");
+    int rc = driver_check(cu->cuStreamIsCapturing(stream, &status), "stream");
     if (!rc && status)
         rc = error_set(SAGE_ECAPTURE, "stream: is being captured into a graph, and a job is sent "
                                       "to the daemon when it is enqueued");
@@ -416,7 +416,7 @@ int gpu_begin(struct gpu_job *job, struct sage_client *c, const struct sage_attn
         return rc;
     rc = check_device(job);
     if (!rc)
-        rc = check_stream(job);
+        rc = gpu_check_stream(job->cu, job->stream);
     for (int i = 0; !rc && i < N_TENSORS; i++)
         rc = place(job, i, may_stage);
     if (!rc)

@@ -135,6 +135,11 @@ bool gpu_is_there(struct sage_client *client);
  */
 int gpu_begin(struct gpu_job *job, struct sage_client *client, const struct sage_attn *attn,
               struct CUstream_st *stream, bool may_stage);
+/*
+ * SAGE_ECAPTURE: the stream is being captured. To be asked before the driver is asked anything else
+ * of it but its context: cuStreamGetId() makes a capture invalid, and so do most others.
+ */
+int gpu_check_stream(const struct driver *cu, struct CUstream_st *stream);
 /* The job was submitted: its registrations stay until it is over. */
 void gpu_submitted(struct gpu_job *job, struct sage_job submitted);
 void gpu_end(struct gpu_job *job);

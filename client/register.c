@@ -154,7 +154,6 @@ static void free_own(struct sage_client *c, bool all)
 
 int sage_trim(struct sage_client *client)
 {
-
     if (client->forked)
         return client_alien();
     pthread_mutex_lock(&client->lock);

@@ -228,12 +228,12 @@ SAGE_API int sage_attn_run(struct sage_client *client, const struct sage_attn *a
  * the daemon's answer. Nothing of *attn is kept; the tensors must stay until the stream has passed
  * the job.
  * Retries like sage_attn_run() what is refused here. An error: nothing was computed, o and lse are
- * undefined, and the stream goes on. SAGE_ECAPTURE (the stream is being captured), SAGE_EINVAL
- * (also: the stream or a tensor is of another GPU than the daemon's, and the text names both),
- * SAGE_EUNSUPPORTED (also: no CUDA driver, a daemon without a GPU, no lane or event mode where that
- * was asked for), SAGE_EBUFFER (no device memory), SAGE_EBOUNDS (the tensor ends behind its
- * allocation), SAGE_EHANDLE (memory or event handles cannot be exchanged), SAGE_EQUOTA, and what
- * sage_attn_run() returns.
+ * undefined, and the stream goes on. SAGE_ECAPTURE (the stream is being captured; the capture goes
+ * on), SAGE_EINVAL (also: the stream or a tensor is of another GPU than the daemon's, and the text
+ * names both), SAGE_EUNSUPPORTED (also: no CUDA driver, a daemon without a GPU, no lane or event
+ * mode where that was asked for), SAGE_EBUFFER (no device memory), SAGE_EBOUNDS (the tensor ends
+ * behind its allocation), SAGE_EHANDLE (memory or event handles cannot be exchanged), SAGE_EQUOTA,
+ * and what sage_attn_run() returns.
  * In lane and event mode a job can still fail once this has returned: see sage_stream_error(). What
  * a daemon that died had not finished its successor does; where there is none after retry_ms, lane
  * mode lets the stream go on, but in event mode a daemon that is killed while it computes leaves
@@ -248,7 +248,8 @@ SAGE_API int sage_attn_enqueue(struct sage_client *client, const struct sage_att
  * then ask. Such a job's outputs are undefined: SAGE_ELOST (the daemon died, and had no successor
  * within retry_ms), SAGE_EDEVICE, and in lane mode what the daemon refuses it for. Waits for
  * nothing, so it also tells why a stream waits for ever. Of the 64 streams that were used last.
- * SAGE_EINVAL: the driver refused the stream.
+ * SAGE_EINVAL: the driver refused the stream. SAGE_ECAPTURE: it is being captured, ask later; the
+ * capture goes on.
  */
 SAGE_API int sage_stream_error(struct sage_client *client, struct CUstream_st *stream);
 

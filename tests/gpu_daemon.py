@@ -280,6 +280,8 @@ def child_chain(socket, which):
         graph = torch.cuda.CUDAGraph()
         with refused("ECAPTURE"), torch.cuda.graph(graph):
             torch.mul(source, 1.0, out=q)
+            with refused("ECAPTURE"):
+                client.stream_error(torch.cuda.current_stream().cuda_stream)
             client.enqueue(attn, torch.cuda.current_stream().cuda_stream)
         once(1000)
         stream.synchronize()
