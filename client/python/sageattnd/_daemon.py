@@ -36,19 +36,21 @@ def choose(problem: bytes, device: int, mode: str) -> Optional[_client.Connectio
     the current one."""
     if mode == "inproc":
         return None
+    capturing = torch.cuda.is_current_stream_capturing()
     if mode == "daemon":
+        if capturing:
+            raise SageError(_native.ECAPTURE, "mode: 'daemon': a graph cannot be captured with it, "
+                                              "for a daemon has to be told at each run")
         return _connect(device)
+    if capturing:
+        return None
     choice = _choices.get(device)
     if not choice:
-        if torch.cuda.is_current_stream_capturing():
-            return None  # no time to measure
         with _lock:
             choice = _choices.get(device) or _look(device)
             _choices[device] = choice
     if not choice.connection or _native.attn().sage_attn_ops(problem, None) < choice.least:
         return None
-    if torch.cuda.is_current_stream_capturing():
-        return None  # a daemon has to be told at each run
     return _connect(device)
 
 
