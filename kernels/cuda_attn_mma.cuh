@@ -54,7 +54,10 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
                               : BYTES / 16 % 4 == 0 ? 4
                                                     : 2; /* of a row */
         constexpr int STEP = THREADS / LANES;
-        const unsigned row = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+        const unsigned lane = threadIdx.x % LANES;
+        unsigned row = threadIdx.x / LANES;
+
+        asm volatile("" : "+r"(row)); /* its multiples do not stay in registers */
 
         to += row * PITCH + 16 * lane;
         from += row * stride + 16 * lane;
@@ -372,6 +375,7 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
         bool is_coarse = false;
 #pragma unroll
         for (int slab = 0; slab < SLABS; slab++) {
+#pragma unroll
             for (int e = 0; e < 4; e += 2)
                 is_coarse |= r.query_of(slab, e).scale * k_max >= 1;
             if constexpr (Q_IN_REGISTERS)
