@@ -168,7 +168,9 @@ static uint64_t scan(struct daemon *d, uint64_t now)
  */
 static void warm(struct daemon *d, bool ending)
 {
-    if (d->backend->warm && (ending || d->sched.n_active == 0))
+    bool brought = d->sched.n_active == 0 && !TAILQ_EMPTY(&d->watch.jobs);
+
+    if (d->backend->warm && (ending || brought))
         d->backend->warm(d->device, sched_slots_used(d) > 0);
 }
 

@@ -200,12 +200,24 @@ int find_kernel(const struct sage_attn *attn, int sm)
                             attn->mask.dtype != SAGE_NONE);
 }
 
+/* Causal and window leave no key that none of these rows sees. */
+bool see_all_keys(const struct sage_attn *attn, int64_t first_row, int64_t rows)
+{
+    const int64_t nk = attn->k.shape[2], right = attn->causal ? 0 : attn->window_right;
+    const int64_t first =
+        first_row + (attn->diagonal == SAGE_BOTTOM_RIGHT ? nk - attn->q.shape[2] : 0);
+
+    return (attn->window_left < 0 || attn->window_left >= first) &&
+           (right < 0 || right >= nk - first - rows);
+}
+
 /*
  * Fewer tiles than processors: the keys of each are split, into at least two steps of tile_k, so
  * that SPLIT_UNITS have something to do.
  */
 void split(struct cuda_args *a, int64_t rows, int64_t tile_q, int64_t tile_k)
 {
+    static_assert(WGMMA_TILE_Q(64) <= 192 && WGMMA_TILE_Q(128) <= 192, "COUNTERS");
     const int64_t steps = ceil_div(a->nk, tile_k);
     int64_t tiles, n;
 
@@ -213,6 +225,7 @@ void split(struct cuda_args *a, int64_t rows, int64_t tile_q, int64_t tile_k)
         tiles > SPLIT_UNITS / 2 || steps < 4)
         return;
     n = SPLIT_UNITS / tiles < steps / 2 ? SPLIT_UNITS / tiles : steps / 2;
+    n = n < SPLITS_MAX ? n : SPLITS_MAX;
     const int64_t each = ceil_div(steps, n);
     a->n_splits = static_cast<unsigned>(ceil_div(steps, each));
     a->split_keys = static_cast<unsigned>(each * tile_k);
@@ -262,8 +275,9 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
                    ? space(a, q_offsets, a->nq, tile_q)
                    : cuda_space{ceil_div(part->n_rows, tile_q), ceil_div(part->n_rows, tile_q)};
     a->n_splits = 1;
-    if (is_wgmma(index) && !k_offsets)
-        split(a, part->n_rows < 0 ? a->nq : part->n_rows, tile_q, sage_kernels[index].tile_k);
+    const int64_t rows = part->n_rows < 0 ? a->nq : part->n_rows;
+    if (is_wgmma(index) && !k_offsets && see_all_keys(attn, part->row, rows))
+        split(a, rows, tile_q, sage_kernels[index].tile_k);
 }
 
 bool lay_out(const struct sage_attn *attn, const struct cuda_args *a, struct layout *at)
@@ -272,7 +286,8 @@ bool lay_out(const struct sage_attn *attn, const struct cuda_args *a, struct lay
     const size_t row = sizeof(float) * static_cast<size_t>(a->d);
     const size_t block = static_cast<size_t>(KERNEL_TILE_K) * static_cast<size_t>(a->d_padded);
     const size_t part = sizeof(float) * 32 * (static_cast<size_t>(a->d_padded) / 2 + 8);
-    const int64_t parts = a->n_heads * a->n_q_heads * a->tiles.total * a->slabs * a->n_splits;
+    const int64_t parts = /* no more than SPLIT_UNITS tiles */
+        a->n_splits > 1 ? a->n_heads * a->n_q_heads * a->tiles.total * a->slabs * a->n_splits : 0;
     int64_t chunks, blocks, groups;
 
     *at = layout{};
@@ -291,7 +306,7 @@ bool lay_out(const struct sage_attn *attn, const struct cuda_args *a, struct lay
            place(at, &at->k_scale, blocks, 16 * sizeof(float)) &&
            place(at, &at->v8, a->fp8 ? blocks : 0, block) &&
            /* last: other parts with the same K and V have others */
-           place(at, &at->parts, a->n_splits > 1 ? parts : 0, part);
+           place(at, &at->parts, parts, part);
 }
 
 struct sage_part whole(const struct sage_attn *attn, const struct sage_part *part)
@@ -497,7 +512,12 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
                       sage_kernels[index].min_sm % 10, gpu.sm / 10, gpu.sm % 10, gpu.code / 10,
                       gpu.code % 10);
     describe(attn, &p, index, &a);
-    if (!lay_out(attn, &a, &at) || bytes < at.total)
+    bool fits = lay_out(attn, &a, &at);
+    if (fits && bytes < at.total && a.n_splits > 1) { /* enough for the group, not for splits */
+        a.n_splits = 1;
+        fits = lay_out(attn, &a, &at);
+    }
+    if (!fits || bytes < at.total)
         return refuse(why, len, SAGE_EWORKSPACE, "workspace: %zu bytes, must be %zu", bytes,
                       sage_attn_cuda_workspace(attn, part));
     if (reinterpret_cast<uintptr_t>(workspace) % ALIGN)

@@ -23,10 +23,11 @@
 
 enum {
     QUANT_THREADS = 256,
-    QUANT_CHUNK = 256, /* keys of a quantising block, or more: see chunk_keys */
-    QUANT_CHUNKS = 64, /* and about that many chunks at most in a sequence */
-    K_RUN = 16,        /* keys that have four scales, see cpu.h */
-    SPLIT_UNITS = 132, /* tiles and splits that there are at most where tiles are split */
+    QUANT_CHUNK = 256,                   /* keys of a quantising block, or more: see chunk_keys */
+    QUANT_CHUNKS = 64,                   /* and about that many chunks at most in a sequence */
+    K_RUN = 16,                          /* keys that have four scales, see cpu.h */
+    SPLIT_UNITS = 132,                   /* splits of all tiles, at most, where tiles are split */
+    SPLITS_MAX = 32,                     /* of a tile: one warp adds them up */
     COUNTERS = 1 + SPLIT_UNITS / 2 * 12, /* ticket and done, of tiles of 192 rows at most */
 };
 
@@ -77,7 +78,7 @@ struct cuda_args {
     int64_t low, high;                       /* row i sees keys i + low ... i + high */
     int bottom_right;                        /* and then both are nk - nq higher */
     /* the workspace */
-    unsigned *ticket; /* tiles that blocks have taken, beyond each one's first; 0 between calls */
+    unsigned *ticket; /* splits that blocks have taken, beyond each one's first; 0 between calls */
     unsigned *done;   /* [n_tiles][slabs]: splits that are over; 0 between calls */
     float *parts; /* [n_tiles][slabs][n_splits][4 * (d_padded / 8) + 8][32]: their O, m and sums */
     float *sums;  /* [n_heads][chunks.total][N_SUMS or 1][d] */

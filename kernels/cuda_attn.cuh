@@ -44,7 +44,7 @@ struct tile {
     int end;                  /* of the rows to be computed */
     int64_t low, high;        /* row i sees keys i + low ... i + high */
     int64_t first, last;      /* the keys that some row of the tile sees, and one more */
-    float k_max;              /* wgmma: largest scale of K; */
+    float k_max;              /* wgmma: largest scale of K */
     unsigned index, split;    /* which one it is, which part of its keys */
     bool there;
 };
@@ -410,7 +410,7 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
         }
     }
 
-    /* The same for scores as they are: to scores relative to m. */
+    /* follow_from_top() for scores as they are, which become relative to m. */
     __device__ bool follow(float (&p)[SLABS][KEY_TILES][4], float (&decay)[SLABS][2])
     {
         bool any = false;
@@ -439,7 +439,7 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
 
     /*
      * e4m3: scores to 2^8 P before rounding. There is no room for m to lag; O and the sum of P have
-     * to be rescaled by `decay`.
+     * to be rescaled by `decay`. Sums are behind a branch: P would stay in registers for them.
      */
     __device__ void softmax_8(float (&p)[SLABS][KEY_TILES][4], float (&decay)[SLABS][2])
     {
@@ -456,8 +456,17 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
                 for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
                     for (int e = 2 * half; e < 2 * half + 2; e++)
-                        sum[slab][half] += p[slab][n][e] = exp2_fast(p[slab][n][e] - from);
+                        p[slab][n][e] = exp2_fast(p[slab][n][e] - from);
             }
+        if (!a.lse.data)
+            return;
+#pragma unroll
+        for (int slab = 0; slab < SLABS; slab++)
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    sum[slab][e / 2] += p[slab][n][e];
     }
 
     /* --- results --- */

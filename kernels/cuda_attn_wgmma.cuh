@@ -176,8 +176,8 @@ template <int D, bool FP8> struct wgmma_fetch {
     using layout = wgmma_layout<D, FP8>;
 
     /*
-     * The next tile's number. Each block's first is its own; the last number that anybody takes
-     * leaves the counter as it was.
+     * The number of the next split of a tile. Each block's first is its own; the last number that
+     * anybody takes leaves the counter as it was.
      */
     __device__ static unsigned next_ticket(const cuda_args &a)
     {

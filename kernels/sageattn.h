@@ -222,7 +222,10 @@ struct CUstream_st;
  */
 SAGE_API int sage_cuda_load(char *why, size_t len);
 
-/* Like sage_attn_workspace(), for sage_attn_cuda(). */
+/*
+ * Like sage_attn_workspace(), for sage_attn_cuda(). What a group needs is enough for its parts,
+ * too, though one of few rows would make use of more.
+ */
 SAGE_API size_t sage_attn_cuda_workspace(const struct sage_attn *attn,
                                          const struct sage_part *part);
 

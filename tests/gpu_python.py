@@ -203,10 +203,13 @@ def child_daemon(socket):
     wrong = []
 
     def work():
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(30):
-                if not torch.equal(s.sageattn(q, k, v, mode="daemon"), wanted):
-                    wrong.append(1)
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(30):
+                    if not torch.equal(s.sageattn(q, k, v, mode="daemon"), wanted):
+                        wrong.append("another result")
+        except BaseException as error:
+            wrong.append(error)
     torch.cuda.synchronize()
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:

@@ -33,6 +33,10 @@ sys.path[:0] = [PROGRAMS, os.path.join(SRC, "client", "python")]
 import numpy as np
 import torch
 
+if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 5):
+    print(f"the models want PyTorch 2.5, this is {torch.__version__}")
+    sys.exit(77)
+
 import common  # noqa: F401: it says where the libraries are
 from attention import Probe, attention, in_dtype, rotated, sdpa
 from minilm import MiniLM, batch

@@ -1,6 +1,7 @@
 """What people call: the functions of the sageattention package, and what they mean here."""
 from __future__ import annotations
 
+import operator
 import os
 from typing import Any, Optional, Tuple, TypeVar
 
@@ -15,6 +16,7 @@ except ImportError:  # PyTorch does without
 T = TypeVar("T")  # torch.Tensor or numpy.ndarray
 
 MODES = ("auto", "inproc", "daemon")
+NO_ARRAYS = (type(None), list, tuple, int, float)
 GRANULARITIES = ("per_thread", "per_warp")  # ours are finer: 16 keys and one row of q
 
 
@@ -52,9 +54,11 @@ def _attention(q, k, v, layout, is_causal, sm_scale, return_lse, smooth_k, attn_
     if sm_scale is not None and scale is not None and sm_scale != scale:
         raise ValueError(f"scale: {scale}, but sm_scale is {sm_scale}: give one of them")
     sm_scale = scale if sm_scale is None else sm_scale
-    if sm_scale is not None and not sm_scale > 0:
-        raise ValueError(f"sm_scale: {sm_scale}: must be above 0")
+    if sm_scale is not None and not 1e-38 < sm_scale < 3e38:
+        raise ValueError(f"sm_scale: {sm_scale}: must be above 0, and a number of float32")
     for field, t in (("q", q), ("k", k), ("v", v)):
+        if isinstance(t, NO_ARRAYS):
+            raise TypeError(f"{field}: {type(t).__name__}: must be a tensor or numpy.ndarray")
         if len(t.shape) != len(layout if layout == "THD" else "BHND"):
             raise ValueError(f"{field}: shape {tuple(t.shape)}: must have "
                              f"{'3 dimensions' if layout == 'THD' else '4 dimensions, ' + layout}")
@@ -64,7 +68,7 @@ def _attention(q, k, v, layout, is_causal, sm_scale, return_lse, smooth_k, attn_
                          f"{k.shape[axis]}")
     if sm_scale is None:  # 0 stands for 1/sqrt(D), but D may have to be padded
         sm_scale = q.shape[-1] ** -0.5 if q.shape[-1] % 8 else 0.0
-    left, right = (-1, -1) if window is None else window
+    left, right = (-1, -1) if window is None else map(operator.index, window)
     options = Options(bool(is_causal), float(sm_scale), _native.VARIANTS[variant],
                       bool(smooth_k), bool(smooth_v), _native.DIAGONALS[diagonal], int(left),
                       int(right))

@@ -62,16 +62,25 @@ class Connection:
     def check_stream(self, stream: int) -> None:
         """Raise the error of an earlier job of this stream that failed since it was last asked."""
         status = self.lib.sage_stream_error(self.handle, stream)
-        if status:
-            raise SageError(status, "an earlier job of this stream failed, its output is "
-                                    f"undefined: {self.lib.sage_last_error().decode()}")
+        if not status:
+            return
+        text = self.lib.sage_last_error().decode()
+        if text.startswith("a job of this stream"):
+            text = f"an earlier job of this stream failed, its output is undefined: {text}"
+        raise SageError(status, text)
 
     def check(self) -> None:
-        """check_stream() of all."""
+        """check_stream() of all; the first error, after all were asked."""
         with self.lock:
             streams = list(self.streams)
+        first = None
         for stream in streams:
-            self.check_stream(stream)
+            try:
+                self.check_stream(stream)
+            except SageError as error:
+                first = first or error
+        if first:
+            raise first
 
     @contextlib.contextmanager
     def stage(self, size: int):
@@ -98,6 +107,7 @@ class Connection:
 
 _lock = threading.Lock()
 _connections: dict[int, Connection] = {}
+on_close: list = []  # what else has to be forgotten then
 
 
 def connection(device: int, memory: int = 0) -> Connection:
@@ -125,10 +135,12 @@ def connections() -> dict[int, Connection]:
 
 def close() -> None:
     """Close all connections, while no other thread computes; waits for what streams still have to
-    do. The next job connects."""
+    do. The next job connects, and mode "auto" looks for a daemon anew."""
     with _lock:
         while _connections:
             _connections.popitem()[1].close()
+    for forget in on_close:
+        forget()
 
 
 def _fork_child() -> None:

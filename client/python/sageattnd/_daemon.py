@@ -29,6 +29,7 @@ class Choice(NamedTuple):
 
 _lock = threading.Lock()
 _choices: dict[int, Choice] = {}
+_client.on_close.append(_choices.clear)
 
 
 def choose(problem: bytes, device: int, mode: str) -> Optional[_client.Connection]:

@@ -14,7 +14,7 @@ VARIANTS = {"auto": 0, "int8_fp16": 1, "int8_fp8": 2}
 DIAGONALS = {"top-left": 0, "bottom-right": 1}
 UNLIMITED = -1
 SONAME = {"attn": "libsageattn.so.0", "client": "libsageclient.so.0"}
-EUNSUPPORTED, ECAPTURE = -2, -22
+EINVAL, EUNSUPPORTED, ENOMEM, ECAPTURE = -1, -2, -3, -22
 BUNDLED = os.path.dirname(os.path.abspath(__file__))  # a wheel brings the libraries
 
 # struct sage_attn of sageattn.h; tests/python_numpy.py compares it with the compiler's idea.
@@ -35,7 +35,11 @@ class SageError(RuntimeError):
         self.status = status
         self.name = lib.sage_errname(status).decode()
         self.retryable = bool(lib.sage_retryable(status))
+        self.text = text
         super().__init__(f"{self.name}: {text or lib.sage_strerror(status).decode()}")
+
+    def __reduce__(self):
+        return SageError, (self.status, self.text)
 
 
 class Options(NamedTuple):
@@ -173,6 +177,8 @@ class _Pool:
         with self.lock:
             if not self.handle:
                 self.handle = attn().sage_cpu_create(_threads())
+            if not self.handle:
+                raise SageError(ENOMEM, "the CPU's threads")
             return attn().sage_attn_cpu(self.handle, problem, None, workspace, size)
 
 

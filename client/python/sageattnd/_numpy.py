@@ -19,8 +19,9 @@ UNIT = 64  # tensors in a daemon's buffer start at multiples of it
 
 @functools.lru_cache(None)
 def _code(dtype: np.dtype) -> int:
-    """The enum sage_dtype; NONE for others. Asking a dtype for its name takes microseconds."""
-    return CODES.get(dtype.name, _native.NONE)
+    """The enum sage_dtype; NONE for others, such as those of the other byte order. Asking a dtype
+    for its name takes microseconds."""
+    return CODES.get(dtype.name, _native.NONE) if dtype.isnative else _native.NONE
 
 
 def _cast(q, k, v):
@@ -35,7 +36,8 @@ def _cast(q, k, v):
                                 "them to one")
             kind = a.dtype
         elif _code(a.dtype) != _native.F32:
-            raise TypeError(f"{field}: dtype {a.dtype}: must be float16, bfloat16 or float32")
+            raise TypeError(f"{field}: dtype {a.dtype}: must be float16, bfloat16 or float32, "
+                            "in the byte order of this machine")
     return [a.astype(kind or np.float16, copy=False) for a in (q, k, v)]
 
 
@@ -55,9 +57,11 @@ def _four(a: np.ndarray, layout: str) -> np.ndarray:
 def _mask(mask, q, k) -> np.ndarray | None:
     if mask is None:
         return None
+    if not isinstance(mask, np.ndarray):
+        raise TypeError(f"attn_mask: {type(mask).__name__}: must be a numpy.ndarray, like q")
     if not _code(mask.dtype):
         raise TypeError(f"attn_mask: dtype {mask.dtype}: must be bool, float16, bfloat16 or "
-                        "float32")
+                        "float32, in the byte order of this machine")
     wanted = (*q.shape[:3], k.shape[2])
     shape = (1,) * (4 - mask.ndim) + mask.shape
     if len(shape) > 4 or any(m not in (1, n) for m, n in zip(shape, wanted)):

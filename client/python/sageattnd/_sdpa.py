@@ -20,6 +20,8 @@ _compiling = (getattr(getattr(torch, "compiler", None), "is_compiling", None)
 
 _lock = threading.Lock()
 _fallbacks: dict[str, int] = {}
+_blocks: list = []  # of sdpa(), in the order in which they were entered
+_before = pytorch  # what there was before the first of them
 
 
 class Unsupported(ValueError):
@@ -47,6 +49,8 @@ def _old(device: torch.device) -> bool:
 def _why_not(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Optional[str]:
     """None, or why the kernels cannot do it (or PyTorch itself refuses it)."""
     tensors = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
+    if any(t.is_nested for t in tensors):
+        return "nested tensor"
     if dropout_p:
         return "dropout"
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -104,7 +108,8 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
     """
     if query.is_cuda and torch.is_autocast_enabled():
         kind = _autocast()
-        query, key, value = query.to(kind), key.to(kind), value.to(kind)
+        query, key, value = (t if t.dtype == torch.float64 else t.to(kind)
+                             for t in (query, key, value))
     reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
         if strict:
@@ -141,9 +146,15 @@ def sdpa(strict: bool = False, variant: str = "auto", mode: Optional[str] = None
                                             scale, enable_gqa, strict=strict, variant=variant,
                                             mode=mode)
 
-    before = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = ours
+    global _before
+    with _lock:
+        if not _blocks:
+            _before = F.scaled_dot_product_attention
+        _blocks.append(ours)
+        F.scaled_dot_product_attention = ours
     try:
         yield
-    finally:
-        F.scaled_dot_product_attention = before
+    finally:  # blocks of several threads may end in any order
+        with _lock:
+            _blocks.remove(ours)
+            F.scaled_dot_product_attention = _blocks[-1] if _blocks else _before

@@ -13,15 +13,21 @@ def transformers(name: str = "sageattnd", *, strict: bool = False, variant: str 
         model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="sageattnd")
 
     It is scaled_dot_product_attention(), with its fallbacks and arguments, and takes the masks
-    that transformers makes for "sdpa". Wants a transformers that has AttentionInterface.
+    that transformers makes for "sdpa". Models whose attention is more than that (softcap, s_aux,
+    position_bias) get a ValueError that names it. Wants a transformers that has
+    AttentionInterface.
     """
     from transformers import AttentionInterface
 
     from ._sdpa import scaled_dot_product_attention
 
     def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
-                is_causal=None, **_):
+                is_causal=None, **more):
         """query [B, Hq, Nq, D], key and value [B, Hkv, Nk, D] -> [B, Nq, Hq, D], no weights."""
+        for field in ("softcap", "s_aux", "position_bias"):
+            if more.get(field) is not None:
+                raise ValueError(f"{field}: this attention does not have it: load the model with "
+                                 "another attn_implementation")
         if attention_mask is not None:
             attention_mask = attention_mask[..., :key.shape[-2]]
         if is_causal is None:
