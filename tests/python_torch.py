@@ -12,19 +12,12 @@ import threading
 import time
 
 import sage
+from sage import raises
 
 SRC = os.environ.get("SAGE_SRCDIR", ".")
 PACKAGE = os.path.join(SRC, "client", "python")
-ENVIRONMENT = os.path.join(sage.BUILD, "python-env", "bin", "python")
 
-if sage.SANITIZED:
-    print("sanitized libraries cannot be loaded into python")
-    sys.exit(77)
-if not importlib.util.find_spec("torch"):
-    if os.path.exists(ENVIRONMENT) and sys.executable != ENVIRONMENT:
-        os.execv(ENVIRONMENT, [ENVIRONMENT, *sys.argv])
-    print("no PyTorch: ./quickstart python installs one")
-    sys.exit(77)
+sage.need_torch()
 os.environ.setdefault("SAGEATTND_LIBRARY_PATH", os.path.abspath(os.path.join(sage.BUILD, ".libs")))
 # Without compiled modules each of the many processes below would take seconds to start.
 os.environ["PYTHONPYCACHEPREFIX"] = os.path.abspath(os.path.join(sage.BUILD, "python-cache"))
@@ -68,21 +61,6 @@ def check(o, lse, q, k, v, variant="auto", **options):
     if lse is not None:
         off = np.abs(lse.numpy() - wanted_lse).max()
         assert lse.dtype == torch.float32 and off < 0.05, f"lse: off by {off}"
-
-
-def refused(kind, *words):
-    """The block must raise that, with these words."""
-    class Block:
-        def __enter__(self):
-            pass
-
-        def __exit__(self, got, value, _):
-            assert got is not None, f"wanted {kind.__name__}, but it was done"
-            assert issubclass(got, kind), f"wanted {kind.__name__}, got {value!r}"
-            for word in words:
-                assert word in str(value), f"no '{word}' in '{value}'"
-            return True
-    return Block()
 
 
 def same(a, b):
@@ -167,11 +145,11 @@ def test_varlen():
             a, b = slice(*ends_q[i:i + 2]), slice(*ends_k[i:i + 2])
             one = [nhd(t[None]) for t in (q[a], k[b], v[b])]
             check(nhd(o[a][None]), lse[None, :, a], *one, causal=True)
-    with refused(ValueError, "cu_seqlens_q", "70"):
+    with raises(ValueError, "cu_seqlens_q", "70"):
         sageattn_varlen(q, k, v, *cu, 69, 70)
-    with refused(ValueError, "cu_seqlens_k"):
+    with raises(ValueError, "cu_seqlens_k"):
         sageattn_varlen(q, k, v, cu[0], cu[1].float())
-    with refused(ValueError, "cu_seqlens_k", "2^31"):
+    with raises(ValueError, "cu_seqlens_k", "2^31"):
         sageattn_varlen(q, k, v, cu[0], cu[1] + (1 << 32))
     assert same(sageattn_varlen(q, k, v, ends_q, ends_k, is_causal=True), o)
 
@@ -187,9 +165,9 @@ def test_refused():
                                                 torch.ones(1, device="meta", dtype=torch.bool))),
             (SageError, "head", inputs(d=264)),
             (SageError, "k", (q, k[:, :3], v[:, :3]))):
-        with refused(kind, word):
+        with raises(kind, word):
             sageattn(*case)
-    with refused(ValueError, "attn_mask", "scaled_dot_product_attention"):
+    with raises(ValueError, "attn_mask", "scaled_dot_product_attention"):
         sageattn(q, k, v, torch.ones(100, 100, dtype=torch.bool))
 
 
@@ -197,7 +175,7 @@ def test_gradient():
     """There is none: said, rather than a tensor that silently has no history."""
     q, k, v = inputs()
     k.requires_grad_()
-    with refused(RuntimeError, "k requires a gradient", "no_grad"):
+    with raises(RuntimeError, "k requires a gradient", "no_grad"):
         sageattn(q, k, v)
     for without in (torch.no_grad(), torch.inference_mode()):
         with without:
@@ -363,7 +341,7 @@ def test_fallbacks():
                 assert str(o) == str(wanted) if isinstance(wanted, Exception) else same(o, wanted)
         assert sageattnd.fallbacks()[reason] == count + 2, reason
         assert len(lines) == (1 if count == 0 else 0) and all(reason in line for line in lines)
-        with refused(ValueError, reason):
+        with raises(ValueError, reason):
             ours(*tensors, strict=True, **case)
 
 
@@ -373,7 +351,7 @@ def test_sdpa_context():
     with sageattnd.sdpa(variant="int8_fp8"):
         assert same(F.scaled_dot_product_attention(q, k, v), sageattn(q, k, v, variant="int8_fp8"))
         with sageattnd.sdpa(strict=True):
-            with refused(ValueError, "dtype float32"):
+            with raises(ValueError, "dtype float32"):
                 F.scaled_dot_product_attention(q.float(), k.float(), v.float())
         f = [t.float() for t in (q, k, v)]
         assert same(F.scaled_dot_product_attention(*f), before(*f))
@@ -419,7 +397,7 @@ def test_shim():
     assert importlib.util.find_spec("sageattention") is None
     sys.modules["sageattention"] = real = type(sys)("sageattention")
     real.__spec__ = importlib.machinery.ModuleSpec("sageattention", None)
-    with refused(RuntimeError, "replace=True"):
+    with raises(RuntimeError, "replace=True"):
         sageattnd.shim.install()
     sageattnd.shim.install(replace=True)
     sageattnd.shim.uninstall()

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import faulthandler
 import fcntl
+import importlib.util
 import mmap
 import os
 import shutil
@@ -64,6 +65,35 @@ class SageError(Exception):
 
 class Closed(Exception):
     """The daemon closed the connection."""
+
+
+def need_torch():
+    """Go on in a python that has PyTorch: this one, or that of `./quickstart python`; or skip."""
+    environment = os.path.join(BUILD, "python-env", "bin", "python")
+    if SANITIZED:
+        print("sanitized libraries cannot be loaded into python")
+        sys.exit(77)
+    if importlib.util.find_spec("torch"):
+        return
+    if os.path.exists(environment) and sys.executable != environment:
+        os.execv(environment, [environment, *sys.argv])
+    print("no PyTorch: ./quickstart python installs one")
+    sys.exit(77)
+
+
+def raises(kind, *words):
+    """The block must raise that, with these words."""
+    class Block:
+        def __enter__(self):
+            pass
+
+        def __exit__(self, got, value, _):
+            assert got is not None, f"wanted {kind.__name__}, but it was done"
+            assert issubclass(got, kind), f"wanted {kind.__name__}, got {value!r}"
+            for word in words:
+                assert word in str(value), f"no '{word}' in '{value}'"
+            return True
+    return Block()
 
 
 def until(condition, what, timeout=10.0):
