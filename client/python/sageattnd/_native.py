@@ -55,6 +55,13 @@ class Options(NamedTuple):
     window_right: int
 
 
+def same_length(q_offsets, k_offsets) -> None:
+    """ValueError where they are not of as many sequences."""
+    if len(q_offsets) != len(k_offsets):
+        raise ValueError(f"cu_seqlens_k: length {len(k_offsets)}, cu_seqlens_q has "
+                         f"{len(q_offsets)}")
+
+
 def pack(q, k, v, o, mask, lse, options: Options, q_offsets=0, k_offsets=0, n_seqs=0) -> bytes:
     """struct sage_attn. Tensors are twelve numbers each, see TENSOR; offsets are addresses."""
     p = options

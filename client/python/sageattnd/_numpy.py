@@ -106,9 +106,7 @@ def attention(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout: str, op
     if q_offsets is not None:
         q_offsets = _offsets(q_offsets, "cu_seqlens_q", max_q)
         k_offsets = _offsets(k_offsets, "cu_seqlens_k", max_k)
-        if len(q_offsets) != len(k_offsets):
-            raise ValueError(f"cu_seqlens_k: length {len(k_offsets)}, cu_seqlens_q has "
-                             f"{len(q_offsets)}")
+        _native.same_length(q_offsets, k_offsets)
         offsets = (q_offsets.ctypes.data, k_offsets.ctypes.data, len(q_offsets) - 1)
     run = _in_daemon if mode == "daemon" else _in_process
     run((q, k, v, o, mask, lse), options, offsets)

@@ -145,9 +145,7 @@ def _run(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout, causal, scal
     if q_offsets is not None:
         q_offsets = _offsets(q_offsets, "cu_seqlens_q", max_q)
         k_offsets = _offsets(k_offsets, "cu_seqlens_k", max_k)
-        if len(q_offsets) != len(k_offsets):
-            raise ValueError(f"cu_seqlens_k: length {len(k_offsets)}, cu_seqlens_q has "
-                             f"{len(q_offsets)}")
+        _native.same_length(q_offsets, k_offsets)
         more = (q_offsets.data_ptr(), k_offsets.data_ptr(), len(q_offsets) - 1)
     rows = None
     if with_lse:  # [B, Hq, Nq, 1]
