@@ -63,6 +63,15 @@ __device__ __forceinline__ void release(uint64_t &barrier)
 }
 
 /*
+ * The thread is done with a tile's place. Each tells so for its own reads, once in a tile:
+ * compute-sanitizer can follow that.
+ */
+__device__ inline void leave(uint64_t &barrier)
+{
+    cuda::ptx::mbarrier_arrive(&barrier);
+}
+
+/*
  * Shared memory: the stages of K and V, Q in INT8 and as it came, and ones. All but the last Q is
  * swizzled, over 64 or 128 bytes of 8 rows, which counts from multiples of 512 or 1024 bytes.
  *
@@ -158,7 +167,7 @@ template <int D, bool FP8> struct wgmma_memory {
         }
         for (int i = 0; i < 2; i++) {
             init(tile_full[i], 1);
-            init(tile_empty[i], WARPS + 2);
+            init(tile_empty[i], 32 * (WARPS + 2)); /* see leave() */
         }
         init(q_full, 1);
         init(q_empty, WARPS);
@@ -340,7 +349,7 @@ template <int D, bool FP8> struct wgmma_fetch {
                     release(m.v_full[at.stage]);
                 }
             }
-            release(m.tile_empty[slot.stage]);
+            leave(m.tile_empty[slot.stage]);
         }
     }
 
@@ -370,7 +379,7 @@ template <int D, bool FP8> struct wgmma_fetch {
                     cp_async_bulk(space_cluster, space_global, m.q16(r), from + r * a.q.stride[2],
                                   2 * a.d, &m.q_full);
             }
-            release(m.tile_empty[slot.stage]);
+            leave(m.tile_empty[slot.stage]);
         }
     }
 
@@ -876,7 +885,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D), 1)
             if (!__any_sync(~0u, t.there))
                 break;
             wgmma_attention<D, BF16, FP8>(args, m, t).run(at, q.parity);
-            release(m.tile_empty[slot.stage]);
+            leave(m.tile_empty[slot.stage]);
         }
         if (threadIdx.x < 128)
             wgmma_attention<D, BF16, FP8>::turn_wait(0); /* no barrier is left half counted */
