@@ -388,7 +388,7 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
         steps(k8, v, k_scales, block, end);
         copy_wait<0>();
 
-        r.finish();
+        r.finish(a.means + (3 * t.local + 1) * a.d_padded);
     }
 };
 

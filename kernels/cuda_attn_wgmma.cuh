@@ -142,6 +142,7 @@ template <int D, bool FP8> struct wgmma_memory {
     float k_scale[STAGES][WGMMA_TILE_K / 4];
     query queries[TILE_Q];
     tile tiles[2];
+    float v_means[2][FP8 ? 2 * D : 1]; /* of the tiles: V's scales, then its means */
     uint64_t k_full[STAGES], v_full[STAGES], k_empty[STAGES], v_empty[STAGES];
     uint64_t tile_full[2], tile_empty[2], q_full, q_empty, tail;
 
@@ -242,6 +243,8 @@ template <int D, bool FP8> struct wgmma_fetch {
                 const float k_max = largest_scale(a, t);
                 if (first_lane)
                     t.k_max = k_max;
+                for (int i = threadIdx.x % 32; FP8 && i < 2 * D; i += 32)
+                    m.v_means[slot.stage][i] = a.means[(3 * t.local + 1) * D + i];
             }
             release(m.tile_full[slot.stage]);
         }
@@ -817,7 +820,8 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         return uniform(static_cast<int>(end));
     }
 
-    __device__ void run(ring_place<STAGES> &at, uint32_t q_parity)
+    /* `slot`: the tile's place. */
+    __device__ void run(ring_place<STAGES> &at, int slot, uint32_t q_parity)
     {
         const int first = r.first_row(), block = fetch::first_block(r.t);
         const int all = fetch::last_block(r.t) - block; /* there may be none, whatever a row sees */
@@ -841,7 +845,7 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
             steps(at, block * KEYS, end);
         pass(at, all - n);
         if (r.a.n_splits == 1 || gather())
-            r.finish();
+            r.finish(m.v_means[slot]);
     }
 };
 
@@ -884,7 +888,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D), 1)
             wait(m.tile_full[slot.stage], slot.parity);
             if (!__any_sync(~0u, t.there))
                 break;
-            wgmma_attention<D, BF16, FP8>(args, m, t).run(at, q.parity);
+            wgmma_attention<D, BF16, FP8>(args, m, t).run(at, slot.stage, q.parity);
             leave(m.tile_empty[slot.stage]);
         }
         if (threadIdx.x < 128)
