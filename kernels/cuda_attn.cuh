@@ -88,86 +88,100 @@ __device__ inline void find_tile(const cuda_args &a, int tile_q, unsigned index,
 
 /* Of a query row, in shared memory. */
 struct query {
-    float scale;     /* what a step of its integers stands for, times scale * log2 e */
-    float mean;      /* scale * q . mean(k), for lse */
-    int first, last; /* the keys that it sees; none if last < first */
+    float scale; /* what a step of its integers stands for, times scale * log2 e */
+    float mean;  /* scale * q . mean(k), for lse */
 };
 
 /*
- * 16 rows of Q to INT8, by one warp: numbers to q8, swizzled or not, the rest to `to`. The rows are
- * in shared memory, D channels each, or, NULL, where the caller has them. Rows beyond the last are
- * zero. A row with an Inf or NaN has scale NaN, and so has one whose scores with the largest keys
- * would leave the range in which sums with MAGIC are exact.
+ * 16 rows of Q to INT8, by one warp: numbers to q8, the rest to `to`. The rows lie `stride` bytes
+ * apart, in global memory or, `SHARED`, in shared memory, there with zeros beyond the last row and
+ * channel; then the numbers are swizzled as wgmma wants them. `k_mean`: NULL where K is as it was, or
+ * lse not wanted. A row with an Inf or NaN has scale NaN, and so has one whose scores with the
+ * largest keys would leave the range in which sums with MAGIC are exact.
  */
-template <int D, bool BF16, bool SWIZZLED, bool SHARED>
-__device__ __forceinline__ void quantise_rows(const cuda_args &a, const tile &t, int row0,
-                                              const char *rows, int8_t *q8, query *to, float k_max)
+template <int D, bool BF16, bool SHARED>
+__device__ __forceinline__ void quantise_q(const cuda_args &a, const tile &t, int row0,
+                                           const char *rows, int64_t stride, const float *k_mean,
+                                           int8_t *q8, query *to, float k_max)
 {
     constexpr int LANES = D <= 64 ? 4 : D <= 128 ? 8 : 16; /* of a row, 16 channels each */
-    const int lane = threadIdx.x % 32, column = 16 * (lane % LANES);
-    const int64_t stride = SHARED ? 2 * D : a.q.stride[2];
-    const int end = t.end - row0, low = clamp(row0 + t.low), high = clamp(row0 + t.high);
-    const float *const means = a.means + t.local * 3 * a.d_padded + column;
-
-#pragma unroll 2
-    for (int r = lane / LANES; r < 16; r += 32 / LANES) {
-        const char *const from = rows + r * stride + 2 * column;
-        uint4 raw[2];
-
+    constexpr int ROWS = 32 / LANES, STEPS = 16 / ROWS;
+    const int lane = threadIdx.x % 32, column = 16 * (lane % LANES), end = t.end - row0;
+    const auto load = [&](uint4(&raw)[2], int r) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            raw[i] = make_uint4(0, 0, 0, 0);
-            if (r < end && column + 8 * i < a.d)
-                raw[i] = SHARED ? *reinterpret_cast<const uint4 *>(from + 16 * i)
-                                : load_8(from + 16 * i, a.q.aligned);
+            const char *const from = rows + r * stride + 2 * column + 16 * i;
+            if constexpr (SHARED)
+                raw[i] = *reinterpret_cast<const uint4 *>(from);
+            else
+                raw[i] = r < end && column + 8 * i < a.d ? load_8(from, a.q.aligned)
+                                                         : make_uint4(0, 0, 0, 0);
         }
+    };
+
+    /* no branch in it: so the steps are side by side */
+#pragma unroll SHARED ? STEPS : 2
+    for (int step = 0; step < STEPS; step++) {
+        const int r = step * ROWS + lane / LANES;
+        uint4 raw[2];
+
+        load(raw, r);
         uint32_t top = max_abs_16<BF16>(max_abs_16<BF16>(0, raw[0]), raw[1]);
 #pragma unroll
-        for (int step = 1; step < LANES; step *= 2)
-            top = max_abs_16<BF16>(top, __shfl_xor_sync(~0u, top, step));
+        for (int i = 1; i < LANES; i *= 2)
+            top = max_abs_16<BF16>(top, __shfl_xor_sync(~0u, top, i));
         const float amax = larger_16<BF16>(top), up = quant_up(amax);
+        const float scale = quant_step(amax) * a.scale;
         float x[16];
         unpack_16<BF16>(x, raw[0]);
         unpack_16<BF16>(x + 8, raw[1]);
         if (column < D)
-            *reinterpret_cast<uint4 *>(q8 + (SWIZZLED ? r * D + (column ^ row_swizzle<D>(r))
-                                                      : r * KERNEL_PITCH(D) + column)) =
+            *reinterpret_cast<uint4 *>(q8 + (SHARED ? r * D + (column ^ row_swizzle<D>(r))
+                                                    : r * KERNEL_PITCH(D) + column)) =
                 make_uint4(to_bytes(x, up), to_bytes(x + 4, up), to_bytes(x + 8, up),
                            to_bytes(x + 12, up));
-        if (column == 0) {
-            const float scale = quant_step(amax) * a.scale;
+        if (column == 0)
             to[r].scale = scale * k_max < 0x1p104f ? scale : NAN;
-            to[r].first = min(max(low + r, 0), t.seq.nk);
-            to[r].last = min(max(high + r, -1), t.seq.nk - 1);
-        }
-        if (!a.lse.data)
-            continue;
+    }
+    if (!a.lse.data)
+        return;
+#pragma unroll 1
+    for (int step = 0; step < STEPS; step++) {
+        const int r = step * ROWS + lane / LANES;
         float dot = 0;
+
+        if (k_mean) {
+            uint4 raw[2];
+            load(raw, r);
 #pragma unroll
-        for (int i = 0; i < 16; i += 8)
-            if (a.smooth_k && t.seq.nk > 0 && column + i < a.d)
+            for (int i = 0; i < 2; i++) {
+                float x[8];
+                unpack_16<BF16>(x, raw[i]);
+                if (column + 8 * i < a.d)
 #pragma unroll
-                for (int j = i; j < i + 8; j++)
-                    dot += x[j] * means[j];
+                    for (int j = 0; j < 8; j++)
+                        dot += x[j] * k_mean[column + 8 * i + j];
+            }
 #pragma unroll
-        for (int step = 1; step < LANES; step *= 2)
-            dot += __shfl_xor_sync(~0u, dot, step);
+            for (int i = 1; i < LANES; i *= 2)
+                dot += __shfl_xor_sync(~0u, dot, i);
+        }
         if (column == 0)
             to[r].mean = dot * a.scale_lse;
     }
 }
 
-template <int D, bool BF16, bool SWIZZLED>
-__device__ void quantise_q(const cuda_args &a, const tile &t, int row0, const char *in_shared,
-                           int8_t *q8, query *to, float k_max)
+/* Where row `row` of the tile's sequence is in q. */
+__device__ inline const char *q_row(const cuda_args &a, const tile &t, int row)
 {
-    const char *const rows = a.q.data + t.seq.batch * a.q.stride[0] + t.q_head * a.q.stride[1] +
-                             (t.seq.q0 + row0) * a.q.stride[2];
+    return a.q.data + t.seq.batch * a.q.stride[0] + t.q_head * a.q.stride[1] +
+           (t.seq.q0 + row) * a.q.stride[2];
+}
 
-    if (SWIZZLED && in_shared)
-        quantise_rows<D, BF16, SWIZZLED, true>(a, t, row0, in_shared, q8, to, k_max);
-    else
-        quantise_rows<D, BF16, SWIZZLED, false>(a, t, row0, rows, q8, to, k_max);
+/* K's mean, if it has been subtracted and lse has to know. */
+__device__ inline const float *k_mean_of(const cuda_args &a, const tile &t)
+{
+    return a.lse.data && a.smooth_k && t.seq.nk > 0 ? a.means + t.local * 3 * a.d_padded : nullptr;
 }
 
 /* The largest of K's scales that the head has; by one warp. */
@@ -287,13 +301,15 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
             add_mask(p, key0);
         if (all_see(key0))
             return;
+        const int key = key0 + key_of(0, 0), low = clamp(row() + t.low),
+                  high = clamp(row() + t.high);
 #pragma unroll
         for (int slab = 0; slab < SLABS; slab++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const query &q = query_of(slab, 2 * half);
-                const int first = q.first - key0 - key_of(0, 0),
-                          last = q.last - key0 - key_of(0, 0);
+                const int r = row_of(slab, 2 * half);
+                const int first = max(low + r, 0) - key;
+                const int last = max(min(high + r, t.seq.nk - 1), -1) - key;
 #pragma unroll
                 for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll

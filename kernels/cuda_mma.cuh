@@ -252,6 +252,12 @@ template <bool BF16> __device__ __forceinline__ float larger_16(uint32_t pair)
     return __uint_as_float(max(__float_as_uint(x.x), __float_as_uint(x.y)));
 }
 
+/* A barrier in shared memory counts this thread when the copies that it has begun are done. */
+__device__ __forceinline__ void copy_arrive(uint32_t barrier)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 /* Eight 16-bit numbers of global memory: at once if `aligned` to 16 bytes, else one by one. */
 __device__ __forceinline__ uint4 load_8(const char *p, bool aligned)
 {

@@ -100,10 +100,10 @@ enum {
     (((fp8) ? WGMMA_STAGES(d, fp8) * WGMMA_TILE_K * (2 * (d) + 8)                                  \
             : WGMMA_TILE_K * (WGMMA_STAGES(d, fp8) * 3 * (d) + 128)) +                             \
      WGMMA_TILE_Q(d) * 3 * (d))
-/* and K's scales, what belongs to Q's rows, V's scales and means twice; barriers, tiles' places */
+/* and K's scales, what belongs to Q's rows, means and scales of three tiles; barriers, places */
 #define WGMMA_SMEM(d, fp8)                                                                         \
     (WGMMA_ALIGN + WGMMA_TENSORS(d, fp8) + WGMMA_STAGES(d, fp8) * WGMMA_TILE_K +                   \
-     WGMMA_TILE_Q(d) * 16 + ((fp8) ? 16 * (d) : 0) + 768)
+     WGMMA_TILE_Q(d) * 8 + ((fp8) ? 36 : 12) * (d) + 896)
 
 struct sage_kernel {
     const char *name;
