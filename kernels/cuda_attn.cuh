@@ -33,6 +33,17 @@ __device__ inline int clamp(int64_t x)
     return static_cast<int>(x < -MOST ? -MOST : x > MOST ? MOST : x);
 }
 
+/*
+ * An element of o. A sound one is between V's extremes but for rounding, hence finite; beyond the
+ * format's range it is its largest number. Inf * 0 is NaN.
+ */
+template <bool BF16> __device__ __forceinline__ float sound(float x)
+{
+    const float most = BF16 ? 0x1.fep127f : 65504;
+
+    return fmaf(x, 0, fmaxf(fminf(x, most), -most));
+}
+
 /* A tile's place in the problem. */
 struct tile {
     cuda_seq seq;
@@ -471,13 +482,8 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
 
     /* --- results --- */
 
-    /*
-     * Two elements of o. A sound one is between V's extremes but for rounding, hence finite; beyond
-     * the format's range it is its largest number. Inf * 0 is NaN.
-     */
     __device__ uint32_t element_pair(const float *x, float up, const float *means) const
     {
-        const float most = BF16 ? 0x1.fep127f : 65504;
         float y[2];
 
 #pragma unroll
@@ -485,8 +491,7 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
             float z = x[e] * up;
             if constexpr (FP8)
                 z = z * means[a.d_padded + e] + means[2 * a.d_padded + e];
-            z = up == 0 ? 0 : z;
-            y[e] = fmaf(z, 0, fmaxf(fminf(z, most), -most));
+            y[e] = sound<BF16>(up == 0 ? 0 : z);
         }
         return pack_16<BF16>(y[0], y[1]);
     }
