@@ -86,7 +86,7 @@ struct cuda_args {
     /* the workspace */
     unsigned *ticket; /* splits that blocks have taken, beyond each one's first; 0 between calls */
     unsigned *done;   /* [n_tiles][slabs]: splits that are over; 0 between calls */
-    unsigned long long *arrived; /* few rows: [n_seqs][n_heads]: see is_last() */
+    unsigned long long *arrived; /* few rows: [n_seqs][n_heads]: see open_counter() */
     unsigned long long call;     /* its number; the low 16 bits are of no interest */
     /*
      * [n_tiles][slabs][n_splits][4 * (d_padded / 8) + 8][32]: their O, m and sums;

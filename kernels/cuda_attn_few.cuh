@@ -63,78 +63,43 @@ __device__ inline void find_few(const cuda_args &a, unsigned index, few_tile &t)
 }
 
 /*
- * Has this block found all others of its tile done? A counter is one word: the call's number, and
- * how many blocks have come. Whatever else a word holds is of no call that is under way, so nobody
- * has to clear it; the last one leaves it as a replay of the call wants it.
+ * A counter of blocks that are done is one word: the call's number, and how many have come. What
+ * else a word may hold is of no call that is under way. So each block first sees to it that the
+ * word is this call's, and nobody has to clear it before: where the exchange fails another block
+ * was faster. By one thread.
  */
-__device__ inline bool is_last(const cuda_args &a, const few_tile &t)
+__device__ inline void open_counter(const cuda_args &a, const few_tile &t)
 {
     constexpr unsigned long long COUNT = 0xffff;
-    unsigned long long *const word = a.arrived + t.group, none = a.call & ~COUNT;
-    unsigned long long before = *static_cast<volatile unsigned long long *>(word), expected, next;
+    unsigned long long *const word = a.arrived + t.group;
+    const unsigned long long seen = *static_cast<volatile unsigned long long *>(word);
 
-    do {
-        expected = before;
-        next = (expected & ~COUNT) == none ? expected + 1 : none + 1;
-        if ((next & COUNT) == t.n_chunks)
-            next = none;
-        before = atomicCAS(word, expected, next);
-    } while (before != expected);
-    return next == none;
+    if ((seen & ~COUNT) != a.call)
+        atomicCAS(word, seen, a.call);
 }
 
-/* Of a row: O of eight channels, relative to m, the sum of P as rounded, and as it was. */
-struct few_sums {
-    float o[8], m, total, sum;
-};
-
-/*
- * n of them added up, in their order. stats(i): m, total and sum of number i; values(i, x): its O.
- * Loads come BATCH at a time: they take far longer than all that is done with them.
- */
-template <int BATCH, typename Stats, typename Values>
-__device__ few_sums few_merge(int n, Stats stats, Values values)
+/* Is this the last block of its tile? Then a replay of the call finds the word as it wants it. */
+__device__ inline bool is_last(const cuda_args &a, const few_tile &t)
 {
-    few_sums all = {};
+    unsigned long long *const word = a.arrived + t.group;
 
-    all.m = -INFINITY;
-#pragma unroll 8
-    for (int i = 0; i < n; i++)
-        all.m = fmaxf(all.m, stats(i).x);
-#pragma unroll 1
-    for (int from = 0; from < n; from += BATCH) {
-        float4 s[BATCH];
-        float x[BATCH][8];
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            const int at = min(from + i, n - 1);
-            s[i] = stats(at);
-            values(at, x[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            if (from + i >= n)
-                break;
-            const float by = s[i].x == -INFINITY ? 0 : exp2_fast(s[i].x - all.m);
-            all.total = fmaf(by, s[i].y, all.total);
-            all.sum = fmaf(by, s[i].z, all.sum);
-#pragma unroll
-            for (int e = 0; e < 8; e++)
-                all.o[e] = fmaf(by, x[i][e], all.o[e]);
-        }
-    }
-    return all;
+    if (atomicAdd(word, 1) != a.call + t.n_chunks - 1)
+        return false;
+    *word = a.call;
+    return true;
 }
 
 template <int D, bool BF16, int ROWS> struct few_attention {
     static constexpr int SLABS = ROWS / 16, PARTS = FEW_WARPS / SLABS, THREADS = 32 * FEW_WARPS;
     static constexpr int TILE_K = FEW_TILE_K(D, ROWS), KEYS = TILE_K / PARTS, KEY_TILES = KEYS / 8;
     static constexpr int STAGES = FEW_STAGES(D, ROWS), PITCH = KERNEL_PITCH(2 * D);
-    static constexpr int STAGE = TILE_K * PITCH, VECTORS = D / 8, D_TILES = D / 8;
+    static constexpr int STAGE = TILE_K * PITCH, VECTORS = D / 8, D_TILES = D / 8, QUADS = D / 4;
     static constexpr int O_PITCH = D + 8; /* floats */
     static constexpr bool Q_IN_REGISTERS = D <= 128;
     static_assert(KEYS % 16 == 0, "a product with V takes 16 keys");
     static_assert(FEW_WARPS * 16 * O_PITCH * 4 <= FEW_SMEM(D, ROWS), "O of all warps");
+    static_assert(ROWS * FEW_CHUNKS * 4 <= FEW_SMEM(D, ROWS), "weights of all chunks");
+    static_assert(FEW_CHUNKS <= 64, "two for each lane");
 
     const cuda_args &a;
     const few_tile &t;              /* in shared memory, as all below that is a reference */
@@ -405,84 +370,144 @@ template <int D, bool BF16, int ROWS> struct few_attention {
         }
     }
 
-    /* Of row r the warps' together. */
-    __device__ few_sums of_block(int r, int vector) const
+    /* Of row r the warps' together, in the order of the keys: four channels of O; m and sums. */
+    __device__ float4 of_block(int r, int quad, float4 &all) const
     {
-        const float *const from = reinterpret_cast<const float *>(ring) + r * O_PITCH + 8 * vector;
+        const float *const from = reinterpret_cast<const float *>(ring) + r * O_PITCH + 4 * quad;
+        float4 x = make_float4(0, 0, 0, 0);
 
-        return few_merge<PARTS>(
-            PARTS, [&](int i) { return stats[i * SLABS + r / 16][r % 16]; },
-            [&](int i, float *x) {
+        all = make_float4(-INFINITY, 0, 0, 0);
 #pragma unroll
-                for (int e = 0; e < 8; e++)
-                    x[e] = from[i * SLABS * 16 * O_PITCH + e];
-            });
+        for (int i = 0; i < PARTS; i++)
+            all.x = fmaxf(all.x, stats[i * SLABS + r / 16][r % 16].x);
+#pragma unroll
+        for (int i = 0; i < PARTS; i++) {
+            const float4 one = stats[i * SLABS + r / 16][r % 16];
+            const float by = weight(one.x, all.x);
+            all.y = fmaf(by, one.y, all.y);
+            all.z = fmaf(by, one.z, all.z);
+            add_quad(x, by, *reinterpret_cast<const float4 *>(from + i * SLABS * 16 * O_PITCH));
+        }
+        return x;
+    }
+
+    /* What is relative to m counts so much where the largest is `most`. */
+    __device__ static float weight(float m, float most)
+    {
+        return m == -INFINITY ? 0 : exp2_fast(m - most);
+    }
+    __device__ static void add_quad(float4 &to, float by, const float4 &x)
+    {
+        to.x = fmaf(by, x.x, to.x);
+        to.y = fmaf(by, x.y, to.y);
+        to.z = fmaf(by, x.z, to.z);
+        to.w = fmaf(by, x.w, to.w);
     }
 
     /* Where chunk i of the tile leaves what it has of row r: O, or m and the sums. */
-    __device__ float4 *o_of(unsigned i, int r, int vector) const
+    __device__ float4 *o_of(unsigned i, int r, int quad) const
     {
-        return reinterpret_cast<float4 *>(
-            a.parts + static_cast<int64_t>(blockIdx.x - t.chunk + i) * (ROWS * (D + 4)) + r * D +
-            8 * vector);
+        return reinterpret_cast<float4 *>(a.parts + static_cast<int64_t>(blockIdx.x - t.chunk + i) *
+                                                        (ROWS * (D + 4))) +
+               r * QUADS + quad;
     }
     __device__ float4 *stats_of(unsigned i, int r) const
     {
-        return o_of(i, ROWS, 0) + r;
+        return o_of(i, ROWS, r);
     }
 
-    __device__ void leave(int r, int vector, const few_sums &x) const
+    /* A warp takes a row: the chunks' weights, to where O was; m and sums of all. */
+    __device__ void weigh_chunks() const
     {
-        float4 *const to = o_of(t.chunk, r, vector);
+        float *const weights = reinterpret_cast<float *>(ring);
 
-        to[0] = make_float4(x.o[0], x.o[1], x.o[2], x.o[3]);
-        to[1] = make_float4(x.o[4], x.o[5], x.o[6], x.o[7]);
-        if (vector == 0)
-            *stats_of(t.chunk, r) = make_float4(x.m, x.total, x.sum, 0);
+#pragma unroll 4
+        for (int r = threadIdx.x / 32; r < t.rows; r += FEW_WARPS) {
+            float4 x[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                x[i] = lane + 32 * i < t.n_chunks ? __ldcg(stats_of(lane + 32 * i, r))
+                                                  : make_float4(-INFINITY, 0, 0, 0);
+            float m = fmaxf(x[0].x, x[1].x);
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2)
+                m = fmaxf(m, __shfl_xor_sync(~0u, m, step));
+            const float by[2] = {weight(x[0].x, m), weight(x[1].x, m)};
+            float total = by[0] * x[0].y + by[1] * x[1].y, l = by[0] * x[0].z + by[1] * x[1].z;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                total += __shfl_xor_sync(~0u, total, step);
+                l += __shfl_xor_sync(~0u, l, step);
+            }
+            weights[r * FEW_CHUNKS + lane] = by[0];
+            weights[r * FEW_CHUNKS + lane + 32] = by[1];
+            if (lane == 0)
+                stats[r / 16][r % 16] = make_float4(m, total, l, 0);
+        }
     }
 
-    /* Of row r the chunks' together. */
-    __device__ few_sums of_tile(int r, int vector) const
+    /* Of row r the chunks' together, in the order of the keys; BATCH loads on their way. */
+    __device__ float4 of_tile(int r, int quad) const
     {
-        return few_merge<8>(
-            static_cast<int>(t.n_chunks), [&](int i) { return __ldcg(stats_of(i, r)); },
-            [&](int i, float *x) {
-                *reinterpret_cast<float4 *>(x) = __ldcg(o_of(i, r, vector));
-                *reinterpret_cast<float4 *>(x + 4) = __ldcg(o_of(i, r, vector) + 1);
-            });
+        constexpr int BATCH = 16;
+        const float *const weights = reinterpret_cast<const float *>(ring) + r * FEW_CHUNKS;
+        float4 x = make_float4(0, 0, 0, 0);
+
+#pragma unroll 1
+        for (int from = 0; from < t.n_chunks; from += BATCH) {
+            float4 o_part[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; i++)
+                if (from + i < t.n_chunks)
+                    o_part[i] = __ldcg(o_of(from + i, r, quad));
+#pragma unroll
+            for (int i = 0; i < BATCH; i++)
+                if (from + i < t.n_chunks)
+                    add_quad(x, weights[from + i], o_part[i]);
+        }
+        return x;
     }
 
-    __device__ void finish(int r, int vector, const few_sums &x) const
+    /* Four channels of a row's o; its lse. */
+    __device__ void finish(int r, int quad, const float4 &x, const float4 &all) const
     {
         const unsigned head = static_cast<unsigned>(r) / t.n_queries;
         const int64_t q_head = t.kv_head * a.gqa + a.q_head + head;
         const int64_t q = t.seq.q0 + t.query + (r - head * t.n_queries);
-        const float up = x.total == 0 ? 0 : reciprocal(x.total); /* 0: nothing was seen */
-        uint32_t pairs[4];
+        const float up = all.y == 0 ? 0 : reciprocal(all.y); /* 0: nothing was seen */
+        const float from[4] = {x.x, x.y, x.z, x.w};
+        float y[4];
 
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            pairs[i] = pack_16<BF16>(sound<BF16>(up == 0 ? 0 : x.o[2 * i] * up),
-                                     sound<BF16>(up == 0 ? 0 : x.o[2 * i + 1] * up));
-        if (8 * vector < a.d)
-            store_8(a.o.data + t.seq.batch * a.o.stride[0] + q_head * a.o.stride[1] +
-                        q * a.o.stride[2] + 16 * vector,
-                    make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]), a.o.aligned);
-        if (!a.lse.data || vector > 0)
+            y[i] = sound<BF16>(up == 0 ? 0 : from[i] * up);
+        const uint2 words = make_uint2(pack_16<BF16>(y[0], y[1]), pack_16<BF16>(y[2], y[3]));
+        char *const to = a.o.data + t.seq.batch * a.o.stride[0] + q_head * a.o.stride[1] +
+                         q * a.o.stride[2] + 8 * quad;
+        if (4 * quad < a.d && a.o.aligned) {
+            *reinterpret_cast<uint2 *>(to) = words;
+        } else if (4 * quad < a.d) {
+            const uint32_t pairs[2] = {words.x, words.y};
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                reinterpret_cast<uint16_t *>(to)[i] =
+                    static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16);
+        }
+        if (!a.lse.data || quad > 0)
             return;
-        const float l = LN_2 * (x.m + log2f(x.sum));
+        const float l = LN_2 * (all.x + log2f(all.z));
         *reinterpret_cast<float *>(a.lse.data + t.seq.batch * a.lse.stride[0] +
                                    q_head * a.lse.stride[1] + q * a.lse.stride[2]) =
-            x.total == 0  ? -INFINITY
+            all.y == 0    ? -INFINITY
             : isfinite(l) ? l
                           : NAN;
     }
 
-    /* For all rows and vectors of the tile, by the whole block. */
-    template <typename Do> __device__ void each_vector(Do what) const
+    /* For four channels each of all rows of the tile, by the whole block. */
+    template <typename Do> __device__ void each_quad(Do what) const
     {
-        for (int i = threadIdx.x; i < t.rows * VECTORS; i += THREADS)
-            what(i / VECTORS, i % VECTORS);
+        for (int i = threadIdx.x; i < t.rows * QUADS; i += THREADS)
+            what(i / QUADS, i % QUADS);
     }
 
     __device__ void run(bool &last)
@@ -491,6 +516,8 @@ template <int D, bool BF16, int ROWS> struct few_attention {
             fetch(n);
             copy_commit();
         }
+        if (threadIdx.x == 0 && t.n_chunks > 1)
+            open_counter(a, t);
         load_q();
         __syncthreads();
         begin();
@@ -499,11 +526,19 @@ template <int D, bool BF16, int ROWS> struct few_attention {
         __syncthreads();
         put_down();
         __syncthreads();
-        if (t.n_chunks == 1) {
-            each_vector([&](int r, int vector) { finish(r, vector, of_block(r, vector)); });
+        each_quad([&](int r, int quad) {
+            float4 all;
+            const float4 x = of_block(r, quad, all);
+            if (t.n_chunks == 1) {
+                finish(r, quad, x, all);
+            } else {
+                *o_of(t.chunk, r, quad) = x;
+                if (quad == 0)
+                    *stats_of(t.chunk, r) = all;
+            }
+        });
+        if (t.n_chunks == 1)
             return;
-        }
-        each_vector([&](int r, int vector) { leave(r, vector, of_block(r, vector)); });
         __threadfence();
         __syncthreads();
         if (threadIdx.x == 0)
@@ -512,7 +547,10 @@ template <int D, bool BF16, int ROWS> struct few_attention {
         if (!last)
             return;
         __threadfence();
-        each_vector([&](int r, int vector) { finish(r, vector, of_tile(r, vector)); });
+        weigh_chunks();
+        __syncthreads();
+        each_quad(
+            [&](int r, int quad) { finish(r, quad, of_tile(r, quad), stats[r / 16][r % 16]); });
     }
 };
 
