@@ -661,12 +661,15 @@ static void threads(struct edges *e)
 
 static void values(struct edges *e)
 {
-    void (*const tests[])(struct edges *) = {ones,        constants, empty,    head_dims, bands,
-                                             far_mean,    largest,   overflow, steep,     bad_masks,
-                                             hidden_rows, spoils,    few_rows};
+    void (*const tests[])(struct edges *) = {ones,  constants, empty,       head_dims,
+                                             bands, far_mean,  largest,     overflow,
+                                             steep, bad_masks, hidden_rows, spoils};
 
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++)
         tests[i](e);
+    /* the same in both variants */
+    if (!e->gpu->fp8 || (e->variant == SAGE_INT8_FP8) == (e->dtype == SAGE_BF16))
+        few_rows(e);
 }
 
 int gpu_edges(struct gpu *gpu, uint64_t seed)
