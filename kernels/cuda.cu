@@ -277,8 +277,9 @@ int64_t seen_keys(const struct sage_attn *attn, const struct sage_part *part, in
 }
 
 /*
- * Few rows: the keys that each sequence's rows see are split, so that `units` blocks have something
- * to do: as many as run side by side. Not where there are enough tiles.
+ * Few rows: the keys that each sequence's rows see are split, so that about `units` blocks have
+ * something to do: one for each processor, since each more has to be merged. Not where there are
+ * enough tiles.
  */
 void split_few(const struct sage_attn *attn, const struct sage_part *part, int64_t units,
                struct cuda_args *a)
@@ -343,7 +344,7 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
     if (is_few(index)) {
         const int64_t most = processors < FEW_PROCESSORS ? processors : FEW_PROCESSORS;
         a->rows = sage_kernels[index].tile_q;
-        split_few(attn, part, most * (a->rows > 16 ? 1 : 2), a);
+        split_few(attn, part, most, a);
         return;
     }
     a->chunk_keys = ceil_div(ceil_div(a->nk, QUANT_CHUNKS), KERNEL_TILE_K) * KERNEL_TILE_K;

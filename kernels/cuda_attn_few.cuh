@@ -147,7 +147,7 @@ template <int D, bool BF16, int ROWS> struct few_attention {
         for (int i = 0; i < TILE_K; i += STEP, from += STEP * x.stride[2]) {
             const bool there = i < left;
             if (x.aligned)
-                copy_async(shared_address(to + i * PITCH), there ? from : x.data, there);
+                copy_line_async(shared_address(to + i * PITCH), there ? from : x.data, there);
             else
                 *reinterpret_cast<uint4 *>(to + i * PITCH) =
                     there ? load_8(from, false) : make_uint4(0, 0, 0, 0);
@@ -451,19 +451,20 @@ template <int D, bool BF16, int ROWS> struct few_attention {
     {
         constexpr int BATCH = 16;
         const float *const weights = reinterpret_cast<const float *>(ring) + r * FEW_CHUNKS;
+        const int n = static_cast<int>(t.n_chunks);
         float4 x = make_float4(0, 0, 0, 0);
 
 #pragma unroll 1
-        for (int from = 0; from < t.n_chunks; from += BATCH) {
-            float4 o_part[BATCH];
+        for (int from = 0; from < n; from += BATCH) {
+            float4 left[BATCH];
 #pragma unroll
             for (int i = 0; i < BATCH; i++)
-                if (from + i < t.n_chunks)
-                    o_part[i] = __ldcg(o_of(from + i, r, quad));
+                if (from + i < n)
+                    left[i] = __ldcg(o_of(from + i, r, quad));
 #pragma unroll
             for (int i = 0; i < BATCH; i++)
-                if (from + i < t.n_chunks)
-                    add_quad(x, weights[from + i], o_part[i]);
+                if (from + i < n)
+                    add_quad(x, weights[from + i], left[i]);
         }
         return x;
     }
@@ -503,13 +504,6 @@ template <int D, bool BF16, int ROWS> struct few_attention {
                           : NAN;
     }
 
-    /* For four channels each of all rows of the tile, by the whole block. */
-    template <typename Do> __device__ void each_quad(Do what) const
-    {
-        for (int i = threadIdx.x; i < t.rows * QUADS; i += THREADS)
-            what(i / QUADS, i % QUADS);
-    }
-
     __device__ void run(bool &last)
     {
         for (int n = 0; n < STAGES - 1; n++) {
@@ -526,17 +520,18 @@ template <int D, bool BF16, int ROWS> struct few_attention {
         __syncthreads();
         put_down();
         __syncthreads();
-        each_quad([&](int r, int quad) {
+        for (int i = threadIdx.x; i < t.rows * QUADS; i += THREADS) {
+            const int r = i / QUADS, quad = i % QUADS;
             float4 all;
             const float4 x = of_block(r, quad, all);
             if (t.n_chunks == 1) {
                 finish(r, quad, x, all);
-            } else {
-                *o_of(t.chunk, r, quad) = x;
-                if (quad == 0)
-                    *stats_of(t.chunk, r) = all;
+                continue;
             }
-        });
+            *o_of(t.chunk, r, quad) = x;
+            if (quad == 0)
+                *stats_of(t.chunk, r) = all;
+        }
         if (t.n_chunks == 1)
             return;
         __threadfence();
@@ -549,13 +544,15 @@ template <int D, bool BF16, int ROWS> struct few_attention {
         __threadfence();
         weigh_chunks();
         __syncthreads();
-        each_quad(
-            [&](int r, int quad) { finish(r, quad, of_tile(r, quad), stats[r / 16][r % 16]); });
+        for (int i = threadIdx.x; i < t.rows * QUADS; i += THREADS) {
+            const int r = i / QUADS, quad = i % QUADS;
+            finish(r, quad, of_tile(r, quad), stats[r / 16][r % 16]);
+        }
     }
 };
 
 template <int D, bool BF16, int ROWS>
-__global__ void __launch_bounds__(32 * FEW_WARPS, FEW_BLOCKS(D, ROWS))
+__global__ void __launch_bounds__(32 * FEW_WARPS, 2)
     few_kernel(const __grid_constant__ cuda_args args)
 {
     extern __shared__ __align__(16) char shared[];

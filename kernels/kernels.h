@@ -132,16 +132,17 @@ enum {
      WGMMA_TILE_Q(d) * 16 + 768)
 
 /*
- * Few rows: warps, keys of a stage, stages of K or V in shared memory, and Q; blocks that registers
- * are to leave room for. About 64 KiB of stages, all but one of which are on their way, and no more
- * with Q than the 99 KiB that a block can have everywhere.
+ * Few rows: warps, keys of a stage, stages of K or V in shared memory, and Q. About 64 KiB of
+ * stages, all but one of which are on their way, and no more with Q than the 99 KiB that a block
+ * can have everywhere. But so much that a processor of Hopper's has two blocks: with three there is
+ * more on its way than memory is fast with.
  */
 #define FEW_WARPS 4
 #define FEW_TILE_K(d, rows) ((d) > 128 && (rows) > 16 ? 32 : 64)
 #define FEW_STAGES(d, rows) ((d) > 128 && (rows) > 32 ? 3 : 65536 / (2 * (d)*FEW_TILE_K(d, rows)))
-#define FEW_SMEM(d, rows)                                                                          \
+#define FEW_TENSORS(d, rows)                                                                       \
     ((FEW_STAGES(d, rows) * FEW_TILE_K(d, rows) + (rows)) * KERNEL_PITCH(2 * (d)))
-#define FEW_BLOCKS(d, rows) ((d) <= 128 && (rows) <= 16 ? 3 : 2)
+#define FEW_SMEM(d, rows) (FEW_TENSORS(d, rows) > 76 * 1024 ? FEW_TENSORS(d, rows) : 76 * 1024)
 
 struct sage_kernel {
     const char *name;
