@@ -362,7 +362,7 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
         split(a, rows, tile_q, sage_kernels[index].tile_k);
 }
 
-/* Few rows */
+/* For few rows: nothing is prepared. */
 bool lay_out_few(const struct sage_attn *attn, const struct cuda_args *a, struct layout *at)
 {
     const int64_t offsets = attn->n_seqs > 0 ? 2 * (attn->n_seqs + 1) : 0;
