@@ -33,6 +33,15 @@ __device__ inline int clamp(int64_t x)
     return static_cast<int>(x < -MOST ? -MOST : x > MOST ? MOST : x);
 }
 
+/*
+ * Two elements of o. A sound one is between V's extremes but for rounding, hence finite; beyond the
+ * format's range it is its largest number. Inf * 0 is NaN.
+ */
+template <bool BF16> __device__ __forceinline__ uint32_t sound_pair(float x, float y)
+{
+    return pack_finite_16<BF16>(fmaf(x, 0, x), fmaf(y, 0, y));
+}
+
 /* A tile's place in the problem. */
 struct tile {
     cuda_seq seq;
@@ -498,10 +507,6 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
 
     /* --- results --- */
 
-    /*
-     * Two elements of o. A sound one is between V's extremes but for rounding, hence finite; beyond
-     * the format's range it is its largest number. Inf * 0 is NaN.
-     */
     __device__ static uint32_t element_pair(const float *x, float up, float2 scale, float2 mean)
     {
         float y[2] = {x[0] * up, x[1] * up};
@@ -510,7 +515,7 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
             y[0] = fmaf(y[0], scale.x, mean.x);
             y[1] = fmaf(y[1], scale.y, mean.y);
         }
-        const uint32_t pair = pack_finite_16<BF16>(fmaf(y[0], 0, y[0]), fmaf(y[1], 0, y[1]));
+        const uint32_t pair = sound_pair<BF16>(y[0], y[1]);
         return up == 0 ? 0 : pair;
     }
 

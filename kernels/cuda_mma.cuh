@@ -180,6 +180,15 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool t
                  : "memory");
 }
 
+/* The same of lines that are wanted as a whole: the L2 cache fetches 128 bytes at a time. */
+__device__ __forceinline__ void copy_line_async(uint32_t to, const void *from, bool there)
+{
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :
+                 : "r"(to), "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+}
+
 __device__ __forceinline__ void copy_commit()
 {
     asm volatile("cp.async.commit_group;" ::: "memory");
