@@ -114,6 +114,8 @@ cudaError_t load_all(int sm, short *code)
         if (!error && result == cudaDriverEntryPointSuccess)
             encode_tiled = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
     }
+    if (sm == 90 && !error)
+        error = cuda_cluster_load();
     for (int i = 0; cuda_quant_functions[i] && !error; i++)
         error = cudaFuncGetAttributes(&attributes, cuda_quant_functions[i]);
     if (!error)
@@ -528,6 +530,7 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
     a.v_map = v_map;
     a.processors = static_cast<unsigned>(gpu.processors);
     a.starts_early = gpu.code >= 90;
+    a.cluster = gpu.sm == 90 ? cuda_cluster_blocks(&a) : 0;
     /* numbers of rows and keys are int, to the end of a tile */
     if (a.nq > INT_MAX - MAX_TILE || a.nk > INT_MAX - MAX_TILE)
         return refuse(why, len, SAGE_EUNSUPPORTED, "%s.shape: more than %d tokens on a GPU",

@@ -77,6 +77,46 @@ __device__ __forceinline__ void mma_e4m3(float (&c)[4], const uint32_t (&a)[4], 
 #endif
 }
 
+/* The larger and the smaller one; NaN if either is. */
+__device__ __forceinline__ float max_nan(float x, float y)
+{
+    float r;
+
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+    return r;
+}
+
+__device__ __forceinline__ float min_nan(float x, float y)
+{
+    float r;
+
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+    return r;
+}
+
+/* The same of each of two 16-bit numbers. */
+template <bool BF16> __device__ __forceinline__ uint32_t max_nan_2(uint32_t x, uint32_t y)
+{
+    uint32_t r;
+
+    if constexpr (BF16)
+        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+    else
+        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+    return r;
+}
+
+template <bool BF16> __device__ __forceinline__ uint32_t min_nan_2(uint32_t x, uint32_t y)
+{
+    uint32_t r;
+
+    if constexpr (BF16)
+        asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+    else
+        asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+    return r;
+}
+
 /* Two numbers to the 16-bit type, the first one below. */
 template <bool BF16> __device__ __forceinline__ uint32_t pack_16(float low, float high)
 {
@@ -159,6 +199,25 @@ __device__ __forceinline__ uint32_t to_bytes(const float *x, float up)
     return __byte_perm(__byte_perm(n[0], n[1], 0x0040), __byte_perm(n[2], n[3], 0x0040), 0x5410);
 }
 
+/*
+ * Four lanes, the first a multiple of 4, have a word each of four rows; afterwards each has all
+ * words of the row of its number. In two steps, between lanes two apart, then one.
+ */
+__device__ __forceinline__ uint4 transpose_quad(const uint32_t (&w)[4])
+{
+    const bool high = threadIdx.x & 2, odd = threadIdx.x & 1;
+    const uint32_t x0 = __shfl_xor_sync(~0u, high ? w[0] : w[2], 2);
+    const uint32_t x1 = __shfl_xor_sync(~0u, high ? w[1] : w[3], 2);
+    /* of two rows, the words of lanes 0 and 2, or 1 and 3 */
+    const uint32_t even_row[2] = {high ? x0 : w[0], high ? w[2] : x0};
+    const uint32_t odd_row[2] = {high ? x1 : w[1], high ? w[3] : x1};
+    const uint32_t y0 = __shfl_xor_sync(~0u, odd ? even_row[0] : odd_row[0], 1);
+    const uint32_t y1 = __shfl_xor_sync(~0u, odd ? even_row[1] : odd_row[1], 1);
+
+    return odd ? make_uint4(y0, odd_row[0], y1, odd_row[1])
+               : make_uint4(even_row[0], y0, even_row[1], y1);
+}
+
 /* 16 bytes to shared memory, in the background; zeros if not `there`. */
 __device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool there)
 {
@@ -179,19 +238,23 @@ template <int N> __device__ __forceinline__ void copy_wait()
     asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
 }
 
-/* Eight 16-bit numbers as floats. */
+/* Two 16-bit numbers as floats. */
+template <bool BF16> __device__ __forceinline__ float2 unpack_2(uint32_t word)
+{
+    if constexpr (BF16)
+        return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+    else
+        return __half22float2(*reinterpret_cast<const __half2 *>(&word));
+}
+
+/* Eight. */
 template <bool BF16> __device__ __forceinline__ void unpack_16(float (&x)[8], const uint4 &raw)
 {
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        float2 pair;
-        if constexpr (BF16)
-            pair = make_float2(__uint_as_float(words[i] << 16),
-                               __uint_as_float(words[i] & 0xffff0000u));
-        else
-            pair = __half22float2(*reinterpret_cast<const __half2 *>(&words[i]));
+        const float2 pair = unpack_2<BF16>(words[i]);
         x[2 * i] = pair.x;
         x[2 * i + 1] = pair.y;
     }

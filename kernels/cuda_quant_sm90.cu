@@ -1,0 +1,153 @@
+/*
+ * cuda_quant_sm90.cu - quantisation on Hopper where the keys of a batch fit the shared memory of a
+ * cluster: its blocks hold some chunks each, of K or of V, add them up, exchange the sums and
+ * quantise what they hold, so that K and V are read once. All sums, their order and so the results
+ * are those of the two kernels in cuda_quant.cu.
+ */
+#include "config.h"
+
+#include "cuda_quant.cuh"
+
+#include <cooperative_groups.h>
+
+using namespace sage;
+
+namespace
+{
+
+enum {
+#ifndef CLUSTER_ROWS
+    CLUSTER_ROWS = 64 << 10, /* bytes of rows that a block holds: three blocks on a processor */
+#endif
+#ifndef CLUSTER_MOST
+    CLUSTER_MOST = 16, /* blocks */
+#endif
+};
+
+__host__ __device__ inline int chunks_in_block(const cuda_args &a)
+{
+    return static_cast<int>((a.chunks.each + a.cluster - 1) / a.cluster);
+}
+
+inline int64_t chunk_bytes(const cuda_args &a)
+{
+    return a.chunk_keys * 2 * a.d_padded;
+}
+
+#ifdef HAVE_SM_90A
+
+__device__ inline int least(int64_t x, int y)
+{
+    return static_cast<int>(x < y ? x : y);
+}
+
+__device__ inline void go_on(const cuda_args &a, chunk &c)
+{
+    c.n++;
+    c.index++;
+    c.block += a.chunk_keys / KERNEL_TILE_K;
+    c.begin = c.end;
+    c.end = least(c.begin + a.chunk_keys, c.seq.nk);
+}
+
+template <int D, bool BF16>
+__global__ void __launch_bounds__(QUANT_THREADS, 3)
+    cluster_kernel(const __grid_constant__ cuda_args a)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ __align__(128) char memory[];
+    __shared__ room shared;
+    __shared__ channels<D> ch;
+    __shared__ unsigned k_max[CLUSTER_ROWS / (QUANT_CHUNK * 2 * D)];
+    const bool is_v = blockIdx.y;
+    const int n = chunks_in_block(a);
+
+    cudaGridDependencySynchronize();
+#ifdef QUANT_TRIGGER
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+    if (!is_v && blockIdx.x == 0) {
+        stamp_start(a);
+        for (int i = threadIdx.x; i < COUNTERS; i += QUANT_THREADS)
+            a.ticket[i] = 0;
+    }
+    const unsigned each = static_cast<unsigned>(a.chunks.each);
+    const chunk first = find_chunk(a, blockIdx.x / a.cluster * each + blockIdx.x % a.cluster * n);
+    if (!first.there)
+        return; /* as all of its cluster: it is another part's */
+    const int end = least(first.begin + n * a.chunk_keys, first.seq.nk);
+    const shared_rows<D> rows = {memory, first.begin};
+    rows.fill(a, global_rows(is_v ? a.v : a.k, first), end);
+    copy_commit();
+    if (threadIdx.x < n)
+        k_max[threadIdx.x] = 0;
+    copy_wait<0>();
+    __syncthreads();
+    for (chunk c = first; c.begin < end; go_on(a, c))
+        if (is_v)
+            sum_v<BF16>(a, c, rows, shared);
+        else if (a.smooth_k)
+            sum_k<BF16>(a, c, rows, shared);
+    cooperative_groups::this_cluster().sync(); /* all its chunks' sums are in the workspace */
+    if (is_v) {
+        add_up_v(a, first, ch);
+        __syncthreads();
+        quantise_v<D, BF16>(a, rows, end, ch,
+                            a.v8 + (first.head * a.blocks.total + first.block) * KERNEL_TILE_K * D);
+        return;
+    }
+    add_up_k(a, first, ch);
+    __syncthreads();
+    for (chunk c = first; c.begin < end; go_on(a, c))
+        quantise_k<D, BF16>(a, c, rows, ch, &k_max[c.n - first.n]);
+    __syncthreads();
+    if (threadIdx.x < n && first.begin + threadIdx.x * a.chunk_keys < end)
+        a.k_max[first.head * a.chunks.total + first.n + threadIdx.x] =
+            __uint_as_float(k_max[threadIdx.x]);
+#endif
+}
+
+#define CLUSTER_KERNELS(X)                                                                         \
+    X(64, false) X(96, false) X(128, false) X(64, true) X(96, true) X(128, true)
+#else
+#define CLUSTER_KERNELS(X)
+#endif
+
+} // namespace
+
+extern "C" cudaError_t cuda_cluster_load(void)
+{
+    cudaError_t error = cudaSuccess;
+#define CLUSTER_LOAD(d, bf16)                                                                      \
+    if (!error)                                                                                    \
+        error = cudaFuncSetAttribute(cluster_kernel<d, bf16>,                                      \
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, CLUSTER_ROWS);   \
+    if (!error)                                                                                    \
+        error = cudaFuncSetAttribute(cluster_kernel<d, bf16>,                                      \
+                                     cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    CLUSTER_KERNELS(CLUSTER_LOAD)
+    return error;
+}
+
+extern "C" unsigned cuda_cluster_blocks(const cuda_args *a)
+{
+    const int64_t each = a->chunks.each, fit = CLUSTER_ROWS / chunk_bytes(*a);
+#define CLUSTER_HAS(d, bf16) || a->d_padded == d
+
+    if ((!a->smooth_k && !a->fp8) || !(false CLUSTER_KERNELS(CLUSTER_HAS)) ||
+        each > CLUSTER_MOST * fit)
+        return 0;
+    return static_cast<unsigned>(each < CLUSTER_MOST ? each : CLUSTER_MOST);
+}
+
+extern "C" cudaError_t cuda_cluster_launch(const cuda_args *a, unsigned chunks, cudaStream_t stream)
+{
+    const dim3 grid(chunks / static_cast<unsigned>(a->chunks.each) * a->cluster, a->fp8 ? 2 : 1);
+    const size_t smem = static_cast<size_t>(chunks_in_block(*a) * chunk_bytes(*a));
+#define CLUSTER_LAUNCH(d, is_bf16)                                                                 \
+    if (a->d_padded == d && a->bf16 == is_bf16)                                                    \
+        return launch_early(cluster_kernel<d, is_bf16>, grid, QUANT_THREADS, smem, stream, *a,     \
+                            a->cluster);
+    CLUSTER_KERNELS(CLUSTER_LAUNCH)
+    return cudaErrorInvalidValue;
+}
