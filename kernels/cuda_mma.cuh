@@ -142,6 +142,26 @@ __device__ __forceinline__ uint32_t pack_e4m3(float low, float high)
 #endif
 }
 
+/* Four numbers, likewise. */
+__device__ __forceinline__ uint32_t pack_e4m3_4(float x0, float x1, float x2, float x3)
+{
+#if __CUDA_ARCH__ >= 890
+    uint32_t r;
+
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n"
+        "}"
+        : "=r"(r)
+        : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
+    return r;
+#else
+    return 0;
+#endif
+}
+
 /*
  * 2^x, to 2 units in the last place; exact at whole numbers, 0 below -126. Volatile for its place
  * among the matrix products.

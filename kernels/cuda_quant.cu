@@ -17,12 +17,36 @@ __host__ __device__ inline bool is_alone(const cuda_args &a)
     return a.chunks.each == 1;
 }
 
+/* Sums in the workspace: row `which`, SUM_K to MAX_V, of a head's chunk number n and those after. */
+struct global_sums {
+    float *first;
+    int step;
+
+    __device__ global_sums(const cuda_args &a, const chunk &c, int64_t n, int which)
+        : step((a.fp8 ? N_SUMS : 1) * a.d)
+    {
+        first = a.sums + (c.head * a.chunks.total + n) * step + which * a.d;
+    }
+
+    __device__ float *row() const
+    {
+        return first;
+    }
+
+    __device__ void next()
+    {
+        first += step;
+    }
+};
+
 template <bool BF16> __device__ void sum_chunk(const cuda_args &a, const chunk &c, room &shared)
 {
+    const int n = c.end - c.begin;
+
     if (a.smooth_k)
-        sum_k<BF16>(a, c, global_rows(a.k, c), shared);
+        sum_k<BF16, 0>(a, global_rows(a.k, c), n, shared, global_sums(a, c, c.n, SUM_K).row());
     if (a.fp8)
-        sum_v<BF16>(a, c, global_rows(a.v, c), shared);
+        sum_v<BF16, 0>(a, global_rows(a.v, c), n, shared, global_sums(a, c, c.n, SUM_V).row(), a.d);
 }
 
 template <bool BF16>
@@ -40,7 +64,8 @@ template <int D, bool BF16, bool FP8>
 __global__ void __launch_bounds__(QUANT_THREADS, D <= 128 ? 3 : 2)
     quantise_kernel(const __grid_constant__ cuda_args a)
 {
-    __shared__ channels<D> ch;
+    __shared__ k_channels<D> k_ch;
+    __shared__ v_channels<FP8 ? D : 1> v_ch;
     __shared__ union {
         room sums;
         __align__(128) char v[FP8 ? KERNEL_TILE_K * 2 * D : 1];
@@ -65,25 +90,24 @@ __global__ void __launch_bounds__(QUANT_THREADS, D <= 128 ? 3 : 2)
         sum_chunk<BF16>(a, c, shared.sums);
         __syncthreads();
     }
-    add_up_k(a, c, ch);
+    add_up_k(a, c, k_ch, global_sums(a, c, c.chunk_first, SUM_K));
     if constexpr (FP8)
-        add_up_v(a, c, ch);
+        add_up_v(a, c, v_ch, global_sums(a, c, c.chunk_first, SUM_V), a.d);
     __syncthreads();
-    quantise_k<D, BF16>(a, c, global_rows(a.k, c), ch, &k_max);
-    if constexpr (FP8)
-        for (int key = c.begin; key < c.end; key += KERNEL_TILE_K) {
-            const shared_rows<D> rows = {shared.v, key};
-            const int end = key + KERNEL_TILE_K < c.end ? key + KERNEL_TILE_K : c.end;
-            rows.fill(a, global_rows(a.v, c), end);
+    quantise_k<D, BF16>(a, c, global_rows(a.k, c), k_ch, &k_max);
+    if constexpr (FP8) {
+        const shared_rows<D> rows = {shared.v};
+        uint8_t *to = a.v8 + (c.head * a.blocks.total + c.block) * KERNEL_TILE_K * D;
+        for (int key = 0; key < c.end - c.begin; key += KERNEL_TILE_K) {
+            const int left = c.end - c.begin - key, n = left < KERNEL_TILE_K ? left : KERNEL_TILE_K;
+            rows.fill(a, global_rows(a.v, c).from(key), n);
             copy_commit();
             copy_wait<0>();
             __syncthreads();
-            quantise_v<D, BF16>(a, rows, end, ch,
-                                a.v8 + (c.head * a.blocks.total + c.block +
-                                        (key - c.begin) / KERNEL_TILE_K) *
-                                           KERNEL_TILE_K * D);
+            quantise_v<D, BF16>(a, rows, n, v_ch, to + key * D);
             __syncthreads();
         }
+    }
     __syncthreads();
     if (threadIdx.x == 0)
         a.k_max[c.head * a.chunks.total + c.n] = __uint_as_float(k_max);

@@ -47,70 +47,86 @@ __device__ inline chunk find_chunk(const cuda_args &a, unsigned i)
     return c;
 }
 
-__device__ inline float *sums_of(const cuda_args &a, const chunk &c, int64_t n)
-{
-    return a.sums + (c.head * a.chunks.total + n) * (a.fp8 ? N_SUMS : 1) * a.d;
-}
-
 /* --- rows --- */
 
-/* The rows of a sequence in global memory. */
+/* Threads of a block that load, side by side, a row of so many vectors of 8 channels; rows. */
+__host__ __device__ constexpr int lanes_of(int vectors)
+{
+    return QUANT_THREADS / vectors / 8 * 8;
+}
+
+/* The rows of a chunk in global memory. */
 struct global_rows {
-    static constexpr bool NEAR = false;
     const char *first;
     int64_t step;
     bool aligned;
 
     __device__ global_rows(const cuda_tensor &t, const chunk &c)
         : first(t.data + c.seq.batch * t.stride[0] + c.kv_head * t.stride[1] +
-                c.seq.k0 * t.stride[2]),
+                (c.seq.k0 + c.begin) * t.stride[2]),
           step(t.stride[2]), aligned(t.aligned)
     {
     }
 
-    __device__ uint4 load(int key, int vector) const
+    __device__ global_rows from(int row) const
     {
-        return load_8(first + key * step + 16 * vector, aligned);
+        global_rows r = *this;
+
+        r.first += row * step;
+        return r;
+    }
+
+    __device__ uint4 load(unsigned row, unsigned vector) const
+    {
+        return load_8(first + row * step + 16 * vector, aligned);
     }
 };
 
 /*
- * Rows of D channels in shared memory, `begin` the first one's key. A row's vectors change places
- * with its number, so that the same one of 8 rows, or two of 4, are in different banks.
+ * Rows of D channels in shared memory. The vectors of a row change places with its number, so that
+ * the same one of 8 rows, or two of 4, are in different banks.
  */
 template <int D> struct shared_rows {
     static constexpr int VECTORS = D / 8, BYTES = 2 * D;
-    static constexpr bool NEAR = true; /* reading again is cheaper than registers */
     char *first;
-    int begin;
 
-    __device__ static int place(int row, int vector)
+    /* row: a multiple of 8 */
+    __device__ shared_rows from(int row) const
+    {
+        return {first + row * BYTES};
+    }
+
+    __device__ static unsigned place(unsigned row, unsigned vector)
     {
         return row * BYTES + 16 * (vector ^ row % (VECTORS % 8 ? 4 : 8));
     }
 
-    __device__ uint4 load(int key, int vector) const
+    __device__ uint4 load(unsigned row, unsigned vector) const
     {
-        return *reinterpret_cast<const uint4 *>(first + place(key - begin, vector));
+        return *reinterpret_cast<const uint4 *>(first + place(row, vector));
     }
 
-    /* Whole blocks of rows up to `end`, in the background: copy_commit(). Zeros beyond. */
-    __device__ void fill(const cuda_args &a, const global_rows &from, int end) const
+    /* n rows, and zeros to the end of their last block, in the background: copy_commit(). */
+    __device__ void fill(const cuda_args &a, const global_rows &from, int n) const
     {
-        const int rows = (end - begin + KERNEL_TILE_K - 1) / KERNEL_TILE_K * KERNEL_TILE_K;
+        constexpr int LANES = lanes_of(VECTORS);
+        const int vector = threadIdx.x % VECTORS, lane = threadIdx.x / VECTORS;
+        const int rows = (n + KERNEL_TILE_K - 1) / KERNEL_TILE_K * KERNEL_TILE_K;
+        const bool wanted = 8 * vector < a.d;
+        const char *p = from.first + lane * from.step + 16 * vector;
+        const uint32_t to = shared_address(first);
 
-#pragma unroll 4
-        for (int i = threadIdx.x; i < rows * VECTORS; i += QUANT_THREADS) {
-            const int row = i / VECTORS, vector = i % VECTORS;
-            const bool there = begin + row < end && 8 * vector < a.d;
-            char *to = first + place(row, vector);
-            if (from.aligned)
-                copy_async(shared_address(to),
-                           from.first + (begin + row) * from.step + 16 * vector, there);
-            else
-                *reinterpret_cast<uint4 *>(to) =
-                    there ? from.load(begin + row, vector) : make_uint4(0, 0, 0, 0);
+        if (lane >= LANES)
+            return;
+        if (!from.aligned) {
+            for (int row = lane; row < rows; row += LANES)
+                *reinterpret_cast<uint4 *>(first + place(row, vector)) =
+                    wanted && row < n ? from.load(row, vector) : make_uint4(0, 0, 0, 0);
+            return;
         }
+#pragma unroll 4
+        for (int i = 0; lane + i * LANES < rows; i++, p += LANES * from.step)
+            copy_async(to + place(lane + i * LANES, vector), p, wanted && lane + i * LANES < n);
     }
 };
 
@@ -120,15 +136,15 @@ using room = float[QUANT_THREADS][8]; /* in shared memory */
 
 /* Eight channels of what each thread has seen: of all lanes, in their order. */
 template <typename Add>
-__device__ void reduce_channels(float *to, room &shared, const float (&x)[8], int vectors,
-                                int lanes, Add add)
+__device__ void reduce_channels(const cuda_args &a, float *to, room &shared, const float (&x)[8],
+                                int vectors, int lanes, Add add)
 {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 8; i++)
         shared[threadIdx.x][i] = x[i];
     __syncthreads();
-    for (int d = threadIdx.x; d < 8 * vectors; d += QUANT_THREADS) {
+    for (int d = threadIdx.x; d < a.d; d += QUANT_THREADS) {
         float sum = shared[d / 8][d % 8];
 #pragma unroll 8
         for (int lane = 1; lane < lanes; lane++)
@@ -142,32 +158,36 @@ __device__ inline float plus(float x, float y)
     return x + y;
 }
 
-/* A thread has one vector of 8 channels, and every lanes-th key. */
-template <bool BF16, typename Rows>
-__device__ void sum_k(const cuda_args &a, const chunk &c, const Rows &rows, room &shared)
+/*
+ * Of n rows; a thread has one vector of 8 channels, and every lanes-th row. VECTORS: of a row, if
+ * it is known.
+ */
+template <bool BF16, int VECTORS, typename Rows>
+__device__ void sum_k(const cuda_args &a, const Rows &rows, int n, room &shared, float *to)
 {
-    const int vectors = a.d / 8, lanes = QUANT_THREADS / vectors;
+    const int vectors = VECTORS ? VECTORS : a.d_padded / 8, lanes = lanes_of(vectors);
     const int vector = threadIdx.x % vectors, lane = threadIdx.x / vectors;
     float x[8], sum[8] = {0};
 
+    if (lane < lanes && 8 * vector < a.d)
 #pragma unroll 4
-    for (int key = c.begin + lane; lane < lanes && key < c.end; key += lanes) {
-        unpack_16<BF16>(x, rows.load(key, vector));
+        for (int i = 0; lane + i * lanes < n; i++) {
+            unpack_16<BF16>(x, rows.load(lane + i * lanes, vector));
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            sum[i] += x[i];
-    }
-    reduce_channels(sums_of(a, c, c.n) + SUM_K * a.d, shared, sum, vectors, lanes, plus);
+            for (int e = 0; e < 8; e++)
+                sum[e] += x[e];
+        }
+    reduce_channels(a, to, shared, sum, vectors, lanes, plus);
 }
 
-/* The same of V; its extremes are NaN once a NaN has come by. */
-template <bool BF16, typename Rows>
-__device__ void sum_v(const cuda_args &a, const chunk &c, const Rows &rows, room &shared)
+/* The same of V, and its extremes, which are NaN once a NaN has come by; `step` floats apart. */
+template <bool BF16, int VECTORS, typename Rows>
+__device__ void sum_v(const cuda_args &a, const Rows &rows, int n, room &shared, float *to,
+                      int step)
 {
-    const int vectors = a.d / 8, lanes = QUANT_THREADS / vectors;
+    const int vectors = VECTORS ? VECTORS : a.d_padded / 8, lanes = lanes_of(vectors);
     const int vector = threadIdx.x % vectors, lane = threadIdx.x / vectors;
     const uint32_t infinities = BF16 ? 0x7f807f80 : 0x7c007c00;
-    float *to = sums_of(a, c, c.n);
     uint32_t least[4], most[4];
     float x[8], sum[8] = {0};
 
@@ -176,32 +196,36 @@ __device__ void sum_v(const cuda_args &a, const chunk &c, const Rows &rows, room
         least[i] = infinities;
         most[i] = infinities | 0x80008000;
     }
+    if (lane < lanes && 8 * vector < a.d)
 #pragma unroll 4
-    for (int key = c.begin + lane; lane < lanes && key < c.end; key += lanes) {
-        const uint4 raw = rows.load(key, vector);
-        const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-        unpack_16<BF16>(x, raw);
+        for (int i = 0; lane + i * lanes < n; i++) {
+            const uint4 raw = rows.load(lane + i * lanes, vector);
+            const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+            unpack_16<BF16>(x, raw);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            sum[i] += x[i];
+            for (int e = 0; e < 8; e++)
+                sum[e] += x[e];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            least[i] = min_nan_2<BF16>(least[i], words[i]);
-            most[i] = max_nan_2<BF16>(most[i], words[i]);
+            for (int e = 0; e < 4; e++) {
+                least[e] = min_nan_2<BF16>(least[e], words[e]);
+                most[e] = max_nan_2<BF16>(most[e], words[e]);
+            }
         }
-    }
-    reduce_channels(to + SUM_V * a.d, shared, sum, vectors, lanes, plus);
+    reduce_channels(a, to, shared, sum, vectors, lanes, plus);
     unpack_16<BF16>(x, make_uint4(least[0], least[1], least[2], least[3]));
-    reduce_channels(to + MIN_V * a.d, shared, x, vectors, lanes, min_nan);
+    reduce_channels(a, to + (MIN_V - SUM_V) * step, shared, x, vectors, lanes, min_nan);
     unpack_16<BF16>(x, make_uint4(most[0], most[1], most[2], most[3]));
-    reduce_channels(to + MAX_V * a.d, shared, x, vectors, lanes, max_nan);
+    reduce_channels(a, to + (MAX_V - SUM_V) * step, shared, x, vectors, lanes, max_nan);
 }
 
 /* --- 2: quantisation --- */
 
 /* Of all chunks of the sequence together: means and scales of the channels. */
-template <int D> struct channels {
-    float k_mean[D], v_mean[D], v_up[D];
+template <int D> struct k_channels {
+    float mean[D];
+};
+template <int D> struct v_channels {
+    float mean[D], up[D];
 };
 
 __device__ inline int count_chunks(const cuda_args &a, const chunk &c)
@@ -209,51 +233,50 @@ __device__ inline int count_chunks(const cuda_args &a, const chunk &c)
     return static_cast<int>((c.seq.nk + a.chunk_keys - 1) / a.chunk_keys);
 }
 
-template <int D> __device__ void add_up_k(const cuda_args &a, const chunk &c, channels<D> &ch)
+/* sums: goes from the row of the first chunk's sums to the others'. */
+template <int D, typename Sums>
+__device__ void add_up_k(const cuda_args &a, const chunk &c, k_channels<D> &ch, Sums sums)
 {
-    const int n = count_chunks(a, c);
-    const int64_t step = (a.fp8 ? N_SUMS : 1) * a.d;
+    const int n = a.smooth_k ? count_chunks(a, c) : 0;
 
     for (int d = threadIdx.x; d < a.d; d += QUANT_THREADS) {
-        const float *s = sums_of(a, c, c.chunk_first) + SUM_K * a.d + d;
+        Sums s = sums;
         float sum = 0;
-
-        if (a.smooth_k) {
 #pragma unroll 8
-            for (int i = 0; i < n; i++)
-                sum += s[i * step];
-        }
-        ch.k_mean[d] = sum / static_cast<float>(c.seq.nk);
+        for (int i = 0; i < n; i++, s.next())
+            sum += s.row()[d];
+        ch.mean[d] = sum / static_cast<float>(c.seq.nk);
         if (c.index == 0)
-            a.means[c.local * 3 * a.d_padded + d] = ch.k_mean[d];
+            a.means[c.local * 3 * a.d_padded + d] = ch.mean[d];
     }
 }
 
-template <int D> __device__ void add_up_v(const cuda_args &a, const chunk &c, channels<D> &ch)
+/* The others are `step` floats behind. */
+template <int D, typename Sums>
+__device__ void add_up_v(const cuda_args &a, const chunk &c, v_channels<D> &ch, Sums sums, int step)
 {
     const int n = count_chunks(a, c);
-    const int64_t step = N_SUMS * a.d;
     float *means = a.means + c.local * 3 * a.d_padded;
 
     for (int d = threadIdx.x; d < D; d += QUANT_THREADS) {
-        const float *s = sums_of(a, c, c.chunk_first) + d;
+        Sums s = sums;
         float sum = 0, least = INFINITY, most = -INFINITY;
 
-        ch.v_mean[d] = ch.v_up[d] = 0;
+        ch.mean[d] = ch.up[d] = 0;
         if (d >= a.d)
             continue;
 #pragma unroll 8
-        for (int i = 0; i < n; i++) {
-            sum += s[i * step + SUM_V * a.d];
-            least = min_nan(least, s[i * step + MIN_V * a.d]);
-            most = max_nan(most, s[i * step + MAX_V * a.d]);
+        for (int i = 0; i < n; i++, s.next()) {
+            sum += s.row()[d];
+            least = min_nan(least, s.row()[(MIN_V - SUM_V) * step + d]);
+            most = max_nan(most, s.row()[(MAX_V - SUM_V) * step + d]);
         }
         /* amax/256: see cpu_quant.c. NaN if there is an Inf or NaN */
         const float mean = a.smooth_v ? sum / static_cast<float>(c.seq.nk) : 0;
         const float bad = (most - most) + (least - least);
         const float scale = fmaxf(most - mean, mean - least) / 256 + bad;
-        ch.v_mean[d] = mean;
-        ch.v_up[d] = scale > QUANT_MIN / 256 ? 1 / scale : 0;
+        ch.mean[d] = mean;
+        ch.up[d] = scale > QUANT_MIN / 256 ? 1 / scale : 0;
         if (c.index == 0) {
             means[a.d_padded + d] = scale;
             means[2 * a.d_padded + d] = mean;
@@ -262,98 +285,66 @@ template <int D> __device__ void add_up_v(const cuda_args &a, const chunk &c, ch
 }
 
 /*
- * A warp's way through K, a run of 16 keys at a time. Lane l has keys of the group l % 4 and every
- * eighth of the vectors that they have, so a group's largest magnitude is found within the lanes of
- * equal l % 4. What comes from far is kept in registers, what is near is read twice; then there are
- * registers for the means.
+ * A warp's way through K. Each lane has one vector of 8 channels of the four keys of a group, keys
+ * 2g, 2g + 1, 2g + 8 and 2g + 9 of a run of 16, for the g-th; so many groups at a time as there
+ * are lanes for. The others of the run are another warp's.
  */
-template <int D, bool BF16, typename Rows> struct k_quantiser {
-    static constexpr int VECTORS = D / 8, STEPS = (VECTORS + 7) / 8, EACH = 4 * STEPS;
+template <int D, bool BF16> struct k_quantiser {
+    static constexpr int LANES = D <= 64 ? 8 : D <= 128 ? 16 : 32; /* of a group */
+    static constexpr int GROUPS = 32 / LANES, WARPS = 4 / GROUPS;
     const cuda_args &a;
-    const Rows &rows;
-    const channels<D> &ch;
-    float mean[STEPS][8];
+    const int vector, key0; /* the first key of the group */
+    int place[2];           /* of the vector's bytes, of this key and the next one */
+    float mean[8];
 
-    __device__ static int vector_of(int i)
-    {
-        return threadIdx.x % 32 / 4 + i % STEPS * 8;
-    }
-
-    __device__ static int key_of(int i)
-    {
-        const int j = i / STEPS;
-
-        return threadIdx.x % 4 * 2 + j % 2 + j / 2 * 8;
-    }
-
-    __device__ k_quantiser(const cuda_args &args, const Rows &r, const channels<D> &channels)
-        : a(args), rows(r), ch(channels)
+    /* A warp's groups are WARPS apart: their rows in shared memory are in different banks. */
+    __device__ k_quantiser(const cuda_args &args, const k_channels<D> &ch)
+        : a(args), vector(threadIdx.x % 32 / GROUPS),
+          key0(2 * (threadIdx.x / 32 % WARPS + threadIdx.x % GROUPS * WARPS))
     {
 #pragma unroll
-        for (int i = 0; i < STEPS; i++)
-#pragma unroll
-            for (int e = 0; e < 8; e++)
-                mean[i][e] = 8 * vector_of(i) < a.d ? ch.k_mean[8 * vector_of(i) + e] : 0;
-    }
-
-    /* WHOLE: no key is missing, nor a channel. */
-    template <bool WHOLE> __device__ bool is_there(int i, int keys) const
-    {
-        return WHOLE ? vector_of(i) < VECTORS : 8 * vector_of(i) < a.d && key_of(i) < keys;
-    }
-
-    __device__ void centred(float (&x)[8], const uint4 &raw, int i) const
-    {
-        unpack_16<BF16>(x, raw);
+        for (int i = 0; i < 2; i++)
+            place[i] = (key0 + i) * D + (8 * vector ^ (a.swizzled ? row_swizzle<D>(key0 + i) : 0));
 #pragma unroll
         for (int e = 0; e < 8; e++)
-            x[e] -= Rows::NEAR ? mean[i % STEPS][e] : ch.k_mean[8 * vector_of(i) + e];
+            mean[e] = 8 * vector < a.d ? ch.mean[8 * vector + e] : 0;
     }
 
-    /* `keys` of them are there, `key0` is the first. Returns the group's scale; NaN if it has an
-     * Inf or NaN. */
-    template <bool WHOLE>
-    __device__ float run(int key0, int keys, int8_t *to, float *scale) const
+    /*
+     * `keys` of the run's keys are there; WHOLE: all are, and all channels. The largest magnitude
+     * is NaN if there is a NaN, and so is the scale, which is returned, also if there is an Inf.
+     */
+    template <bool WHOLE, typename Rows>
+    __device__ float run(const Rows &rows, int keys, int8_t *to, float *scale) const
     {
-        uint4 raw[EACH];
-        float top[4] = {};
+        const bool mine = WHOLE ? D == 8 * LANES || 8 * vector < D : 8 * vector < a.d;
+        float x[4][8] = {}, top[4] = {};
 
 #pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            float x[8];
-            raw[i] = make_uint4(0, 0, 0, 0);
-            if (!is_there<WHOLE>(i, keys))
+        for (int i = 0; i < 4; i++) {
+            if (!mine || !(WHOLE || key0 + i % 2 + i / 2 * 8 < keys))
                 continue;
-            raw[i] = rows.load(key0 + key_of(i), vector_of(i));
-            centred(x, raw[i], i);
+            unpack_16<BF16>(x[i], rows.from(i / 2 * 8).load(key0 + i % 2, vector));
 #pragma unroll
-            for (int e = 0; e < 8; e++)
-                top[e % 4] = max_nan(top[e % 4], fabsf(x[e]));
+            for (int e = 0; e < 8; e++) {
+                x[i][e] -= mean[e];
+                top[e % 4] = max_nan(top[e % 4], fabsf(x[i][e]));
+            }
         }
         float amax = max_nan(max_nan(top[0], top[1]), max_nan(top[2], top[3]));
 #pragma unroll
-        for (int step = 4; step < 32; step *= 2)
+        for (int step = GROUPS; step < 32; step *= 2)
             amax = max_nan(amax, __shfl_xor_sync(~0u, amax, step));
         const float up = quant_up(amax), down = quant_step(amax);
+        const uint32_t mask = up > 0 ? ~0u : 0; /* NaN * 0 is no 0 */
 
 #pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const int key = key_of(i), vector = vector_of(i);
-            uint32_t words[2] = {0, 0};
-            if (vector >= VECTORS)
-                continue;
-            if (is_there<WHOLE>(i, keys) && up > 0) {
-                float x[8];
-                centred(x, Rows::NEAR ? rows.load(key0 + key, vector) : raw[i], i);
-                words[0] = to_bytes(x, up);
-                words[1] = to_bytes(x + 4, up);
-            }
-            *reinterpret_cast<uint2 *>(
-                to + key * D + (8 * vector ^ (a.swizzled ? row_swizzle<D>(key) : 0))) =
-                make_uint2(words[0], words[1]);
-        }
-        if (threadIdx.x % 32 < 4)
-            scale[4 * (threadIdx.x % 4)] = down;
+        for (int i = 0; i < 4; i++)
+            if (D == 8 * LANES || 8 * vector < D)
+                *reinterpret_cast<uint2 *>(to + i / 2 * 8 * D + place[i % 2]) =
+                    make_uint2(to_bytes(x[i], up) & mask, to_bytes(x[i] + 4, up) & mask);
+        if (vector == 0)
+            scale[2 * key0] = down;
         return down;
     }
 };
@@ -361,64 +352,68 @@ template <int D, bool BF16, typename Rows> struct k_quantiser {
 /* A chunk of K; *k_max, in shared memory, becomes its largest scale. */
 template <int D, bool BF16, typename Rows>
 __device__ void quantise_k(const cuda_args &a, const chunk &c, const Rows &rows,
-                           const channels<D> &ch, unsigned *k_max)
+                           const k_channels<D> &ch, unsigned *k_max)
 {
-    const k_quantiser<D, BF16, Rows> quantiser(a, rows, ch);
+    constexpr int STEP = QUANT_THREADS / 32 / k_quantiser<D, BF16>::WARPS;
+    const k_quantiser<D, BF16> quantiser(a, ch);
     const int64_t block0 = c.head * a.blocks.total + c.block;
     /* whole blocks: what is beyond the last key is zero */
     const int runs =
         (c.end - c.begin + KERNEL_TILE_K - 1) / KERNEL_TILE_K * (KERNEL_TILE_K / K_RUN);
+    int8_t *to = a.k8 + block0 * KERNEL_TILE_K * D;
+    float *scales = a.k_scale + block0 * 16;
     float top = 0;
 
-    for (int run = threadIdx.x / 32; run < runs; run += QUANT_THREADS / 32) {
-        const int64_t block = block0 + run / 4;
-        const int key0 = c.begin + run * K_RUN, keys = c.end - key0;
-        int8_t *to = a.k8 + (block * KERNEL_TILE_K + run % 4 * K_RUN) * D;
-        float *scales = a.k_scale + block * 16 + run % 4;
-        const float scale = Rows::NEAR && a.d == D && keys >= K_RUN
-                                ? quantiser.template run<true>(key0, keys, to, scales)
-                                : quantiser.template run<false>(key0, keys, to, scales);
-        top = isfinite(scale) ? fmaxf(top, scale) : top;
+    for (int run = threadIdx.x / 32 / quantiser.WARPS; run < runs; run += STEP) {
+        const int keys = c.end - c.begin - run * K_RUN;
+        const Rows from = rows.from(run * K_RUN);
+        int8_t *const bytes = to + run * K_RUN * D;
+        float *const scale = scales + run / 4 * 16 + run % 4;
+        const float down = a.d == D && keys >= K_RUN
+                               ? quantiser.template run<true>(from, keys, bytes, scale)
+                               : quantiser.template run<false>(from, keys, bytes, scale);
+        top = isfinite(down) ? fmaxf(top, down) : top;
     }
-    if (threadIdx.x % 32 < 4)
+    if (quantiser.vector == 0)
         atomicMax(k_max, __float_as_uint(top));
 }
 
 /*
- * Blocks of 64 keys of V from `begin` on, in shared memory, transposed by the matrix loads: lane l
- * gets keys 2c, 2c + 1, 2c + 8 and 2c + 9, c = l % 4, of channel l / 4, the four bytes at 4c.
+ * n rows of V, transposed by the matrix loads: lane l gets keys 2c, 2c + 1, 2c + 8 and 2c + 9 of a
+ * run, c = l % 4, of channel l / 4: the four bytes at 4c. Whole blocks, as K.
  */
 template <int D, bool BF16>
-__device__ void quantise_v(const cuda_args &a, const shared_rows<D> &rows, int end,
-                           const channels<D> &ch, uint8_t *to)
+__device__ void quantise_v(const cuda_args &a, const shared_rows<D> &rows, int n,
+                           const v_channels<D> &ch, uint8_t *to)
 {
     const int lane = threadIdx.x % 32;
-    const uint32_t first = shared_address(rows.first);
 
     for (int vector = threadIdx.x / 32; vector < D / 8; vector += QUANT_THREADS / 32) {
         const int d = 8 * vector + lane / 4;
-        const float mean = ch.v_mean[d], up = ch.v_up[d];
-        const int place = d * KERNEL_TILE_K +
-                          (lane % 4 * 16 ^ (a.swizzled ? row_swizzle<KERNEL_TILE_K>(d) : 0));
-        for (int key0 = 0; key0 < end - rows.begin; key0 += KERNEL_TILE_K) {
-            const int left = end - rows.begin - key0;
+        const float mean = ch.mean[d], up = ch.up[d];
+        const uint32_t mask = up > 0 ? ~0u : 0;
+        const int place =
+            d * KERNEL_TILE_K + (lane % 4 * 16 ^ (a.swizzled ? row_swizzle<KERNEL_TILE_K>(d) : 0));
+        uint32_t from = shared_address(rows.first) + rows.place(lane, vector);
+#pragma unroll 1
+        for (int key0 = 0; key0 < n; key0 += KERNEL_TILE_K) {
             uint32_t words[4];
 #pragma unroll
-            for (int run = 0; run < 4; run += 2) {
+            for (int run = 0; run < 4; run += 2, from += 2 * K_RUN * rows.BYTES) {
                 uint32_t r[4];
-                ldmatrix_trans(r, first + rows.place(key0 + run * K_RUN + lane, vector));
+                ldmatrix_trans(r, from);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const float2 x = unpack_2<BF16>(r[2 * i]), y = unpack_2<BF16>(r[2 * i + 1]);
-                    const uint32_t low = pack_e4m3((x.x - mean) * up, (x.y - mean) * up);
-                    const uint32_t high = pack_e4m3((y.x - mean) * up, (y.y - mean) * up);
-                    words[run + i] = up > 0 ? __byte_perm(low, high, 0x5410) : 0;
+                    words[run + i] = pack_e4m3_4((x.x - mean) * up, (x.y - mean) * up,
+                                                 (y.x - mean) * up, (y.y - mean) * up) &
+                                     mask;
                 }
             }
-            if (left < KERNEL_TILE_K)
+            if (n - key0 < KERNEL_TILE_K)
 #pragma unroll
                 for (int i = 0; i < 16; i++)
-                    if (i / 4 * K_RUN + lane % 4 * 2 + i % 2 + i % 4 / 2 * 8 >= left)
+                    if (i / 4 * K_RUN + lane % 4 * 2 + i % 2 + i % 4 / 2 * 8 >= n - key0)
                         words[i / 4] &= ~(0xffu << i % 4 * 8);
             *reinterpret_cast<uint4 *>(to + key0 * D + place) = transpose_quad(words);
         }

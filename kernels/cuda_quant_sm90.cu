@@ -41,14 +41,36 @@ __device__ inline int least(int64_t x, int y)
     return static_cast<int>(x < y ? x : y);
 }
 
-__device__ inline void go_on(const cuda_args &a, chunk &c)
-{
-    c.n++;
-    c.index++;
-    c.block += a.chunk_keys / KERNEL_TILE_K;
-    c.begin = c.end;
-    c.end = least(c.begin + a.chunk_keys, c.seq.nk);
-}
+/* Sums of the cluster's chunks, n in each block. */
+struct cluster_sums {
+    float *mine;
+    int step, n, rank, i;
+
+    __device__ const float *row() const
+    {
+        return cooperative_groups::this_cluster().map_shared_rank(mine, rank) + i * step;
+    }
+
+    __device__ void next()
+    {
+        if (++i == n) {
+            i = 0;
+            rank++;
+        }
+    }
+};
+
+/* What a block has besides its rows. SUM_V ... MAX_V of V are in rows 0 ... 2, as K's SUM_K is. */
+template <int D> struct cluster_memory {
+    static constexpr int CHUNKS = CLUSTER_ROWS / (QUANT_CHUNK * 2 * D);
+    room shared;
+    float sums[CHUNKS][3][D];
+    union {
+        k_channels<D> k;
+        v_channels<D> v;
+    };
+    unsigned k_max[CHUNKS];
+};
 
 template <int D, bool BF16>
 __global__ void __launch_bounds__(QUANT_THREADS, 3)
@@ -56,54 +78,59 @@ __global__ void __launch_bounds__(QUANT_THREADS, 3)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(128) char memory[];
-    __shared__ room shared;
-    __shared__ channels<D> ch;
-    __shared__ unsigned k_max[CLUSTER_ROWS / (QUANT_CHUNK * 2 * D)];
+    __shared__ cluster_memory<D> m;
+    const auto cluster = cooperative_groups::this_cluster();
     const bool is_v = blockIdx.y;
-    const int n = chunks_in_block(a);
+    const int n = chunks_in_block(a), keys = static_cast<int>(a.chunk_keys);
+    const unsigned each = static_cast<unsigned>(a.chunks.each);
 
     cudaGridDependencySynchronize();
-#ifdef QUANT_TRIGGER
-    cudaTriggerProgrammaticLaunchCompletion();
-#endif
     if (!is_v && blockIdx.x == 0) {
         stamp_start(a);
         for (int i = threadIdx.x; i < COUNTERS; i += QUANT_THREADS)
             a.ticket[i] = 0;
     }
-    const unsigned each = static_cast<unsigned>(a.chunks.each);
-    const chunk first = find_chunk(a, blockIdx.x / a.cluster * each + blockIdx.x % a.cluster * n);
-    if (!first.there)
+    chunk c = find_chunk(a, blockIdx.x / a.cluster * each + blockIdx.x % a.cluster * n);
+    if (!c.there)
         return; /* as all of its cluster: it is another part's */
-    const int end = least(first.begin + n * a.chunk_keys, first.seq.nk);
-    const shared_rows<D> rows = {memory, first.begin};
-    rows.fill(a, global_rows(is_v ? a.v : a.k, first), end);
+    const int rows = least(n * keys, c.seq.nk - c.begin);
+    const shared_rows<D> all = {memory};
+    const auto rows_of = [&](int i) { return least(keys, rows - i * keys); };
+    const cluster_sums sums = {m.sums[0][0], 3 * D, n, 0, 0};
+
+    all.fill(a, global_rows(is_v ? a.v : a.k, c), rows);
     copy_commit();
     if (threadIdx.x < n)
-        k_max[threadIdx.x] = 0;
+        m.k_max[threadIdx.x] = 0;
     copy_wait<0>();
     __syncthreads();
-    for (chunk c = first; c.begin < end; go_on(a, c))
+    for (int i = 0; i * keys < rows; i++)
         if (is_v)
-            sum_v<BF16>(a, c, rows, shared);
+            sum_v<BF16, D / 8>(a, all.from(i * keys), rows_of(i), m.shared, m.sums[i][0], D);
         else if (a.smooth_k)
-            sum_k<BF16>(a, c, rows, shared);
-    cooperative_groups::this_cluster().sync(); /* all its chunks' sums are in the workspace */
-    if (is_v) {
-        add_up_v(a, first, ch);
-        __syncthreads();
-        quantise_v<D, BF16>(a, rows, end, ch,
-                            a.v8 + (first.head * a.blocks.total + first.block) * KERNEL_TILE_K * D);
-        return;
-    }
-    add_up_k(a, first, ch);
+            sum_k<BF16, D / 8>(a, all.from(i * keys), rows_of(i), m.shared, m.sums[i][0]);
+    cluster.sync();
+    if (is_v)
+        add_up_v(a, c, m.v, sums, D);
+    else
+        add_up_k(a, c, m.k, sums);
+    cluster.barrier_arrive(); /* the others' sums have been read */
     __syncthreads();
-    for (chunk c = first; c.begin < end; go_on(a, c))
-        quantise_k<D, BF16>(a, c, rows, ch, &k_max[c.n - first.n]);
+    if (is_v)
+        quantise_v<D, BF16>(a, all, rows, m.v,
+                            a.v8 + (c.head * a.blocks.total + c.block) * KERNEL_TILE_K * D);
+    else
+        for (int i = 0; i * keys < rows; i++) {
+            c.end = c.begin + rows_of(i);
+            quantise_k<D, BF16>(a, c, all.from(i * keys), m.k, &m.k_max[i]);
+            c.begin = c.end;
+            c.block += keys / KERNEL_TILE_K;
+        }
     __syncthreads();
-    if (threadIdx.x < n && first.begin + threadIdx.x * a.chunk_keys < end)
-        a.k_max[first.head * a.chunks.total + first.n + threadIdx.x] =
-            __uint_as_float(k_max[threadIdx.x]);
+    if (!is_v && threadIdx.x * keys < rows)
+        a.k_max[c.head * a.chunks.total + c.n + threadIdx.x] =
+            __uint_as_float(m.k_max[threadIdx.x]);
+    cluster.barrier_wait();
 #endif
 }
 

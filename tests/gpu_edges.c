@@ -571,8 +571,8 @@ static void threads(struct edges *e)
 
 static void values(struct edges *e)
 {
-    void (*const tests[])(struct edges *) = {ones,     constants, empty,     head_dims,   chunks,
-                                             bands,    far_mean,  largest,   overflow,    steep,
+    void (*const tests[])(struct edges *) = {ones,      constants, empty,       head_dims, chunks,
+                                             bands,     far_mean,  largest,     overflow,  steep,
                                              both_ways, bad_masks, hidden_rows, spoils};
 
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++)
