@@ -17,7 +17,7 @@ __host__ __device__ inline bool is_alone(const cuda_args &a)
     return a.chunks.each == 1;
 }
 
-/* Sums in the workspace: row `which`, SUM_K to MAX_V, of a head's chunk number n and those after. */
+/* Sums in the workspace: row `which`, SUM_K to MAX_V, of chunk n of a head and of those after. */
 struct global_sums {
     float *first;
     int step;

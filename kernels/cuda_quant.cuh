@@ -158,6 +158,25 @@ __device__ inline float plus(float x, float y)
     return x + y;
 }
 
+/* A vector of every lanes-th row, of n; some are on their way at a time. */
+template <typename Rows, typename Do>
+__device__ void for_lane(const Rows &rows, int n, int vector, int lane, int lanes, Do what)
+{
+    constexpr int AT_ONCE = 4;
+
+    for (int row = lane; row < n; row += AT_ONCE * lanes) {
+        uint4 raw[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (row + i * lanes < n)
+                raw[i] = rows.load(row + i * lanes, vector);
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (row + i * lanes < n)
+                what(raw[i]);
+    }
+}
+
 /*
  * Of n rows; a thread has one vector of 8 channels, and every lanes-th row. VECTORS: of a row, if
  * it is known.
@@ -167,16 +186,16 @@ __device__ void sum_k(const cuda_args &a, const Rows &rows, int n, room &shared,
 {
     const int vectors = VECTORS ? VECTORS : a.d_padded / 8, lanes = lanes_of(vectors);
     const int vector = threadIdx.x % vectors, lane = threadIdx.x / vectors;
-    float x[8], sum[8] = {0};
+    float sum[8] = {0};
 
     if (lane < lanes && 8 * vector < a.d)
-#pragma unroll 4
-        for (int i = 0; lane + i * lanes < n; i++) {
-            unpack_16<BF16>(x, rows.load(lane + i * lanes, vector));
+        for_lane(rows, n, vector, lane, lanes, [&](const uint4 &raw) {
+            float x[8];
+            unpack_16<BF16>(x, raw);
 #pragma unroll
             for (int e = 0; e < 8; e++)
                 sum[e] += x[e];
-        }
+        });
     reduce_channels(a, to, shared, sum, vectors, lanes, plus);
 }
 
@@ -197,9 +216,7 @@ __device__ void sum_v(const cuda_args &a, const Rows &rows, int n, room &shared,
         most[i] = infinities | 0x80008000;
     }
     if (lane < lanes && 8 * vector < a.d)
-#pragma unroll 4
-        for (int i = 0; lane + i * lanes < n; i++) {
-            const uint4 raw = rows.load(lane + i * lanes, vector);
+        for_lane(rows, n, vector, lane, lanes, [&](const uint4 &raw) {
             const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
             unpack_16<BF16>(x, raw);
 #pragma unroll
@@ -210,7 +227,7 @@ __device__ void sum_v(const cuda_args &a, const Rows &rows, int n, room &shared,
                 least[e] = min_nan_2<BF16>(least[e], words[e]);
                 most[e] = max_nan_2<BF16>(most[e], words[e]);
             }
-        }
+        });
     reduce_channels(a, to, shared, sum, vectors, lanes, plus);
     unpack_16<BF16>(x, make_uint4(least[0], least[1], least[2], least[3]));
     reduce_channels(a, to + (MIN_V - SUM_V) * step, shared, x, vectors, lanes, min_nan);

@@ -34,7 +34,7 @@ inline int64_t chunk_bytes(const cuda_args &a)
     return a.chunk_keys * 2 * a.d_padded;
 }
 
-#ifdef HAVE_SM_90A
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
 __device__ inline int least(int64_t x, int y)
 {
@@ -71,7 +71,9 @@ template <int D> struct cluster_memory {
     };
     unsigned k_max[CHUNKS];
 };
+#endif
 
+#ifdef HAVE_SM_90A
 template <int D, bool BF16>
 __global__ void __launch_bounds__(QUANT_THREADS, 3)
     cluster_kernel(const __grid_constant__ cuda_args a)
@@ -164,7 +166,8 @@ extern "C" unsigned cuda_cluster_blocks(const cuda_args *a)
     if ((!a->smooth_k && !a->fp8) || !(false CLUSTER_KERNELS(CLUSTER_HAS)) ||
         each > CLUSTER_MOST * fit)
         return 0;
-    return static_cast<unsigned>(each < CLUSTER_MOST ? each : CLUSTER_MOST);
+    const int64_t n = (each + CLUSTER_MOST - 1) / CLUSTER_MOST; /* chunks of a block */
+    return n ? static_cast<unsigned>((each + n - 1) / n) : 0;
 }
 
 extern "C" cudaError_t cuda_cluster_launch(const cuda_args *a, unsigned chunks, cudaStream_t stream)

@@ -116,7 +116,7 @@ static void head_dims(struct edges *e)
     }
 }
 
-/* Keys are quantised in chunks of 256, on Hopper up to 16 of them, or 32, in a cluster of blocks. */
+/* Keys are quantised in chunks of 256; on Hopper up to 16 or 32 of them by a cluster of blocks. */
 static void chunks(struct edges *e)
 {
     const int64_t counts[] = {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33};
@@ -234,7 +234,7 @@ static void steep(struct edges *e)
     }
 }
 
-/* Batches may be quantised by other kernels than sequences; the results are the same, bit by bit. */
+/* Batches may be quantised by another kernel than sequences; results are the same, bit by bit. */
 static void both_ways(struct edges *e)
 {
     static char before[ARENA];
