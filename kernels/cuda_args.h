@@ -109,11 +109,11 @@ extern const struct cuda_kernel cuda_attn_sm90[], cuda_attn_f16[], cuda_attn_bf1
 extern const void *const cuda_quant_functions[];
 cudaError_t cuda_quant_launch(struct cuda_args *args, unsigned blocks, cudaStream_t stream);
 /*
- * cuda_quant_sm90.cu, for compute capability 9.0: to be called first; blocks of a cluster for a
- * batch, 0 where that cannot be; the launch for so many chunks.
+ * cuda_quant_sm90.cu, for compute capability 9.0: to be called first, says how many blocks a
+ * cluster can have; the blocks for a batch, 0 where that cannot be; the launch for so many chunks.
  */
-cudaError_t cuda_cluster_load(void);
-unsigned cuda_cluster_blocks(const struct cuda_args *args);
+cudaError_t cuda_cluster_load(unsigned *most);
+unsigned cuda_cluster_blocks(const struct cuda_args *args, unsigned most);
 cudaError_t cuda_cluster_launch(const struct cuda_args *args, unsigned chunks, cudaStream_t stream);
 }
 

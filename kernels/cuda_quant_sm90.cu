@@ -16,12 +16,8 @@ namespace
 {
 
 enum {
-#ifndef CLUSTER_ROWS
     CLUSTER_ROWS = 64 << 10, /* bytes of rows that a block holds: three blocks on a processor */
-#endif
-#ifndef CLUSTER_MOST
-    CLUSTER_MOST = 16, /* blocks */
-#endif
+    CLUSTER_MOST = 16,       /* blocks */
 };
 
 __host__ __device__ inline int chunks_in_block(const cuda_args &a)
@@ -39,6 +35,22 @@ inline int64_t chunk_bytes(const cuda_args &a)
 __device__ inline int least(int64_t x, int y)
 {
     return static_cast<int>(x < y ? x : y);
+}
+
+/*
+ * This thread is at the barrier of the cluster, and what it wrote to its block's shared memory can
+ * be seen behind it; that of cooperative groups also waits for global memory, for about 1 us.
+ */
+__device__ inline void cluster_arrive()
+{
+    asm volatile("fence.release.sync_restrict::shared::cta.cluster;\n"
+                 "barrier.cluster.arrive.relaxed.aligned;" ::
+                     : "memory");
+}
+
+__device__ inline void cluster_wait()
+{
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 /* Sums of the cluster's chunks, n in each block. */
@@ -81,7 +93,6 @@ __global__ void __launch_bounds__(QUANT_THREADS, 3)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(128) char memory[];
     __shared__ cluster_memory<D> m;
-    const auto cluster = cooperative_groups::this_cluster();
     const bool is_v = blockIdx.y;
     const int n = chunks_in_block(a), keys = static_cast<int>(a.chunk_keys);
     const unsigned each = static_cast<unsigned>(a.chunks.each);
@@ -111,13 +122,14 @@ __global__ void __launch_bounds__(QUANT_THREADS, 3)
             sum_v<BF16, D / 8>(a, all.from(i * keys), rows_of(i), m.shared, m.sums[i][0], D);
         else if (a.smooth_k)
             sum_k<BF16, D / 8>(a, all.from(i * keys), rows_of(i), m.shared, m.sums[i][0]);
-    cluster.sync();
+    cluster_arrive();
+    cluster_wait();
     if (is_v)
         add_up_v(a, c, m.v, sums, D);
     else
         add_up_k(a, c, m.k, sums);
-    cluster.barrier_arrive(); /* the others' sums have been read */
     __syncthreads();
+    cluster_arrive(); /* the others' sums have been read */
     if (is_v)
         quantise_v<D, BF16>(a, all, rows, m.v,
                             a.v8 + (c.head * a.blocks.total + c.block) * KERNEL_TILE_K * D);
@@ -132,7 +144,7 @@ __global__ void __launch_bounds__(QUANT_THREADS, 3)
     if (!is_v && threadIdx.x * keys < rows)
         a.k_max[c.head * a.chunks.total + c.n + threadIdx.x] =
             __uint_as_float(m.k_max[threadIdx.x]);
-    cluster.barrier_wait();
+    cluster_wait();
 #endif
 }
 
@@ -144,30 +156,48 @@ __global__ void __launch_bounds__(QUANT_THREADS, 3)
 
 } // namespace
 
-extern "C" cudaError_t cuda_cluster_load(void)
+/* Clusters of more than 8 blocks are not everywhere: there may be few processors side by side. */
+extern "C" cudaError_t cuda_cluster_load(unsigned *most)
 {
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attribute = {};
     cudaError_t error = cudaSuccess;
+    int clusters;
+
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {CLUSTER_MOST, 1, 1};
+    config.gridDim = dim3(CLUSTER_MOST);
+    config.blockDim = dim3(QUANT_THREADS);
+    config.dynamicSmemBytes = CLUSTER_ROWS;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    *most = CLUSTER_MOST;
 #define CLUSTER_LOAD(d, bf16)                                                                      \
     if (!error)                                                                                    \
         error = cudaFuncSetAttribute(cluster_kernel<d, bf16>,                                      \
                                      cudaFuncAttributeMaxDynamicSharedMemorySize, CLUSTER_ROWS);   \
     if (!error)                                                                                    \
         error = cudaFuncSetAttribute(cluster_kernel<d, bf16>,                                      \
-                                     cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+                                     cudaFuncAttributeNonPortableClusterSizeAllowed, 1);           \
+    if (!error)                                                                                    \
+        error = cudaOccupancyMaxActiveClusters(&clusters, cluster_kernel<d, bf16>, &config);       \
+    if (!error && clusters == 0)                                                                   \
+        *most = 8;
     CLUSTER_KERNELS(CLUSTER_LOAD)
     return error;
 }
 
-extern "C" unsigned cuda_cluster_blocks(const cuda_args *a)
+extern "C" unsigned cuda_cluster_blocks(const cuda_args *a, unsigned most)
 {
     const int64_t each = a->chunks.each, fit = CLUSTER_ROWS / chunk_bytes(*a);
+    const int64_t least = (each + most - 1) / most, groups = a->n_heads * a->n_seqs;
+    /* chunks of a block: as many as fit where there are blocks enough all the same */
+    const int64_t n = fit > least && groups * each >= 3 * fit * a->processors ? fit : least;
 #define CLUSTER_HAS(d, bf16) || a->d_padded == d
 
-    if ((!a->smooth_k && !a->fp8) || !(false CLUSTER_KERNELS(CLUSTER_HAS)) ||
-        each > CLUSTER_MOST * fit)
+    if ((!a->smooth_k && !a->fp8) || !(false CLUSTER_KERNELS(CLUSTER_HAS)) || n == 0 || n > fit)
         return 0;
-    const int64_t n = (each + CLUSTER_MOST - 1) / CLUSTER_MOST; /* chunks of a block */
-    return n ? static_cast<unsigned>((each + n - 1) / n) : 0;
+    return static_cast<unsigned>((each + n - 1) / n);
 }
 
 extern "C" cudaError_t cuda_cluster_launch(const cuda_args *a, unsigned chunks, cudaStream_t stream)

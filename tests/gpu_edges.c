@@ -238,9 +238,10 @@ static void steep(struct edges *e)
 static void both_ways(struct edges *e)
 {
     static char before[ARENA];
+    const int64_t dims[] = {64, 96, 128};
 
-    for (int i = 0; i < 8; i++) {
-        struct sage_attn *a = begin(e, KIND_K_OFFSET, 200, 300 + 550 * i, i % 2 ? 128 : 64);
+    for (int i = 0; i < 9; i++) {
+        struct sage_attn *a = begin(e, KIND_K_OFFSET, 200, 300 + 480 * i, dims[i % 3]);
         char why[256] = "";
 
         a->causal = true; /* or keys of batches might be split */
