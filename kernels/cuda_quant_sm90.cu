@@ -10,6 +10,8 @@
 
 #include <cooperative_groups.h>
 
+#ifdef HAVE_SM_90A
+
 using namespace sage;
 
 namespace
@@ -25,7 +27,7 @@ __host__ __device__ inline int chunks_in_block(const cuda_args &a)
     return static_cast<int>((a.chunks.each + a.cluster - 1) / a.cluster);
 }
 
-inline int64_t chunk_bytes(const cuda_args &a)
+int64_t chunk_bytes(const cuda_args &a)
 {
     return a.chunk_keys * 2 * a.d_padded;
 }
@@ -39,7 +41,7 @@ __device__ inline int least(int64_t x, int y)
 
 /*
  * This thread is at the barrier of the cluster, and what it wrote to its block's shared memory can
- * be seen behind it; that of cooperative groups also waits for global memory, for about 1 us.
+ * be seen behind it; that of cooperative groups also waits for global memory, for 1 to 2 us.
  */
 __device__ inline void cluster_arrive()
 {
@@ -85,7 +87,6 @@ template <int D> struct cluster_memory {
 };
 #endif
 
-#ifdef HAVE_SM_90A
 template <int D, bool BF16>
 __global__ void __launch_bounds__(QUANT_THREADS, 3)
     cluster_kernel(const __grid_constant__ cuda_args a)
@@ -150,19 +151,15 @@ __global__ void __launch_bounds__(QUANT_THREADS, 3)
 
 #define CLUSTER_KERNELS(X)                                                                         \
     X(64, false) X(96, false) X(128, false) X(64, true) X(96, true) X(128, true)
-#else
-#define CLUSTER_KERNELS(X)
-#endif
-
-} // namespace
 
 /* Clusters of more than 8 blocks are not everywhere: there may be few processors side by side. */
-extern "C" cudaError_t cuda_cluster_load(unsigned *most)
+template <int D, bool BF16> cudaError_t load(unsigned *most)
 {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attribute = {};
-    cudaError_t error = cudaSuccess;
-    int clusters;
+    cudaError_t error = cudaFuncSetAttribute(
+        cluster_kernel<D, BF16>, cudaFuncAttributeMaxDynamicSharedMemorySize, CLUSTER_ROWS);
+    int clusters = 0;
 
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {CLUSTER_MOST, 1, 1};
@@ -171,31 +168,41 @@ extern "C" cudaError_t cuda_cluster_load(unsigned *most)
     config.dynamicSmemBytes = CLUSTER_ROWS;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    *most = CLUSTER_MOST;
-#define CLUSTER_LOAD(d, bf16)                                                                      \
-    if (!error)                                                                                    \
-        error = cudaFuncSetAttribute(cluster_kernel<d, bf16>,                                      \
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize, CLUSTER_ROWS);   \
-    if (!error)                                                                                    \
-        error = cudaFuncSetAttribute(cluster_kernel<d, bf16>,                                      \
-                                     cudaFuncAttributeNonPortableClusterSizeAllowed, 1);           \
-    if (!error)                                                                                    \
-        error = cudaOccupancyMaxActiveClusters(&clusters, cluster_kernel<d, bf16>, &config);       \
-    if (!error && clusters == 0)                                                                   \
+    if (!error)
+        error = cudaFuncSetAttribute(cluster_kernel<D, BF16>,
+                                     cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (!error && (cudaOccupancyMaxActiveClusters(&clusters, cluster_kernel<D, BF16>, &config) ||
+                   clusters == 0)) {
+        cudaGetLastError(); /* it was no error */
         *most = 8;
+    }
+    return error;
+}
+
+} // namespace
+
+extern "C" cudaError_t cuda_cluster_load(unsigned *most)
+{
+    cudaError_t error = cudaSuccess;
+#define CLUSTER_LOAD(d, bf16) error = error ? error : load<d, bf16>(most);
+
+    *most = CLUSTER_MOST;
     CLUSTER_KERNELS(CLUSTER_LOAD)
     return error;
 }
 
+/*
+ * Sequences of different lengths (chunks.each is 0) are for the two kernels: in clusters for the
+ * longest of them most blocks would have nothing to do.
+ */
 extern "C" unsigned cuda_cluster_blocks(const cuda_args *a, unsigned most)
 {
     const int64_t each = a->chunks.each, fit = CLUSTER_ROWS / chunk_bytes(*a);
     const int64_t least = (each + most - 1) / most, groups = a->n_heads * a->n_seqs;
     /* chunks of a block: as many as fit where there are blocks enough all the same */
     const int64_t n = fit > least && groups * each >= 3 * fit * a->processors ? fit : least;
-#define CLUSTER_HAS(d, bf16) || a->d_padded == d
 
-    if ((!a->smooth_k && !a->fp8) || !(false CLUSTER_KERNELS(CLUSTER_HAS)) || n == 0 || n > fit)
+    if ((!a->smooth_k && !a->fp8) || each == 0 || n > fit)
         return 0;
     return static_cast<unsigned>((each + n - 1) / n);
 }
@@ -211,3 +218,22 @@ extern "C" cudaError_t cuda_cluster_launch(const cuda_args *a, unsigned chunks, 
     CLUSTER_KERNELS(CLUSTER_LAUNCH)
     return cudaErrorInvalidValue;
 }
+
+#else /* no device has its code */
+
+extern "C" cudaError_t cuda_cluster_load(unsigned *most)
+{
+    *most = 0;
+    return cudaSuccess;
+}
+
+extern "C" unsigned cuda_cluster_blocks(const cuda_args *, unsigned)
+{
+    return 0;
+}
+
+extern "C" cudaError_t cuda_cluster_launch(const cuda_args *, unsigned, cudaStream_t)
+{
+    return cudaErrorInvalidValue;
+}
+#endif
