@@ -81,6 +81,12 @@ std::atomic<struct gpu> loaded[DEVICES_MAX];
 /* cuTensorMapEncodeTiled(), where there are kernels that want it. */
 std::atomic<PFN_cuTensorMapEncodeTiled_v12000> encode_tiled;
 
+/* For few rows: it wants nothing prepared. */
+bool is_few(int index)
+{
+    return index >= sage_kernel_first_few();
+}
+
 const struct cuda_kernel *kernel(int index)
 {
 #define ONE(d, dtype, pv, feature) +1
@@ -89,6 +95,8 @@ const struct cuda_kernel *kernel(int index)
 
     if (index < SM90)
         return &cuda_attn_sm90[index];
+    if (is_few(index))
+        return &cuda_attn_few[index - sage_kernel_first_few()];
     for (const auto *table : tables)
         if (table[index - SM90].function)
             return &table[index - SM90];
@@ -173,7 +181,7 @@ int ready(struct gpu *gpu, char *why, size_t len)
 /* --- the workspace --- */
 
 struct layout {
-    size_t offsets, ticket, sums, means, k_max, k8, k_scale, v8, parts, total;
+    size_t offsets, arrived, ticket, sums, means, k_max, k8, k_scale, v8, parts, total;
 };
 
 bool place(struct layout *at, size_t *where, int64_t n, size_t size)
@@ -205,6 +213,27 @@ int find_kernel(const struct sage_attn *attn, int sm)
     return sage_kernel_find(sm, static_cast<int>(attn->q.shape[3]), attn->q.dtype == SAGE_BF16,
                             sage_attn_variant(attn) == SAGE_INT8_FP8,
                             attn->mask.dtype != SAGE_NONE);
+}
+
+/* Rows of all query heads of a kv head together, of the sequence that has most. */
+int64_t group_rows(const struct sage_attn *attn)
+{
+    int64_t most = attn->n_seqs > 0 ? 0 : attn->q.shape[2];
+
+    for (int64_t s = 0; s < attn->n_seqs; s++) {
+        const int64_t rows = attn->q_offsets[s + 1] - attn->q_offsets[s];
+        most = rows > most ? rows : most;
+    }
+    return most * (attn->q.shape[1] / attn->k.shape[1]);
+}
+
+/* The kernel for few rows, or -1. It follows from the whole problem: parts are computed alike. */
+int find_few(const struct sage_attn *attn)
+{
+    return attn->mask.dtype != SAGE_NONE
+               ? -1
+               : sage_kernel_find_few(static_cast<int>(attn->q.shape[3]),
+                                      attn->q.dtype == SAGE_BF16, group_rows(attn));
 }
 
 /* Causal and window leave no key that none of these rows sees. */
@@ -239,9 +268,56 @@ void split(struct cuda_args *a, int64_t rows, int64_t tile_q, int64_t tile_k)
     a->slabs = static_cast<unsigned>(ceil_div(rows < tile_q ? rows : tile_q, 16));
 }
 
-/* The part of a kernel's arguments that needs no address. */
+/* How many keys the rows of the part see in sequence s. */
+int64_t seen_keys(const struct sage_attn *attn, const struct sage_part *part, int64_t s)
+{
+    const struct sage_seq seq = sage_attn_seq(attn, s);
+    const int64_t row = part->n_rows < 0 ? 0 : part->row;
+    const int64_t rows = part->n_rows < 0 ? seq.nq : part->n_rows;
+    int64_t first, last, other;
+
+    if (rows == 0)
+        return 0;
+    sage_attn_band(attn, &seq, row, &first, &other);
+    sage_attn_band(attn, &seq, row + rows - 1, &other, &last);
+    return last > first ? last - first : 0;
+}
+
+/*
+ * Few rows: the keys that each sequence's rows see are split, so that about `units` blocks have
+ * something to do: one for each processor, since each more has to be merged. Not where there are
+ * enough tiles.
+ */
+void split_few(const struct sage_attn *attn, const struct sage_part *part, int64_t units,
+               struct cuda_args *a)
+{
+    const int64_t tiles = a->n_heads * a->n_seqs, unit = KERNEL_TILE_K;
+    int64_t sum = 0, most = 0, each;
+
+    for (int64_t s = 0; s < (attn->n_seqs > 0 ? a->n_seqs : 1); s++) {
+        const int64_t keys = seen_keys(attn, part, a->seq + s);
+        sum += keys;
+        most = keys > most ? keys : most;
+    }
+    if (attn->n_seqs > 0)
+        each = tiles < 2 * units ? ceil_div(sum * a->n_heads, units) : most;
+    else
+        each = tiles > 0 && tiles < units ? ceil_div(most, units / tiles) : most;
+    const int64_t least = ceil_div(most, FEW_CHUNKS);
+    each = each > least ? each : least;
+    each = each > FEW_CHUNK ? each : FEW_CHUNK;
+    a->chunk_keys = ceil_div(each, unit) * unit;
+    a->n_splits = most > a->chunk_keys ? static_cast<unsigned>(ceil_div(most, a->chunk_keys)) : 1;
+    a->chunks = attn->n_seqs > 0 ? space(a, attn->k_offsets, a->nk, a->chunk_keys)
+                                 : cuda_space{a->n_seqs * a->n_splits, a->n_splits};
+}
+
+/*
+ * The part of a kernel's arguments that needs no address. processors: that the keys of few tiles
+ * may be split for; 0: nothing is split.
+ */
 void describe(const struct sage_attn *attn, const struct sage_part *part, int index,
-              struct cuda_args *a)
+              int64_t processors, struct cuda_args *a)
 {
     const int64_t kv_heads = attn->k.shape[1];
     const bool one_seq = part->n_groups == 0 ||
@@ -272,6 +348,12 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
     const int32_t *k_offsets = attn->n_seqs > 0 ? attn->k_offsets : nullptr;
     a->q_first = q_offsets ? q_offsets[a->seq] : 0;
     a->k_first = k_offsets ? k_offsets[a->seq] : 0;
+    if (is_few(index)) {
+        const int64_t most = processors < FEW_PROCESSORS ? processors : FEW_PROCESSORS;
+        a->rows = sage_kernels[index].tile_q;
+        split_few(attn, part, most, a);
+        return;
+    }
     a->chunk_keys = ceil_div(ceil_div(a->nk, QUANT_CHUNKS), KERNEL_TILE_K) * KERNEL_TILE_K;
     if (a->chunk_keys < QUANT_CHUNK)
         a->chunk_keys = QUANT_CHUNK;
@@ -283,12 +365,29 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
                    : cuda_space{ceil_div(part->n_rows, tile_q), ceil_div(part->n_rows, tile_q)};
     a->n_splits = 1;
     const int64_t rows = part->n_rows < 0 ? a->nq : part->n_rows;
-    if (is_wgmma(index) && !k_offsets && see_all_keys(attn, part->row, rows))
+    if (processors && is_wgmma(index) && !k_offsets && see_all_keys(attn, part->row, rows))
         split(a, rows, tile_q, sage_kernels[index].tile_k);
+}
+
+/* For few rows: nothing is prepared. */
+bool lay_out_few(const struct sage_attn *attn, const struct cuda_args *a, struct layout *at)
+{
+    const int64_t offsets = attn->n_seqs > 0 ? 2 * (attn->n_seqs + 1) : 0;
+    const size_t part = sizeof(float) * static_cast<size_t>(a->rows * (a->d_padded + 4));
+    int64_t chunks, groups;
+
+    *at = layout{};
+    return !__builtin_mul_overflow(a->n_heads, a->chunks.total, &chunks) &&
+           !__builtin_mul_overflow(a->n_heads, a->n_seqs, &groups) &&
+           place(at, &at->offsets, offsets, sizeof(int32_t)) &&
+           place(at, &at->arrived, groups, sizeof(unsigned long long)) &&
+           place(at, &at->parts, a->n_splits > 1 ? chunks : 0, part);
 }
 
 bool lay_out(const struct sage_attn *attn, const struct cuda_args *a, struct layout *at)
 {
+    if (a->rows)
+        return lay_out_few(attn, a, at);
     const int64_t offsets = attn->n_seqs > 0 ? 2 * (attn->n_seqs + 1) : 0;
     const size_t row = sizeof(float) * static_cast<size_t>(a->d);
     const size_t block = static_cast<size_t>(KERNEL_TILE_K) * static_cast<size_t>(a->d_padded);
@@ -389,6 +488,7 @@ void fill(const struct sage_attn *attn, const struct layout *at, char *workspace
     }
     a->ticket = reinterpret_cast<unsigned *>(workspace + at->ticket);
     a->done = a->ticket + 1;
+    a->arrived = reinterpret_cast<unsigned long long *>(workspace + at->arrived);
     a->parts = reinterpret_cast<float *>(workspace + at->parts);
     a->sums = reinterpret_cast<float *>(workspace + at->sums);
     a->means = reinterpret_cast<float *>(workspace + at->means);
@@ -446,6 +546,32 @@ int copy_offsets(const struct sage_attn *attn, const struct cuda_args *a, cudaSt
     return error ? refuse_cuda(why, len, "cudaMemcpyAsync", error) : SAGE_OK;
 }
 
+/* K, and V in e4m3, to INT8 and e4m3 in the workspace. */
+int prepare(struct cuda_args *a, int64_t chunks, bool wgmma, cudaStream_t stream, char *why,
+            size_t len)
+{
+    cudaError_t error = cudaSuccess;
+
+    if (chunks > 0) {
+        error = cuda_quant_launch(a, static_cast<unsigned>(chunks), stream);
+        if (error)
+            return refuse_cuda(why, len, "launching the quantisation", error);
+    } else if (wgmma) { /* there is no key, and nobody else to clear it */
+        error = cudaMemsetAsync(a->ticket, 0, COUNTERS * sizeof(*a->ticket), stream);
+        if (error)
+            return refuse_cuda(why, len, "cudaMemsetAsync", error);
+    }
+    return SAGE_OK;
+}
+
+/* A number that no other call has, of 48 bits that memory does not hold by chance; and 16 zeros. */
+unsigned long long next_call()
+{
+    static std::atomic<unsigned long long> calls;
+
+    return ++calls * 0x9e3779b97f4a7c15 & ~0xffffull;
+}
+
 } // namespace
 
 /* --- the calls --- */
@@ -465,13 +591,13 @@ size_t sage_attn_cuda_workspace(const struct sage_attn *attn, const struct sage_
 
     if (!sage_part_is_legal(attn, &p))
         return SIZE_MAX;
-    for (const int sm : {0, 90}) {
-        const int index = find_kernel(attn, sm);
+    const int few = find_few(attn), indices[] = {few, find_kernel(attn, 0), find_kernel(attn, 90)};
+    for (const int index : indices) {
         struct cuda_args a;
         struct layout at;
-        if (index < 0)
+        if (index < 0 || is_few(index) != (few >= 0))
             continue;
-        describe(attn, &p, index, &a);
+        describe(attn, &p, index, INT_MAX, &a);
         if (!lay_out(attn, &a, &at))
             return SIZE_MAX;
         most = at.total > most ? at.total : most;
@@ -494,7 +620,6 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
     struct layout at;
     struct gpu gpu;
     int64_t chunks, tiles;
-    cudaError_t error;
     int status;
 
     if (!sage_part_is_legal(attn, &p))
@@ -506,11 +631,7 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
         return SAGE_OK;
     const bool fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8;
     CUtensorMap v_map = {};
-    int index = find_kernel(attn, gpu.sm);
-    const bool wgmma =
-        index >= 0 && is_wgmma(index) && kernel(index)->function && (fp8 || map_v(attn, &v_map));
-    if (!wgmma)
-        index = find_kernel(attn, 0);
+    int index = find_kernel(attn, 0);
     if (gpu.code < sage_kernels[index].min_sm)
         return refuse(why, len, SAGE_EUNSUPPORTED,
                       "variant: %s wants compute capability %d.%d, the device has %d.%d, with code "
@@ -518,10 +639,15 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
                       sage_kernels[index].variant, sage_kernels[index].min_sm / 10,
                       sage_kernels[index].min_sm % 10, gpu.sm / 10, gpu.sm % 10, gpu.code / 10,
                       gpu.code % 10);
-    describe(attn, &p, index, &a);
+    const int few = find_few(attn), special = few >= 0 ? few : find_kernel(attn, gpu.sm);
+    const bool wgmma =
+        is_wgmma(special) && kernel(special)->function && (fp8 || map_v(attn, &v_map));
+    if (few >= 0 || wgmma)
+        index = special;
+    describe(attn, &p, index, gpu.processors, &a);
     bool fits = lay_out(attn, &a, &at);
     if (fits && bytes < at.total && a.n_splits > 1) { /* enough for the group, not for splits */
-        a.n_splits = 1;
+        describe(attn, &p, index, 0, &a);
         fits = lay_out(attn, &a, &at);
     }
     if (!fits || bytes < at.total)
@@ -535,7 +661,8 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
     a.v_map = v_map;
     a.processors = static_cast<unsigned>(gpu.processors);
     a.starts_early = gpu.code >= 90;
-    a.cluster = gpu.cluster > 0 ? cuda_cluster_blocks(&a, static_cast<unsigned>(gpu.cluster)) : 0;
+    if (few < 0 && gpu.cluster > 0)
+        a.cluster = cuda_cluster_blocks(&a, static_cast<unsigned>(gpu.cluster));
     /* numbers of rows and keys are int, to the end of a tile */
     if (a.nq > INT_MAX - MAX_TILE || a.nk > INT_MAX - MAX_TILE)
         return refuse(why, len, SAGE_EUNSUPPORTED, "%s.shape: more than %d tokens on a GPU",
@@ -548,19 +675,12 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
     a.n_tiles = static_cast<unsigned>(tiles);
     if (a.q_offsets && !p.prepared && (status = copy_offsets(attn, &a, stream, why, len)))
         return status;
-    if (!p.prepared && chunks > 0) {
-        error = cuda_quant_launch(&a, static_cast<unsigned>(chunks), stream);
-        if (error)
-            return refuse_cuda(why, len, "launching the quantisation", error);
-    } else if (!p.prepared && wgmma) { /* there is no key, and nobody else to clear it */
-        error = cudaMemsetAsync(a.ticket, 0, COUNTERS * sizeof(*a.ticket), stream);
-        if (error)
-            return refuse_cuda(why, len, "cudaMemsetAsync", error);
-    }
-    if (tiles > 0) {
-        error = kernel(index)->launch(&a, static_cast<unsigned>(tiles), stream);
-        if (error)
-            return refuse_cuda(why, len, "launching attention", error);
-    }
-    return SAGE_OK;
+    if (few < 0 && !p.prepared && (status = prepare(&a, chunks, wgmma, stream, why, len)))
+        return status;
+    const int64_t blocks = few < 0 ? tiles : p.n_rows == 0 ? 0 : chunks;
+    if (blocks == 0)
+        return SAGE_OK;
+    a.call = next_call();
+    const cudaError_t error = kernel(index)->launch(&a, static_cast<unsigned>(blocks), stream);
+    return error ? refuse_cuda(why, len, "launching attention", error) : SAGE_OK;
 }

@@ -8,10 +8,12 @@
  *   cuda_attn.cuh     attention: what is done for a tile of query rows on any GPU
  *   cuda_attn_mma.cuh, cuda_mma.cuh       over the keys that it sees, from sm_80 on; PTX
  *   cuda_attn_wgmma.cuh, cuda_wgmma.cuh   the same on Hopper; PTX
+ *   cuda_attn_few.cuh                     few rows: of everything that is needed, without INT8
  *   cuda_attn_*.cu    instantiations
  *
- * Numerics are those of cpu.h but for two things: the maximum m that a row subtracts may lag behind
- * the true one by up to MAX_LAG (16-bit P V), and sums are added up in another order.
+ * Numerics are those of cpu.h but for three things: the maximum m that a row subtracts may lag
+ * behind the true one by up to MAX_LAG (16-bit P V), sums are added up in another order, and for
+ * few rows nothing is quantised.
  */
 #ifndef SAGE_CUDA_ARGS_H
 #define SAGE_CUDA_ARGS_H
@@ -30,6 +32,9 @@ enum {
     SPLIT_UNITS = 132,                   /* splits of all tiles, at most, where tiles are split */
     SPLITS_MAX = 32,                     /* of a tile: one warp adds them up */
     COUNTERS = 1 + SPLIT_UNITS / 2 * 12, /* ticket and done, of tiles of 192 rows at most */
+    FEW_PROCESSORS = 192,                /* few rows: as many are made use of; more is memory */
+    FEW_CHUNK = 128,                     /* keys of a block, or more */
+    FEW_CHUNKS = 64,                     /* of a tile: one block adds them up */
 };
 
 /* A tensor: address of [0, 0, 0, 0], strides in bytes of the first three dimensions. */
@@ -65,7 +70,7 @@ struct cuda_args {
     int64_t nq, nk;                          /* tokens of a batch */
     const int32_t *q_offsets, *k_offsets;    /* on the device; NULL: plain batches */
     int64_t q_first, k_first;                /* offsets of sequence `seq` */
-    int64_t chunk_keys;                      /* of a chunk */
+    int64_t chunk_keys;                      /* of a chunk; few rows: of a block */
     struct cuda_space chunks, blocks, tiles; /* of keys, of keys, of query rows */
     float scale;                             /* with log2 e in it */
     float scale_lse;                         /* without */
@@ -75,6 +80,7 @@ struct cuda_args {
     unsigned n_tiles, processors;            /* in all; multiprocessors of the device */
     unsigned n_splits, split_keys;           /* parts of each tile's keys: see split() */
     unsigned slabs;                          /* of 16 rows in a tile, at most */
+    int rows;                                /* few rows: that a tile has room for; else 0 */
     unsigned starts_early;                   /* the code can: see launch_early() */
     int64_t low, high;                       /* row i sees keys i + low ... i + high */
     int bottom_right;                        /* and then both are nk - nq higher */
@@ -82,11 +88,17 @@ struct cuda_args {
     /* the workspace */
     unsigned *ticket; /* splits that blocks have taken, beyond each one's first; 0 between calls */
     unsigned *done;   /* [n_tiles][slabs]: splits that are over; 0 between calls */
-    float *parts; /* [n_tiles][slabs][n_splits][4 * (d_padded / 8) + 8][32]: their O, m and sums */
-    float *sums;  /* [n_heads][chunks.total][N_SUMS or 1][d] */
-    float *means; /* [n_seqs][n_heads][3][d_padded]: K's mean, V's scale, V's mean */
-    float *k_max; /* [n_heads][chunks.total]: largest scale of K */
-    int8_t *k8;   /* [n_heads][blocks.total][KERNEL_TILE_K][d_padded] */
+    unsigned long long *arrived; /* few rows: [n_seqs][n_heads]: see open_counter() */
+    unsigned long long call;     /* its number; the low 16 bits are of no interest */
+    /*
+     * [n_tiles][slabs][n_splits][4 * (d_padded / 8) + 8][32]: their O, m and sums;
+     * few rows: [n_heads][chunks.total][rows * (d_padded + 4)]: O, then m and sums
+     */
+    float *parts;
+    float *sums;    /* [n_heads][chunks.total][N_SUMS or 1][d] */
+    float *means;   /* [n_seqs][n_heads][3][d_padded]: K's mean, V's scale, V's mean */
+    float *k_max;   /* [n_heads][chunks.total]: largest scale of K */
+    int8_t *k8;     /* [n_heads][blocks.total][KERNEL_TILE_K][d_padded] */
     float *k_scale; /* [n_heads][blocks.total][4][4]: of (key / 2) % 4, of run key / 16 */
     uint8_t *v8;    /* [n_heads][blocks.total][d_padded][KERNEL_TILE_K], keys in v8_place() order */
 };
@@ -104,7 +116,7 @@ struct cuda_kernel {
 };
 extern "C" {
 extern const struct cuda_kernel cuda_attn_sm90[], cuda_attn_f16[], cuda_attn_bf16[],
-    cuda_attn_fp8[];
+    cuda_attn_fp8[], cuda_attn_few[];
 /* cuda_quant.cu: functions to be loaded, ended by NULL; both launches. */
 extern const void *const cuda_quant_functions[];
 cudaError_t cuda_quant_launch(struct cuda_args *args, unsigned blocks, cudaStream_t stream);

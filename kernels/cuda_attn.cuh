@@ -33,6 +33,15 @@ __device__ inline int clamp(int64_t x)
     return static_cast<int>(x < -MOST ? -MOST : x > MOST ? MOST : x);
 }
 
+/*
+ * Two elements of o. A sound one is between V's extremes but for rounding, hence finite; beyond the
+ * format's range it is its largest number. Inf * 0 is NaN.
+ */
+template <bool BF16> __device__ __forceinline__ uint32_t sound_pair(float x, float y)
+{
+    return pack_finite_16<BF16>(fmaf(x, 0, x), fmaf(y, 0, y));
+}
+
 /* A tile's place in the problem. */
 struct tile {
     cuda_seq seq;
@@ -88,75 +97,100 @@ __device__ inline void find_tile(const cuda_args &a, int tile_q, unsigned index,
 
 /* Of a query row, in shared memory. */
 struct query {
-    float scale;     /* what a step of its integers stands for, times scale * log2 e */
-    float mean;      /* scale * q . mean(k), for lse */
-    int first, last; /* the keys that it sees; none if last < first */
+    float scale; /* what a step of its integers stands for, times scale * log2 e */
+    float mean;  /* scale * q . mean(k), for lse */
 };
 
 /*
- * 16 rows of Q to INT8, by one warp: numbers to q8, the rest to `to`. The rows are in shared
- * memory, D channels each, or, NULL, where the caller has them. Rows beyond the last are zero. A
- * row with an Inf or NaN has scale NaN, and so has one whose scores with the largest keys would
- * leave the range in which sums with MAGIC are exact.
+ * 16 rows of Q to INT8, by one warp: numbers to q8, the rest to `to`. The rows lie `stride` bytes
+ * apart, in global memory or, `SHARED`, in shared memory, there with zeros beyond the last row and
+ * channel; then the numbers are swizzled as wgmma wants them. `k_mean`: NULL where K is as it was, or
+ * lse not wanted. A row with an Inf or NaN has scale NaN, and so has one whose scores with the
+ * largest keys would leave the range in which sums with MAGIC are exact.
  */
-template <int D, bool BF16, bool SWIZZLED>
-__device__ void quantise_q(const cuda_args &a, const tile &t, int row0, const char *in_shared,
-                           int8_t *q8, query *to, float k_max)
+template <int D, bool BF16, bool SHARED>
+__device__ __forceinline__ void quantise_q(const cuda_args &a, const tile &t, int row0,
+                                           const char *rows, int64_t stride, const float *k_mean,
+                                           int8_t *q8, query *to, float k_max)
 {
-    constexpr int LANES = D <= 64 ? 8 : D <= 128 ? 16 : 32; /* of a row */
-    const int lane = threadIdx.x % 32, vector = lane % LANES;
-    const bool column = 8 * vector < a.d;
-    float mean[8] = {0};
-
-    if (a.lse.data && a.smooth_k && column && t.seq.nk > 0) {
-        const float *from = a.means + t.local * 3 * a.d_padded + 8 * vector;
+    constexpr int LANES = D <= 64 ? 4 : D <= 128 ? 8 : 16; /* of a row, 16 channels each */
+    constexpr int ROWS = 32 / LANES, STEPS = 16 / ROWS;
+    const int lane = threadIdx.x % 32, column = 16 * (lane % LANES), end = t.end - row0;
+    const auto load = [&](uint4(&raw)[2], int r) {
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            mean[i] = from[i];
-    }
-    const char *const from = a.q.data + t.seq.batch * a.q.stride[0] + t.q_head * a.q.stride[1] +
-                             t.seq.q0 * a.q.stride[2] + 16 * vector;
-#pragma unroll 4
-    for (int r = lane / LANES; r < 16; r += 32 / LANES) {
-        const int row = row0 + r;
-        float x[8] = {0};
-        uint32_t top = 0;
-
-        if (row < t.end && column)
-            unpack_16<BF16>(
-                x, in_shared ? *reinterpret_cast<const uint4 *>(in_shared + r * 2 * D + 16 * vector)
-                             : load_8(from + row * a.q.stride[2], a.q.aligned));
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            top = max(top, __float_as_uint(x[i]) & 0x7fffffffu);
-#pragma unroll
-        for (int step = 1; step < LANES; step *= 2)
-            top = max(top, __shfl_xor_sync(~0u, top, step));
-        const float amax = __uint_as_float(top);
-        const float up = quant_up(amax);
-        if (8 * vector < D)
-            *reinterpret_cast<uint2 *>(q8 + (SWIZZLED ? r * D + (8 * vector ^ row_swizzle<D>(r))
-                                                      : r * KERNEL_PITCH(D) + 8 * vector)) =
-                up > 0 ? make_uint2(to_bytes(x, up), to_bytes(x + 4, up)) : make_uint2(0, 0);
-        if (vector == 0) {
-            const float scale = quant_step(amax) * a.scale;
-            const int64_t first = row + t.low, last = row + t.high;
-            to[r].scale = scale * k_max < 0x1p104f ? scale : NAN;
-            to[r].first = static_cast<int>(first < 0 ? 0 : first < t.seq.nk ? first : t.seq.nk);
-            to[r].last = static_cast<int>(last < 0 ? -1 : last < t.seq.nk ? last : t.seq.nk - 1);
+        for (int i = 0; i < 2; i++) {
+            const char *const from = rows + r * stride + 2 * column + 16 * i;
+            if constexpr (SHARED)
+                raw[i] = *reinterpret_cast<const uint4 *>(from);
+            else
+                raw[i] = r < end && column + 8 * i < a.d ? load_8(from, a.q.aligned)
+                                                         : make_uint4(0, 0, 0, 0);
         }
-        if (!a.lse.data)
-            continue;
+    };
+
+    /* no branch in it: so the steps are side by side */
+#pragma unroll SHARED ? STEPS : 2
+    for (int step = 0; step < STEPS; step++) {
+        const int r = step * ROWS + lane / LANES;
+        uint4 raw[2];
+
+        load(raw, r);
+        uint32_t top = max_abs_16<BF16>(max_abs_16<BF16>(0, raw[0]), raw[1]);
+#pragma unroll
+        for (int i = 1; i < LANES; i *= 2)
+            top = max_abs_16<BF16>(top, __shfl_xor_sync(~0u, top, i));
+        const float amax = larger_16<BF16>(top), up = quant_up(amax);
+        const float scale = quant_step(amax) * a.scale;
+        float x[16];
+        unpack_16<BF16>(x, raw[0]);
+        unpack_16<BF16>(x + 8, raw[1]);
+        if (column < D)
+            *reinterpret_cast<uint4 *>(q8 + (SHARED ? r * D + (column ^ row_swizzle<D>(r))
+                                                    : r * KERNEL_PITCH(D) + column)) =
+                make_uint4(to_bytes(x, up), to_bytes(x + 4, up), to_bytes(x + 8, up),
+                           to_bytes(x + 12, up));
+        if (column == 0)
+            to[r].scale = scale * k_max < 0x1p104f ? scale : NAN;
+    }
+    if (!a.lse.data)
+        return;
+#pragma unroll 1
+    for (int step = 0; step < STEPS; step++) {
+        const int r = step * ROWS + lane / LANES;
         float dot = 0;
+
+        if (k_mean) {
+            uint4 raw[2];
+            load(raw, r);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            dot += x[i] * mean[i];
+            for (int i = 0; i < 2; i++) {
+                float x[8];
+                unpack_16<BF16>(x, raw[i]);
+                if (column + 8 * i < a.d)
 #pragma unroll
-        for (int step = 1; step < LANES; step *= 2)
-            dot += __shfl_xor_sync(~0u, dot, step);
-        if (vector == 0)
+                    for (int j = 0; j < 8; j++)
+                        dot += x[j] * k_mean[column + 8 * i + j];
+            }
+#pragma unroll
+            for (int i = 1; i < LANES; i *= 2)
+                dot += __shfl_xor_sync(~0u, dot, i);
+        }
+        if (column == 0)
             to[r].mean = dot * a.scale_lse;
     }
+}
+
+/* Where row `row` of the tile's sequence is in q. */
+__device__ inline const char *q_row(const cuda_args &a, const tile &t, int row)
+{
+    return a.q.data + t.seq.batch * a.q.stride[0] + t.q_head * a.q.stride[1] +
+           (t.seq.q0 + row) * a.q.stride[2];
+}
+
+/* K's mean, if it has been subtracted and lse has to know. */
+__device__ inline const float *k_mean_of(const cuda_args &a, const tile &t)
+{
+    return a.lse.data && a.smooth_k && t.seq.nk > 0 ? a.means + t.local * 3 * a.d_padded : nullptr;
 }
 
 /* The largest of K's scales that the head has; by one warp. */
@@ -276,13 +310,15 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
             add_mask(p, key0);
         if (all_see(key0))
             return;
+        const int key = key0 + key_of(0, 0), low = clamp(row() + t.low),
+                  high = clamp(row() + t.high);
 #pragma unroll
         for (int slab = 0; slab < SLABS; slab++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const query &q = query_of(slab, 2 * half);
-                const int first = q.first - key0 - key_of(0, 0),
-                          last = q.last - key0 - key_of(0, 0);
+                const int r = row_of(slab, 2 * half);
+                const int first = max(low + r, 0) - key;
+                const int last = max(min(high + r, t.seq.nk - 1), -1) - key;
 #pragma unroll
                 for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
@@ -471,56 +507,69 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
 
     /* --- results --- */
 
-    /*
-     * Two elements of o. A sound one is between V's extremes but for rounding, hence finite; beyond
-     * the format's range it is its largest number. Inf * 0 is NaN.
-     */
-    __device__ uint32_t element_pair(const float *x, float up, const float *means) const
+    __device__ static uint32_t element_pair(const float *x, float up, float2 scale, float2 mean)
     {
-        const float most = BF16 ? 0x1.fep127f : 65504;
-        float y[2];
+        float y[2] = {x[0] * up, x[1] * up};
 
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            float z = x[e] * up;
-            if constexpr (FP8)
-                z = z * means[a.d_padded + e] + means[2 * a.d_padded + e];
-            z = up == 0 ? 0 : z;
-            y[e] = fmaf(z, 0, fmaxf(fminf(z, most), -most));
+        if constexpr (FP8) {
+            y[0] = fmaf(y[0], scale.x, mean.x);
+            y[1] = fmaf(y[1], scale.y, mean.y);
         }
-        return pack_16<BF16>(y[0], y[1]);
+        const uint32_t pair = sound_pair<BF16>(y[0], y[1]);
+        return up == 0 ? 0 : pair;
     }
 
-    __device__ void finish() const
+    /* `v_means`: e4m3: V's scales, then its means, d_padded each. */
+    __device__ void finish(const float *v_means) const
     {
-        const float *means = a.means + t.local * 3 * a.d_padded + key_of(0, 0);
         char *const out = a.o.data + t.seq.batch * a.o.stride[0] + t.q_head * a.o.stride[1] +
                           t.seq.q0 * a.o.stride[2];
+        float up[SLABS][2]; /* 0: nothing was seen */
 
 #pragma unroll
         for (int slab = 0; slab < SLABS; slab++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int r = row() + row_of(slab, 2 * half);
                 const float total = o[slab][D_TILES][2 * half];
-                const float up = total == 0 ? 0 : reciprocal(total); /* 0: nothing was seen */
+                up[slab][half] = total == 0 ? 0 : reciprocal(total);
+            }
 #pragma unroll
-                for (int n = 0; n < D_TILES; n += 4) {
+        for (int n = 0; n < D_TILES; n += 4) {
+            float2 scale[4], mean[4];
+            if (8 * n >= a.d)
+                break;
+#pragma unroll
+            for (int i = 0; i < 4 && FP8; i++) {
+                const float *const from = v_means + key_of(n + i, 0);
+                scale[i] = *reinterpret_cast<const float2 *>(from);
+                mean[i] = *reinterpret_cast<const float2 *>(from + a.d_padded);
+            }
+#pragma unroll
+            for (int slab = 0; slab < SLABS; slab++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int r = row() + row_of(slab, 2 * half), column = 8 * (n + lane % 4);
                     uint32_t pairs[4];
-                    if (8 * n >= a.d)
-                        break;
 #pragma unroll
                     for (int i = 0; i < 4; i++)
-                        pairs[i] = element_pair(&o[slab][n + i][2 * half], up, means + 8 * (n + i));
+                        pairs[i] = element_pair(&o[slab][n + i][2 * half], up[slab][half], scale[i],
+                                                mean[i]);
                     /* two columns of each of four tiles become eight of one */
                     const uint4 eight = transpose_quad(pairs);
-                    const int column = 8 * (n + lane % 4);
                     if (r < t.end && column < a.d)
                         store_8(out + r * a.o.stride[2] + 2 * column, eight, a.o.aligned);
                 }
-                if (a.lse.data && r < t.end)
-                    finish_lse(r, slab, half, total == 0, query_of(slab, 2 * half).mean);
-            }
+        }
+        if (a.lse.data)
+#pragma unroll
+            for (int slab = 0; slab < SLABS; slab++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int r = row() + row_of(slab, 2 * half);
+                    if (r < t.end)
+                        finish_lse(r, slab, half, up[slab][half] == 0,
+                                   query_of(slab, 2 * half).mean);
+                }
     }
 
     __device__ void finish_lse(int r, int slab, int half, bool none, float q_mean) const

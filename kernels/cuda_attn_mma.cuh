@@ -360,9 +360,9 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
 #pragma unroll 1
         for (int slab = 0; slab < SLABS; slab++) {
             const int i = warp * 16 * SLABS + slab * 16;
-            quantise_q<D, BF16, false>(a, t, t.row + i, nullptr,
-                                       reinterpret_cast<int8_t *>(q8) + i * K_PITCH, queries + i,
-                                       k_max);
+            quantise_q<D, BF16, false>(
+                a, t, t.row + i, q_row(a, t, t.row + i), a.q.stride[2], k_mean_of(a, t),
+                reinterpret_cast<int8_t *>(q8) + i * K_PITCH, queries + i, k_max);
         }
         __syncwarp();
         q_shared = shared_address(q8) + (warp * 16 * SLABS + lane % 16) * K_PITCH + lane / 16 * 16;
@@ -388,7 +388,7 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
         steps(k8, v, k_scales, block, end);
         copy_wait<0>();
 
-        r.finish();
+        r.finish(a.means + (3 * t.local + 1) * a.d_padded);
     }
 };
 

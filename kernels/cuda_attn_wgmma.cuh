@@ -63,13 +63,15 @@ __device__ __forceinline__ void release(uint64_t &barrier)
 }
 
 /*
- * The thread is done with a tile's place. Each tells so for its own reads, once in a tile:
+ * The thread is done with what is fetched once in a tile. Each tells so for its own reads:
  * compute-sanitizer can follow that.
  */
 __device__ inline void leave(uint64_t &barrier)
 {
     cuda::ptx::mbarrier_arrive(&barrier);
 }
+
+constexpr int WGMMA_TILES = 3; /* that are found: the one that is worked on, and what comes then */
 
 /*
  * Shared memory: the stages of K and V, Q in INT8 and as it came, and ones. All but the last Q is
@@ -141,9 +143,11 @@ template <int D, bool FP8> struct wgmma_memory {
     char tensors[layout::BYTES];
     float k_scale[STAGES][WGMMA_TILE_K / 4];
     query queries[TILE_Q];
-    tile tiles[2];
+    tile tiles[WGMMA_TILES];
+    /* of the tiles: K's mean; V's scales, then its means */
+    float k_mean[WGMMA_TILES][D], v_means[WGMMA_TILES][FP8 ? 2 * D : 1];
     uint64_t k_full[STAGES], v_full[STAGES], k_empty[STAGES], v_empty[STAGES];
-    uint64_t tile_full[2], tile_empty[2], q_full, q_empty, tail;
+    uint64_t tile_full[WGMMA_TILES], tile_empty[WGMMA_TILES], q_full, q_empty, tail;
 
     __device__ int8_t *q8(int row)
     {
@@ -165,12 +169,12 @@ template <int D, bool FP8> struct wgmma_memory {
             init(k_empty[i], WARPS);
             init(v_empty[i], WARPS);
         }
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < WGMMA_TILES; i++) {
             init(tile_full[i], 1);
             init(tile_empty[i], 32 * (WARPS + 2)); /* see leave() */
         }
-        init(q_full, 1);
-        init(q_empty, WARPS);
+        init(q_full, 32);
+        init(q_empty, 32 * WARPS);
         init(tail, 1);
         cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
     }
@@ -217,7 +221,7 @@ template <int D, bool FP8> struct wgmma_fetch {
     {
         const bool first_lane = threadIdx.x % 32 == 0;
         unsigned ticket = blockIdx.x;
-        ring_place<2> slot;
+        ring_place<WGMMA_TILES> slot;
         bool there = true;
 
         for (bool first = true; there; first = false, slot.next()) {
@@ -242,6 +246,11 @@ template <int D, bool FP8> struct wgmma_fetch {
                 const float k_max = largest_scale(a, t);
                 if (first_lane)
                     t.k_max = k_max;
+                if (const float *const from = k_mean_of(a, t))
+                    for (int i = threadIdx.x % 32; i < D; i += 32)
+                        m.k_mean[slot.stage][i] = i < a.d ? from[i] : 0;
+                for (int i = threadIdx.x % 32; FP8 && i < 2 * D; i += 32)
+                    m.v_means[slot.stage][i] = a.means[(3 * t.local + 1) * D + i];
             }
             release(m.tile_full[slot.stage]);
         }
@@ -312,7 +321,7 @@ template <int D, bool FP8> struct wgmma_fetch {
     {
         const bool first_lane = threadIdx.x % 32 == 0;
         ring_place<STAGES> at;
-        ring_place<2> slot;
+        ring_place<WGMMA_TILES> slot;
         uint32_t tail_parity = 0;
 
         for (;; slot.next()) {
@@ -353,12 +362,12 @@ template <int D, bool FP8> struct wgmma_fetch {
         }
     }
 
-    /* A third: Q as it is, a row at a time. Where rows are not aligned who computes reads them. */
+    /* A third: Q as it is, 16 bytes a lane, zeros beyond the last row and channel. */
     __device__ static void queries(const cuda_args &a, memory &m)
     {
-        using namespace cuda::ptx;
-        const int lane = threadIdx.x % 32;
-        ring_place<2> slot;
+        constexpr int EACH = D / 8; /* of a row */
+        const int lane = threadIdx.x % 32, vector = lane % EACH;
+        ring_place<WGMMA_TILES> slot;
         ring_place<1> q;
 
         for (;; slot.next(), q.next()) {
@@ -366,19 +375,24 @@ template <int D, bool FP8> struct wgmma_fetch {
             wait(m.tile_full[slot.stage], slot.parity);
             if (!__any_sync(~0u, t.there))
                 return;
-            if (a.q.aligned) {
-                const int rows = min(WGMMA_TILE_Q(D), t.end - t.row);
-                const char *from = a.q.data + t.seq.batch * a.q.stride[0] +
-                                   t.q_head * a.q.stride[1] + (t.seq.q0 + t.row) * a.q.stride[2];
-                wait(m.q_empty, q.parity ^ 1);
-                if (lane == 0)
-                    mbarrier_arrive_expect_tx(sem_release, scope_cta, space_shared, &m.q_full,
-                                              rows * 2 * a.d);
-                __syncwarp();
-                for (int r = lane; r < rows; r += 32)
-                    cp_async_bulk(space_cluster, space_global, m.q16(r), from + r * a.q.stride[2],
-                                  2 * a.d, &m.q_full);
+            const int end = 8 * vector < a.d ? t.end - t.row : 0;
+            const char *from = q_row(a, t, t.row + lane / EACH) + 16 * vector;
+            char *to = m.q16(lane / EACH) + 16 * vector;
+            wait(m.q_empty, q.parity ^ 1);
+#pragma unroll 4
+            for (int r = lane / EACH; r < WGMMA_TILE_Q(D); r += 32 / EACH) {
+                if (a.q.aligned)
+                    copy_async(shared_address(to), from, r < end);
+                else
+                    *reinterpret_cast<uint4 *>(to) =
+                        r < end ? load_8(from, false) : make_uint4(0, 0, 0, 0);
+                from += 32 / EACH * a.q.stride[2];
+                to += 32 / EACH * 2 * D;
             }
+            if (a.q.aligned)
+                copy_arrive(shared_address(&m.q_full));
+            else
+                cuda::ptx::mbarrier_arrive(&m.q_full);
             leave(m.tile_empty[slot.stage]);
         }
     }
@@ -817,7 +831,8 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         return uniform(static_cast<int>(end));
     }
 
-    __device__ void run(ring_place<STAGES> &at, uint32_t q_parity)
+    /* `slot`: the tile's place. */
+    __device__ void run(ring_place<STAGES> &at, int slot, uint32_t q_parity)
     {
         const int first = r.first_row(), block = fetch::first_block(r.t);
         const int all = fetch::last_block(r.t) - block; /* there may be none, whatever a row sees */
@@ -825,12 +840,12 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         const int n = end > block * KEYS ? (end + KEYS - 1) / KEYS - block : 0;
 
         barrier_wait(1 + group, 128); /* nobody needs the Q before */
-        if (r.a.q.aligned)
-            wait(m.q_full, q_parity);
-        quantise_q<D, BF16, true>(r.a, r.t, r.row(), r.a.q.aligned ? m.q16(first) : nullptr,
-                                  m.q8(first), m.queries + first, r.t.k_max);
+        wait(m.q_full, q_parity);
+        quantise_q<D, BF16, true>(r.a, r.t, r.row(), m.q16(first), 2 * D,
+                                  k_mean_of(r.a, r.t) ? m.k_mean[slot] : nullptr, m.q8(first),
+                                  m.queries + first, r.t.k_max);
         async_fence();
-        release(m.q_empty);
+        leave(m.q_empty);
         barrier_wait(1 + group, 128);
         r.begin();
         coarse = __any_sync(~0u, r.query_of(0, 0).scale * r.t.k_max >= 1 ||
@@ -841,7 +856,7 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
             steps(at, block * KEYS, end);
         pass(at, all - n);
         if (r.a.n_splits == 1 || gather())
-            r.finish();
+            r.finish(m.v_means[slot]);
     }
 };
 
@@ -873,7 +888,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D), 1)
             wgmma_fetch<D, FP8>::queries(args, m);
     } else {
         ring_place<memory::STAGES> at;
-        ring_place<2> slot;
+        ring_place<WGMMA_TILES> slot;
         ring_place<1> q;
 
         registers_more<WGMMA_REGISTERS(D)>();
@@ -884,7 +899,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D), 1)
             wait(m.tile_full[slot.stage], slot.parity);
             if (!__any_sync(~0u, t.there))
                 break;
-            wgmma_attention<D, BF16, FP8>(args, m, t).run(at, q.parity);
+            wgmma_attention<D, BF16, FP8>(args, m, t).run(at, slot.stage, q.parity);
             leave(m.tile_empty[slot.stage]);
         }
         if (threadIdx.x < 128)

@@ -129,6 +129,18 @@ template <bool BF16> __device__ __forceinline__ uint32_t pack_16(float low, floa
     return r;
 }
 
+/* The same, beyond the type's range to its largest number; NaN to NaN. */
+template <bool BF16> __device__ __forceinline__ uint32_t pack_finite_16(float low, float high)
+{
+    uint32_t r;
+
+    if constexpr (BF16)
+        asm("cvt.rn.satfinite.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
 /* Two numbers to e4m3, saturating at 448, NaN to NaN, the first one below. sm_89 on. */
 __device__ __forceinline__ uint32_t pack_e4m3(float low, float high)
 {
@@ -247,6 +259,15 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool t
                  : "memory");
 }
 
+/* The same of lines that are wanted as a whole: the L2 cache fetches 128 bytes at a time. */
+__device__ __forceinline__ void copy_line_async(uint32_t to, const void *from, bool there)
+{
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :
+                 : "r"(to), "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+}
+
 __device__ __forceinline__ void copy_commit()
 {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -259,25 +280,71 @@ template <int N> __device__ __forceinline__ void copy_wait()
 }
 
 /* Two 16-bit numbers as floats. */
-template <bool BF16> __device__ __forceinline__ float2 unpack_2(uint32_t word)
+template <bool BF16> __device__ __forceinline__ float2 unpack_pair(uint32_t pair)
 {
     if constexpr (BF16)
-        return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+        return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
     else
-        return __half22float2(*reinterpret_cast<const __half2 *>(&word));
+        return __half22float2(*reinterpret_cast<const __half2 *>(&pair));
 }
 
 /* Eight. */
-template <bool BF16> __device__ __forceinline__ void unpack_16(float (&x)[8], const uint4 &raw)
+template <bool BF16> __device__ __forceinline__ void unpack_16(float *x, const uint4 &raw)
 {
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const float2 pair = unpack_2<BF16>(words[i]);
+        const float2 pair = unpack_pair<BF16>(words[i]);
         x[2 * i] = pair.x;
         x[2 * i + 1] = pair.y;
     }
+}
+
+/* Of two pairs of 16-bit numbers the larger magnitudes; NaN where there is one. */
+template <bool BF16> __device__ __forceinline__ uint32_t max_abs_16(uint32_t x, uint32_t y)
+{
+    uint32_t r;
+
+    if constexpr (BF16)
+        asm("{\n"
+            ".reg .b32 p, q;\n"
+            "abs.bf16x2 p, %1;\n"
+            "abs.bf16x2 q, %2;\n"
+            "max.NaN.bf16x2 %0, p, q;\n"
+            "}"
+            : "=r"(r)
+            : "r"(x), "r"(y));
+    else
+        asm("{\n"
+            ".reg .b32 p, q;\n"
+            "abs.f16x2 p, %1;\n"
+            "abs.f16x2 q, %2;\n"
+            "max.NaN.f16x2 %0, p, q;\n"
+            "}"
+            : "=r"(r)
+            : "r"(x), "r"(y));
+    return r;
+}
+
+template <bool BF16> __device__ __forceinline__ uint32_t max_abs_16(uint32_t x, const uint4 &eight)
+{
+    return max_abs_16<BF16>(max_abs_16<BF16>(max_abs_16<BF16>(x, eight.x), eight.y),
+                            max_abs_16<BF16>(eight.z, eight.w));
+}
+
+/* The larger one of such a pair; not a finite number if one is NaN or Inf. */
+template <bool BF16> __device__ __forceinline__ float larger_16(uint32_t pair)
+{
+    const float2 x = unpack_pair<BF16>(pair);
+
+    return __uint_as_float(max(__float_as_uint(x.x), __float_as_uint(x.y)));
+}
+
+/* A barrier in shared memory counts this thread when the copies that it has begun are done. */
+__device__ __forceinline__ void copy_arrive(uint32_t barrier)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 /* Eight 16-bit numbers of global memory: at once if `aligned` to 16 bytes, else one by one. */

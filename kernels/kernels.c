@@ -27,7 +27,21 @@
     KERNEL_ROW(wgmma, 90, 90, d, dtype, pv, feature, "causal,window,varlen,lse", WGMMA_TILE_Q(d),  \
                WGMMA_TILE_K, WGMMA_THREADS(d), WGMMA_SMEM(d, SAGE_KERNEL_##pv))
 
-const struct sage_kernel sage_kernels[] = {SAGE_KERNELS_SM90(WGMMA_ROW) SAGE_KERNELS(MMA_ROW)};
+#define FEW_ROW(d, dtype, rows)                                                                    \
+    {"few " #dtype " rows" #rows " d" #d,                                                          \
+     80,                                                                                           \
+     INT_MAX,                                                                                      \
+     d,                                                                                            \
+     #dtype,                                                                                       \
+     "any",                                                                                        \
+     "causal,window,varlen,lse",                                                                   \
+     rows,                                                                                         \
+     FEW_TILE_K(d, rows),                                                                          \
+     32 * FEW_WARPS,                                                                               \
+     FEW_SMEM(d, rows)},
+
+const struct sage_kernel sage_kernels[] = {SAGE_KERNELS_SM90(WGMMA_ROW) SAGE_KERNELS(MMA_ROW)
+                                               SAGE_KERNELS_FEW(FEW_ROW)};
 const int sage_n_kernels = sizeof(sage_kernels) / sizeof(sage_kernels[0]);
 
 int sage_kernel_find(int sm, int head_dim, int bf16, int fp8, int mask)
@@ -38,11 +52,30 @@ int sage_kernel_find(int sm, int head_dim, int bf16, int fp8, int mask)
         int bf16, fp8, mask;
     } keys[] = {SAGE_KERNELS_SM90(KERNEL_KEY) SAGE_KERNELS(KERNEL_KEY)};
 
-    for (int i = 0; i < sage_n_kernels; i++)
+    for (int i = 0; i < sage_kernel_first_few(); i++)
         if ((sm ? sm >= sage_kernels[i].min_sm && sm <= sage_kernels[i].max_sm
                 : sage_kernels[i].max_sm == INT_MAX) &&
             head_dim <= sage_kernels[i].max_head_dim && bf16 == keys[i].bf16 &&
             fp8 == keys[i].fp8 && mask == keys[i].mask)
+            return i;
+    return -1;
+}
+
+int sage_kernel_first_few(void)
+{
+#define KERNEL_COUNT(d, dtype, pv, feature) +1
+    return 0 SAGE_KERNELS_SM90(KERNEL_COUNT) SAGE_KERNELS(KERNEL_COUNT);
+}
+
+int sage_kernel_find_few(int head_dim, int bf16, int64_t rows)
+{
+#define FEW_KEY(d, dtype, rows) SAGE_KERNEL_##dtype,
+    static const int of_bf16[] = {SAGE_KERNELS_FEW(FEW_KEY)};
+    const int first = sage_kernel_first_few();
+
+    for (int i = first; i < sage_n_kernels; i++)
+        if (head_dim <= sage_kernels[i].max_head_dim && rows <= sage_kernels[i].tile_q &&
+            bf16 == of_bf16[i - first])
             return i;
     return -1;
 }

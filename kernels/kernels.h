@@ -6,6 +6,8 @@
 #ifndef SAGE_KERNELS_H
 #define SAGE_KERNELS_H
 
+#include <stdint.h>
+
 /*
  * X(d, f16|bf16, fp16|fp8, band|mask): head dimensions up to d; P V in 16 bits or in e4m3. `band`
  * is everything but a mask tensor: causal, windows, sequences, lse. Of those that can do a problem
@@ -55,6 +57,30 @@
     X(64, bf16, fp8, band)                                                                         \
     X(128, bf16, fp8, band)
 
+/*
+ * X(d, f16|bf16, rows), for any device: where the rows of all query heads of a kv head are so few,
+ * and there is no mask tensor. Of both variants: nothing is quantised. They come last.
+ */
+#define SAGE_KERNELS_FEW(X)                                                                        \
+    X(64, f16, 16)                                                                                 \
+    X(64, f16, 32)                                                                                 \
+    X(64, f16, 64)                                                                                 \
+    X(128, f16, 16)                                                                                \
+    X(128, f16, 32)                                                                                \
+    X(128, f16, 64)                                                                                \
+    X(256, f16, 16)                                                                                \
+    X(256, f16, 32)                                                                                \
+    X(256, f16, 64)                                                                                \
+    X(64, bf16, 16)                                                                                \
+    X(64, bf16, 32)                                                                                \
+    X(64, bf16, 64)                                                                                \
+    X(128, bf16, 16)                                                                               \
+    X(128, bf16, 32)                                                                               \
+    X(128, bf16, 64)                                                                               \
+    X(256, bf16, 16)                                                                               \
+    X(256, bf16, 32)                                                                               \
+    X(256, bf16, 64)
+
 /* What the words of the list stand for, as conditions. */
 #define SAGE_KERNEL_f16 0
 #define SAGE_KERNEL_bf16 1
@@ -100,10 +126,23 @@ enum {
     (((fp8) ? WGMMA_STAGES(d, fp8) * WGMMA_TILE_K * (2 * (d) + 8)                                  \
             : WGMMA_TILE_K * (WGMMA_STAGES(d, fp8) * 3 * (d) + 128)) +                             \
      WGMMA_TILE_Q(d) * 3 * (d))
-/* and K's scales, what belongs to Q's rows; barriers and the tiles' places */
+/* and K's scales, what belongs to Q's rows, means and scales of three tiles; barriers, places */
 #define WGMMA_SMEM(d, fp8)                                                                         \
     (WGMMA_ALIGN + WGMMA_TENSORS(d, fp8) + WGMMA_STAGES(d, fp8) * WGMMA_TILE_K +                   \
-     WGMMA_TILE_Q(d) * 16 + 768)
+     WGMMA_TILE_Q(d) * 8 + ((fp8) ? 36 : 12) * (d) + 896)
+
+/*
+ * Few rows: warps, keys of a stage, stages of K or V in shared memory, and Q. About 64 KiB of
+ * stages, all but one of which are on their way, and no more with Q than the 99 KiB that a block
+ * can have everywhere. But so much that a processor of Hopper's has two blocks: with three there is
+ * more on its way than memory is fast with.
+ */
+#define FEW_WARPS 4
+#define FEW_TILE_K(d, rows) ((d) > 128 && (rows) > 16 ? 32 : 64)
+#define FEW_STAGES(d, rows) ((d) > 128 && (rows) > 32 ? 3 : 65536 / (2 * (d)*FEW_TILE_K(d, rows)))
+#define FEW_TENSORS(d, rows)                                                                       \
+    ((FEW_STAGES(d, rows) * FEW_TILE_K(d, rows) + (rows)) * KERNEL_PITCH(2 * (d)))
+#define FEW_SMEM(d, rows) (FEW_TENSORS(d, rows) > 76 * 1024 ? FEW_TENSORS(d, rows) : 76 * 1024)
 
 struct sage_kernel {
     const char *name;
@@ -119,8 +158,15 @@ extern "C" {
 extern const struct sage_kernel sage_kernels[];
 extern const int sage_n_kernels;
 
-/* The first kernel that can do it on a device of compute capability `sm`, or 0: on any; or -1. */
+/*
+ * The first kernel that can do it on a device of compute capability `sm`, or 0: on any; or -1. How
+ * many rows there are is not asked here.
+ */
 int sage_kernel_find(int sm, int head_dim, int bf16, int fp8, int mask);
+/* The kernel for `rows` rows of all query heads of a kv head together; -1: they are not few. */
+int sage_kernel_find_few(int head_dim, int bf16, int64_t rows);
+/* Of sage_kernels, the first one for few rows. */
+int sage_kernel_first_few(void);
 
 #ifdef __cplusplus
 }

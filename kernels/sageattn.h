@@ -6,7 +6,8 @@
  *   SageAttention  (int8_fp16): Zhang et al., arXiv:2410.02367, section 4.
  *   SageAttention2 (int8_fp8):  Zhang et al., arXiv:2411.10958, section 3.
  *
- * Every function here is thread-safe: none keeps state but what its arguments point to.
+ * Every function here is thread-safe: none keeps state but what its arguments point to, which
+ * kernels are loaded, and how many calls there have been.
  */
 #ifndef SAGEATTN_H
 #define SAGEATTN_H
@@ -205,6 +206,11 @@ SAGE_API int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn,
 
 /* --- on a GPU ---
  *
+ * Few query rows (of all Hq/Hkv query heads of a kv head together at most 64, in every sequence; no
+ * mask tensor) are computed without quantisation, whatever the variant and in whatever parts: Q K^T
+ * and P V in the tensors' 16-bit type, accumulated in fp32. That reads K and V once and is bound by
+ * it; quantising K would read it twice. smooth_k and smooth_v then change nothing.
+ *
  * Compute capability 8.0 or newer; int8_fp8 wants 8.9. A build without CUDA has these functions
  * too: they return SAGE_EUNSUPPORTED and say so. Errors come with a text in why[len], which may be
  * NULL. `why` says what a CUDA error was: SAGE_EDEVICE, where the context is unusable from then on,
@@ -231,12 +237,13 @@ SAGE_API size_t sage_attn_cuda_workspace(const struct sage_attn *attn,
 
 /*
  * Enqueue a part (NULL: all) of a problem that has passed sage_attn_check() on a stream of the
- * current device, and return: at most two kernels that prepare K and V, then attention. Allocates
- * nothing and waits for nothing. Tensors and workspace are memory that the device can access and
- * the offsets are in host memory, of no interest once this returns. workspace: at least
- * sage_attn_cuda_workspace() bytes, 256-byte aligned, for this call alone until the stream has
- * passed it; parts of one group with `prepared`, one after the other on one stream, find it as the
- * one before has left it. Kernels read only q, k, v, mask and write only o, lse and the workspace.
+ * current device, and return: at most two kernels that prepare K and V (none for few rows), then
+ * attention. Allocates nothing and waits for nothing. Tensors and workspace are memory that the
+ * device can access and the offsets are in host memory, of no interest once this returns.
+ * workspace: at least sage_attn_cuda_workspace() bytes, 256-byte aligned, contents of no interest,
+ * for this call alone until the stream has passed it; parts of one group with `prepared`, one after
+ * the other on one stream, find it as the one before has left it. Kernels read only q, k, v, mask
+ * and write only o, lse and the workspace.
  * SAGE_EINVAL (part, alignment), SAGE_ECAPTURE (n_seqs > 0 on a stream that is being captured),
  * SAGE_EWORKSPACE, SAGE_EUNSUPPORTED (int8_fp8 before compute capability 8.9 or by code for older
  * ones, 2^31 - 1024 tokens, more than 2^31 tiles of rows), and what sage_cuda_load() returns.

@@ -19,8 +19,7 @@ enum { HEADS = 4, ROWS = 256, MAX_THREADS = 64 };
 
 struct rows {
     const struct sage_attn *attn;
-    int64_t (*where)[2];
-    int64_t n;
+    int64_t b, (*where)[2], n;
     double *o, *lse;
     _Atomic int64_t next;
 };
@@ -33,7 +32,7 @@ static void *take_rows(void *arg)
 
     while ((i = atomic_fetch_add(&rows->next, 1)) < rows->n) {
         const double lse =
-            ref64_row(rows->attn, 0, rows->where[i][0], rows->where[i][1], rows->o + i * d);
+            ref64_row(rows->attn, rows->b, rows->where[i][0], rows->where[i][1], rows->o + i * d);
 
         if (rows->lse)
             rows->lse[i] = lse;
@@ -41,10 +40,10 @@ static void *take_rows(void *arg)
     return NULL;
 }
 
-void rows_in_fp64(const struct sage_attn *attn, int64_t (*where)[2], int64_t n, double *o,
-                  double *lse)
+void rows_in_fp64(const struct sage_attn *attn, int64_t b, int64_t (*where)[2], int64_t n,
+                  double *o, double *lse)
 {
-    struct rows rows = {.attn = attn, .where = where, .n = n, .o = o, .lse = lse};
+    struct rows rows = {.attn = attn, .b = b, .where = where, .n = n, .o = o, .lse = lse};
     pthread_t threads[MAX_THREADS];
     const long processors = sysconf(_SC_NPROCESSORS_ONLN);
     int started = 0;
@@ -136,7 +135,7 @@ static void ready(struct set *s)
     for (int causal = 0; causal < 2; causal++) {
         s->host.causal = causal;
         s->reference[causal] = malloc(sizeof(double) * (size_t)(HEADS * ROWS * s->d));
-        rows_in_fp64(&s->host, s->where, HEADS * ROWS, s->reference[causal], NULL);
+        rows_in_fp64(&s->host, 0, s->where, HEADS * ROWS, s->reference[causal], NULL);
     }
 }
 

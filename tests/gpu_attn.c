@@ -29,7 +29,9 @@ struct options {
     int list, edges, big, accuracy, separate;
 };
 
-/* The worst of what has been seen of a variant and a dtype; [1]: in which problem. */
+enum { FEW = 2, N_ROWS }; /* after the variants: what is the same in both */
+
+/* The worst of what has been seen of a variant and a dtype; and in which problem. */
 struct row {
     int64_t problems, heads;
     double mean;
@@ -53,10 +55,11 @@ static void worse(double *worst, double now, int64_t *where, int64_t k)
     *where = k;
 }
 
-static void note(struct row rows[2][2], const struct problem *p, const struct distance *far,
+static void note(struct row rows[N_ROWS][2], const struct problem *p, const struct distance *far,
                  int64_t k)
 {
-    struct row *r = &rows[p->attn.variant == SAGE_INT8_FP8][p->attn.q.dtype == SAGE_BF16];
+    const int variant = problem_is_few(p) ? FEW : p->attn.variant == SAGE_INT8_FP8;
+    struct row *r = &rows[variant][p->attn.q.dtype == SAGE_BF16];
 
     r->problems++;
     r->mean += far->mean_l1 * (double)far->heads;
@@ -67,27 +70,29 @@ static void note(struct row rows[2][2], const struct problem *p, const struct di
     worse(&r->worst.lse, far->lse, &r->lse_in, k);
 }
 
-static void print_table(struct row rows[2][2])
+static void print_table(struct row rows[N_ROWS][2])
 {
+    static const char *const names[] = {"int8_fp16", "int8_fp8", "few rows"};
+
     printf("variant\tdtype\tproblems\theads\tmean_relL1\tworst_relL1\tof_bound\tin\t"
            "element_of_bound\tin\tlse\tin\n");
-    for (int variant = 0; variant < 2; variant++)
+    for (int variant = 0; variant < N_ROWS; variant++)
         for (int dtype = 0; dtype < 2; dtype++) {
             const struct row *r = &rows[variant][dtype];
 
             if (r->problems)
                 printf("%s\t%s\t%lld\t%lld\t%.6f\t%.5f\t%.2f\t%lld\t%.2f\t%lld\t%.2g\t%lld\n",
-                       variant ? "int8_fp8" : "int8_fp16", dtype ? "bf16" : "f16",
-                       (long long)r->problems, (long long)r->heads,
-                       r->mean / (double)(r->heads ? r->heads : 1), r->worst.l1,
-                       r->worst.l1_of_bound, (long long)r->l1_in, r->worst.element_of_bound,
-                       (long long)r->element_in, r->worst.lse, (long long)r->lse_in);
+                       names[variant], dtype ? "bf16" : "f16", (long long)r->problems,
+                       (long long)r->heads, r->mean / (double)(r->heads ? r->heads : 1),
+                       r->worst.l1, r->worst.l1_of_bound, (long long)r->l1_in,
+                       r->worst.element_of_bound, (long long)r->element_in, r->worst.lse,
+                       (long long)r->lse_in);
         }
 }
 
 static int sweep(struct gpu *gpu, const struct options *opt)
 {
-    struct row rows[2][2] = {{{0}}};
+    struct row rows[N_ROWS][2] = {{{0}}};
     struct problem *p = problem_create();
     struct timespec start, end;
     char why[512], text[1024] = "";

@@ -80,6 +80,7 @@ struct problem {
     bool fused;
     struct spoil spoil;
     bool cut;        /* run in parts */
+    bool overflows;  /* all scores are beyond fp32: all that see a key must be NaN */
     char repeat[96]; /* the command that runs it again */
     double flip;     /* nats: what one step of K's INT8 can move a score by */
     struct rng rng;  /* goes on with how it is cut */
@@ -98,9 +99,9 @@ void problem_random(struct problem *p, int64_t tokens, bool fp8);
 /* Only q, k and v anew, of p->kind; and p->flip, which goes with them. */
 void problem_fill(struct problem *p);
 void problem_find_flip(struct problem *p);
-/* Contiguous q, k, v, o and lse, normal, 2 * heads query heads on `heads`. */
+/* Contiguous q, k, v, o and lse of p->kind, gqa * heads query heads on `heads`. */
 void problem_plain(struct problem *p, enum sage_dtype dtype, enum sage_variant variant, int64_t b,
-                   int64_t heads, int64_t nq, int64_t nk, int64_t d);
+                   int64_t heads, int64_t gqa, int64_t nq, int64_t nk, int64_t d);
 /* One line that says everything. */
 void problem_describe(const struct problem *p, char *text, size_t len);
 
@@ -143,13 +144,16 @@ struct sage_attn gpu_attn(const struct problem *p);
 void gpu_download(struct gpu *gpu, struct problem *p);
 void gpu_release(struct gpu *gpu, struct problem *p);
 
+/* No mask, few rows: the GPU computes them without quantisation. Double precision judges them. */
+bool problem_is_few(const struct problem *p);
+
 /* How far GPU and CPU are apart: worst and mean head, worst element of o, worst lse. */
 struct distance {
     int64_t heads;
     double l1, mean_l1, l1_of_bound, element_of_bound, lse;
 };
 
-/* Run it on the CPU and compare with what is in p->gpu; see gpu_check(). */
+/* Run it on the CPU, or in double precision, and compare with what is in p->gpu. */
 bool gpu_compare(struct gpu *gpu, struct problem *p, int rows64, struct distance *far, char *why,
                  size_t len);
 /* Download what ran on gpu->stream, run it on the CPU and compare; see gpu_check(). */
@@ -162,9 +166,10 @@ bool gpu_judge(struct gpu *gpu, struct problem *p, int rows64, struct distance *
 bool gpu_check(struct gpu *gpu, struct problem *p, int rows64, struct distance *far, char *why,
                size_t len);
 
-/* Rows of batch 0 in double precision, on all processors: where[i] = {head, row} to o[i][D]. */
-void rows_in_fp64(const struct sage_attn *attn, int64_t (*where)[2], int64_t n, double *o,
-                  double *lse);
+/* Rows of batch (or sequence) b in double precision, by all processors: where[i] = {head, row} to
+ * o[i][D] and, unless NULL, lse[i]. */
+void rows_in_fp64(const struct sage_attn *attn, int64_t b, int64_t (*where)[2], int64_t n,
+                  double *o, double *lse);
 
 /* --- the parts of the program: how many failures --- */
 

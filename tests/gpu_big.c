@@ -103,7 +103,7 @@ static void make_strided(struct problem *p, const struct gpu *gpu, int n, uint64
 {
     problem_reset(p, seed + (uint64_t)n);
     problem_plain(p, n % 4 < 2 ? SAGE_F16 : SAGE_BF16,
-                  n % 2 && gpu->fp8 ? SAGE_INT8_FP8 : SAGE_INT8_FP16, 2, 2, 67, 65, 72);
+                  n % 2 && gpu->fp8 ? SAGE_INT8_FP8 : SAGE_INT8_FP16, 2, 2, 2, 67, 65, 72);
     p->attn.mask = problem_take(p, SAGE_F32, HND, 0, 2, 4, 67, 65);
     put_all(&p->attn.mask, 0);
     for (int64_t i = 0; i < 67; i++)
@@ -289,7 +289,7 @@ static int tokens_200k(struct gpu *gpu, uint64_t seed)
     }
     for (int causal = 0; causal < 2; causal++) {
         host.causal = a.causal = causal;
-        rows_in_fp64(&host, where, SAMPLES, r, lse);
+        rows_in_fp64(&host, 0, where, SAMPLES, r, lse);
         for (a.variant = SAGE_INT8_FP16; a.variant <= (gpu->fp8 ? SAGE_INT8_FP8 : SAGE_INT8_FP16);
              a.variant++) {
             MUST(cudaMemset(a.o.data, 0xff, (size_t)2 * N * D * 2));
@@ -389,7 +389,7 @@ static int large_keys(struct gpu *gpu, uint64_t seed)
         where[i][0] = i < SAMPLES / 2 ? i : HEADS - 1 - (i - SAMPLES / 2);
         where[i][1] = 0;
     }
-    rows_in_fp64(&host, where, SAMPLES, r, lse);
+    rows_in_fp64(&host, 0, where, SAMPLES, r, lse);
     for (a.variant = SAGE_INT8_FP16; a.variant <= (gpu->fp8 ? SAGE_INT8_FP8 : SAGE_INT8_FP16);
          a.variant++) {
         const bool good =
@@ -473,7 +473,7 @@ static int large_queries(struct gpu *gpu, uint64_t seed)
         where[i][0] = 0;
         where[i][1] = i * (TILE - 1) / (SAMPLES - 1);
     }
-    rows_in_fp64(&host, where, SAMPLES, r, lse);
+    rows_in_fp64(&host, 0, where, SAMPLES, r, lse);
     for (a.variant = SAGE_INT8_FP16; a.variant <= (gpu->fp8 ? SAGE_INT8_FP8 : SAGE_INT8_FP16);
          a.variant++) {
         const bool good = run(gpu, &a, why, sizeof why) &&

@@ -60,13 +60,19 @@ static int enqueue(struct edges *e, const struct problem *p, struct CUstream_st 
     return sage_attn_cuda(&a, NULL, e->gpu->workspace, bytes, stream, why, len);
 }
 
-/* One batch, 4 query heads on 2. */
-static struct sage_attn *begin(struct edges *e, enum kind kind, int64_t nq, int64_t nk, int64_t d)
+/* One batch, 2 * gqa query heads on 2. */
+static struct sage_attn *begin_gqa(struct edges *e, enum kind kind, int64_t gqa, int64_t nq,
+                                   int64_t nk, int64_t d)
 {
     problem_reset(e->p, e->seed + (uint64_t)e->checks);
     e->p->kind = kind;
-    problem_plain(e->p, e->dtype, e->variant, 1, 2, nq, nk, d);
+    problem_plain(e->p, e->dtype, e->variant, 1, 2, gqa, nq, nk, d);
     return &e->p->attn;
+}
+
+static struct sage_attn *begin(struct edges *e, enum kind kind, int64_t nq, int64_t nk, int64_t d)
+{
+    return begin_gqa(e, kind, 2, nq, nk, d);
 }
 
 /* --- values --- */
@@ -104,7 +110,7 @@ static void empty(struct edges *e)
         check(e, "few or no rows or keys");
     }
     problem_reset(e->p, e->seed);
-    problem_plain(e->p, e->dtype, e->variant, 0, 2, 10, 10, 64);
+    problem_plain(e->p, e->dtype, e->variant, 0, 2, 2, 10, 10, 64);
     check(e, "no batch");
 }
 
@@ -124,7 +130,7 @@ static void chunks(struct edges *e)
 
     for (int i = 0; i < 11 * 4; i++) {
         const int64_t nk = 256 * counts[i / 4] - (i % 2 ? 255 : 0), d = dims[i % 5];
-        struct sage_attn *a = begin(e, KIND_NORMAL, 20, nk, d);
+        struct sage_attn *a = begin(e, KIND_NORMAL, 70, nk, d);
         const struct sage_tensor *spoilt = i % 8 == 2 ? &a->k : &a->v;
 
         a->smooth_k = i % 8 != 2;
@@ -186,24 +192,16 @@ static void largest(struct edges *e)
 /* Scores that overflow must not come out as numbers; all at -inf is not the same as no key. */
 static void overflow(struct edges *e)
 {
-    for (int i = 0; i < 2; i++) {
-        struct sage_attn *a = begin(e, KIND_NORMAL, 4, 40, 64);
-        double o = 0;
+    for (int i = 0; i < 4; i++) {
+        struct sage_attn *a = begin(e, KIND_NORMAL, i / 2 ? 40 : 4, 40, 64);
 
         a->scale = 1e38f;
         a->smooth_k = false;
         put_all(&a->q, 1000);
-        put_all(&a->k, i ? -1000 : 1000);
+        put_all(&a->k, i % 2 ? -1000 : 1000);
         e->p->flip = 0;
+        e->p->overflows = true;
         check(e, "scores that overflow");
-        for (int64_t c = 0; c < 64; c++)
-            o += ref64_get(
-                &(struct sage_tensor){.dtype = e->dtype,
-                                      .data = e->p->cpu + ((char *)a->o.data - e->p->host),
-                                      .shape = {1, 1, 1, 64},
-                                      .stride = {64, 64, 64, 1}},
-                0, 0, 0, c);
-        expect(e, isnan(o), "scores that overflow", "they should, in this test");
     }
 }
 
@@ -335,6 +333,123 @@ static void hidden_rows(struct edges *e)
     }
 }
 
+/* --- few rows: those of all query heads of a kv head are a tile, whose keys are split --- */
+
+static const struct few {
+    int64_t gqa, nq;
+} fews[] = {{1, 1},  {2, 1},  {4, 1},  {1, 16}, {1, 17}, {8, 2},  {3, 11}, {8, 4},
+            {5, 12}, {4, 16}, {1, 64}, {64, 1}, {9, 7},  {1, 65}, {65, 1}, {2, 31}};
+enum { N_FEW = sizeof fews / sizeof fews[0] };
+
+static void few_sizes(struct edges *e)
+{
+    const int64_t keys[] = {1, 2, 63, 64, 65, 127, 129, 1000, 4097},
+                  dims[] = {64, 128, 256, 8, 200};
+
+    for (int i = 0; i < 9 * N_FEW; i++) {
+        const struct few *few = &fews[i % N_FEW];
+        struct sage_attn *a =
+            begin_gqa(e, KIND_NORMAL, few->gqa, few->nq, keys[i / N_FEW], dims[i % 5]);
+
+        a->causal = i % 3 == 0;
+        a->diagonal = i / 2 % 2 ? SAGE_TOP_LEFT : SAGE_BOTTOM_RIGHT;
+        e->p->cut = i % 4 == 1;
+        check(e, "few rows");
+    }
+}
+
+/* Many keys: more splits than a block merges at a time, and as many as there may be. */
+static void few_long(struct edges *e)
+{
+    const int64_t keys[] = {2048, 5000, 16384, 40000};
+
+    for (int i = 0; i < 8; i++) {
+        const struct few *few = &fews[(i * 5 + i / 4) % N_FEW];
+
+        begin_gqa(e, i % 3 ? KIND_NORMAL : KIND_ONES, few->gqa, few->nq, keys[i % 4],
+                  i % 4 < 2 ? 256
+                  : i % 2   ? 64
+                            : 128);
+        check(e, "few rows, many keys");
+    }
+}
+
+/* Whole splits that a row, or all rows, do not see; rows that see no key. */
+static void few_bands(struct edges *e)
+{
+    const int64_t windows[][2] = {{0, 0}, {10, 10}, {-1, 0}, {300, -1}, {2000, 100}, {9000, 9000}};
+
+    for (int i = 0; i < 6 * 2 * 4; i++) {
+        struct sage_attn *a = begin_gqa(e, i % 5 ? KIND_NORMAL : KIND_ONES, i % 3 + 1,
+                                        i % 7 ? 16 : 1, i / 24 ? 4000 : 9, i % 2 ? 64 : 128);
+
+        a->diagonal = i / 6 % 2 ? SAGE_TOP_LEFT : SAGE_BOTTOM_RIGHT;
+        a->window_left = windows[i % 6][0];
+        a->window_right = windows[i % 6][1];
+        e->p->cut = i / 12 % 2;
+        check(e, "few rows, windows");
+    }
+}
+
+static void few_sequences(struct edges *e)
+{
+    for (int i = 0; i < 12; i++) {
+        struct sage_attn *a = begin_gqa(e, i % 3 ? KIND_NORMAL : KIND_ONES, i % 2 ? 4 : 1, 20, 9000,
+                                        i % 4 ? 64 : 128);
+
+        memcpy(e->p->offsets[0], (int32_t[]){0, 1, 1, 4, 19, 20}, 24);
+        memcpy(e->p->offsets[1], (int32_t[]){0, 3000, 3400, 3400, 3529, 9000}, 24);
+        a->n_seqs = 5;
+        a->q_offsets = e->p->offsets[0];
+        a->k_offsets = e->p->offsets[1];
+        a->causal = i / 2 % 2;
+        a->diagonal = i % 2 ? SAGE_TOP_LEFT : SAGE_BOTTOM_RIGHT;
+        a->window_left = i / 4 % 2 ? 500 : SAGE_UNLIMITED;
+        e->p->cut = i / 6;
+        check(e, "few rows of sequences");
+    }
+}
+
+/* K's mean is never taken: lse is as good far from zero. */
+static void few_far_mean(struct edges *e)
+{
+    struct sage_attn *a = begin_gqa(e, KIND_NORMAL, 4, 3, 3000, 64);
+
+    for (int64_t h = 0; h < 2; h++)
+        for (int64_t n = 0; n < 3000; n++)
+            for (int64_t c = 0; c < 64; c++)
+                put(&a->k, 0, h, n, c, 40 * sin((double)c) + 0.01 * rng_normal(&e->p->rng));
+    check(e, "few rows, lse with a far mean of K");
+}
+
+static void few_spoils(struct edges *e)
+{
+    const double values[] = {NAN, -NAN, INFINITY, -INFINITY};
+
+    for (int i = 0; i < 3 * 4 * 3; i++) {
+        struct sage_attn *a = begin_gqa(e, KIND_NORMAL, 3, 5, 1500, i % 2 ? 128 : 72);
+        const int which = i % 3;
+        const struct sage_tensor *t = which == 0 ? &a->q : which == 1 ? &a->k : &a->v;
+        const int64_t row = which == 0 ? i % 5 : rng_below(&e->p->rng, 1500), c = i % 72;
+        const int64_t head = which == 0 ? 4 : 1;
+
+        a->window_left = i / 12 ? 1000 : SAGE_UNLIMITED;
+        e->p->spoil = (struct spoil){which, values[i / 3 % 4], 0, head, row, c};
+        put(t, 0, head, row, c, values[i / 3 % 4]);
+        check(e, "few rows, NaN or Inf");
+    }
+}
+
+static void few_rows(struct edges *e)
+{
+    few_sizes(e);
+    few_long(e);
+    few_bands(e);
+    few_sequences(e);
+    few_far_mean(e);
+    few_spoils(e);
+}
+
 /* --- errors --- */
 
 static void refused(struct edges *e)
@@ -403,13 +518,15 @@ static void no_fp8(struct edges *e)
 
 /* --- streams --- */
 
-static void prepare(struct edges *e, bool varlen)
+static void prepare(struct edges *e, int64_t nq, int64_t nk, bool varlen)
 {
-    struct sage_attn *a = begin(e, KIND_NORMAL, 300, 300, 128);
+    struct sage_attn *a = begin(e, KIND_NORMAL, nq, nk, 128);
 
     if (varlen) {
-        memcpy(e->p->offsets[0], (int32_t[]){0, 100, 100, 300}, 16);
-        memcpy(e->p->offsets[1], (int32_t[]){0, 50, 260, 300}, 16);
+        const int32_t q = (int32_t)nq, k = (int32_t)nk;
+
+        memcpy(e->p->offsets[0], (int32_t[]){0, q / 3, q / 3, q}, 16);
+        memcpy(e->p->offsets[1], (int32_t[]){0, k / 6, k - 40, k}, 16);
         a->n_seqs = 3;
         a->q_offsets = e->p->offsets[0];
         a->k_offsets = e->p->offsets[1];
@@ -448,11 +565,12 @@ static double now(void)
 /* The call returns while the stream is busy, and does not look at the offsets later. */
 static void asynchronous(struct edges *e)
 {
-    for (int varlen = 0; varlen < 2; varlen++) {
+    for (int i = 0; i < 4; i++) {
+        const bool varlen = i % 2;
         int32_t saved[2][TEST_SEQS + 1];
         char why[256] = "";
 
-        prepare(e, varlen);
+        prepare(e, i / 2 ? 6 : 300, i / 2 ? 3000 : 300, varlen);
         MUST(cudaLaunchHostFunc(e->gpu->stream, sleep_on_stream, NULL));
         const double start = now();
         const int status = enqueue(e, e->p, e->gpu->stream, why, sizeof why);
@@ -472,33 +590,50 @@ static void legacy_stream(struct edges *e)
 {
     char why[256] = "";
 
-    prepare(e, false);
+    prepare(e, 300, 300, false);
     expect(e, enqueue(e, e->p, NULL, why, sizeof why) == 0, "legacy stream", why);
     MUST(cudaStreamSynchronize(NULL));
     judge(e, "legacy stream");
 }
 
-/* A captured call can be replayed; one with sequences is refused and does not break the capture. */
-static void captured(struct edges *e)
+/* A captured call can be replayed: also in a workspace that another call has used meanwhile. */
+static void replayed(struct edges *e, int64_t nq, int64_t nk)
 {
     cudaStream_t s = e->gpu->stream;
     cudaGraphExec_t exec;
     cudaGraph_t graph = NULL;
+    int64_t bytes;
     char why[256] = "";
 
-    prepare(e, false);
+    prepare(e, nq, nk, false);
+    const struct sage_tensor o = gpu_attn(e->p).o;
+
+    sage_tensor_bytes(&o, &bytes);
     MUST(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
     const int status = enqueue(e, e->p, s, why, sizeof why);
 
     MUST(cudaStreamEndCapture(s, &graph));
     expect(e, status == 0, "capture", why);
     MUST(cudaGraphInstantiate(&exec, graph, 0));
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < 4; i++) {
+        if (i == 2)
+            expect(e, enqueue(e, e->p, s, why, sizeof why) == 0, "between replays", why);
+        MUST(cudaMemsetAsync(o.data, 0xff, (size_t)bytes, s));
         MUST(cudaGraphLaunch(exec, s));
+    }
     judge(e, "replayed graph");
     MUST(cudaGraphExecDestroy(exec));
     MUST(cudaGraphDestroy(graph));
-    prepare(e, true);
+}
+
+/* A call with sequences is refused, and does not break the capture. */
+static void not_captured(struct edges *e)
+{
+    cudaStream_t s = e->gpu->stream;
+    cudaGraph_t graph = NULL;
+    char why[256] = "";
+
+    prepare(e, 300, 300, true);
     MUST(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
     expect(e, enqueue(e, e->p, s, why, sizeof why) == SAGE_ECAPTURE, "capture of sequences", why);
     MUST(cudaStreamEndCapture(s, &graph));
@@ -533,7 +668,12 @@ static void worker_init(struct edges *e, struct worker *w, int i)
 {
     *w = (struct worker){.p = problem_create()};
     problem_reset(w->p, e->seed + (uint64_t)i);
-    problem_random(w->p, 600, e->gpu->fp8);
+    if (i % 2) { /* few rows, split keys */
+        w->p->kind = KIND_NORMAL;
+        problem_plain(w->p, SAGE_F16, SAGE_INT8_FP16, 1, 2, 4, 1 + i, 3000 * i, 64);
+    } else {
+        problem_random(w->p, 600, e->gpu->fp8);
+    }
     gpu_upload(e->gpu, w->p);
     w->attn = gpu_attn(w->p);
     w->bytes = sage_attn_cuda_workspace(&w->attn, NULL);
@@ -578,6 +718,9 @@ static void values(struct edges *e)
 
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++)
         tests[i](e);
+    /* the same in both variants */
+    if (!e->gpu->fp8 || (e->variant == SAGE_INT8_FP8) == (e->dtype == SAGE_BF16))
+        few_rows(e);
 }
 
 int gpu_edges(struct gpu *gpu, uint64_t seed)
@@ -595,7 +738,10 @@ int gpu_edges(struct gpu *gpu, uint64_t seed)
     refused(&e);
     asynchronous(&e);
     legacy_stream(&e);
-    captured(&e);
+    replayed(&e, 300, 300);
+    replayed(&e, 1, 300);
+    replayed(&e, 3, 5000);
+    not_captured(&e);
     threads(&e);
     if (!gpu->fp8)
         no_fp8(&e);

@@ -318,17 +318,31 @@ void problem_fill(struct problem *p)
 }
 
 void problem_plain(struct problem *p, enum sage_dtype dtype, enum sage_variant variant, int64_t b,
-                   int64_t heads, int64_t nq, int64_t nk, int64_t d)
+                   int64_t heads, int64_t gqa, int64_t nq, int64_t nk, int64_t d)
 {
     struct sage_attn *a = &p->attn;
 
     a->variant = variant;
-    a->q = problem_take(p, dtype, HND, 0, b, 2 * heads, nq, d);
+    a->q = problem_take(p, dtype, HND, 0, b, gqa * heads, nq, d);
     a->k = problem_take(p, dtype, HND, 0, b, heads, nk, d);
     a->v = problem_take(p, dtype, HND, 0, b, heads, nk, d);
-    a->o = problem_take(p, dtype, HND, 0, b, 2 * heads, nq, d);
-    a->lse = problem_take(p, SAGE_F32, HND, 0, b, 2 * heads, nq, 1);
+    a->o = problem_take(p, dtype, HND, 0, b, gqa * heads, nq, d);
+    a->lse = problem_take(p, SAGE_F32, HND, 0, b, gqa * heads, nq, 1);
     problem_fill(p);
+}
+
+bool problem_is_few(const struct problem *p)
+{
+    const struct sage_attn *a = &p->attn;
+    const int64_t batches = a->n_seqs ? a->n_seqs : 1, few = 64; /* of sageattn.h */
+    int64_t most = 0;
+
+    for (int64_t b = 0; b < batches; b++) {
+        const int64_t n = sage_attn_seq(a, b).nq;
+
+        most = n > most ? n : most;
+    }
+    return !a->mask.dtype && most * (a->q.shape[1] / a->k.shape[1]) <= few;
 }
 
 /* --- random parameters --- */
@@ -395,6 +409,10 @@ static struct sizes random_sizes(struct rng *rng, int64_t tokens, bool varlen)
 
     if (rng_below(rng, 4) == 0)
         s.nk = s.nq;
+    if (rng_below(rng, 6) == 0) { /* decoding */
+        s.nq = 1 + rng_below(rng, 16);
+        s.nk = 1 + rng_below(rng, 4 * tokens);
+    }
     while (too_large(&s)) {
         int64_t *most = s.nq > s.nk ? &s.nq : &s.nk;
 

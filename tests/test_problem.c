@@ -523,6 +523,29 @@ static void test_kernels(void **state)
     assert_int_equal(sage_kernel_find(90, 264, 0, 0, 0), -1);
 }
 
+/* Those for few rows: as many as there are, in 99 KiB of shared memory. */
+static void test_few_kernels(void **state)
+{
+    (void)state;
+    for (int d = 8; d <= 256; d += 8)
+        for (int bf16 = 0; bf16 < 2; bf16++) {
+            for (int64_t rows = 1; rows <= 64; rows++) {
+                const int i = sage_kernel_find_few(d, bf16, rows);
+
+                assert_true(i >= sage_kernel_first_few() && i < sage_n_kernels);
+                const struct sage_kernel *k = &sage_kernels[i];
+                assert_int_equal(k->tile_q, rows <= 16 ? 16 : rows <= 32 ? 32 : 64);
+                assert_int_equal(k->max_head_dim, d <= 64 ? 64 : d <= 128 ? 128 : 256);
+                assert_string_equal(k->dtype, bf16 ? "bf16" : "f16");
+                assert_true(k->min_sm == 80 && k->max_sm > 120);
+                assert_true(k->smem_bytes + 2048 <= 99 * 1024);
+            }
+            assert_int_equal(sage_kernel_find_few(d, bf16, 65), -1);
+        }
+    assert_int_equal(sage_kernel_find_few(64, 0, INT64_C(1) << 40), -1);
+    assert_int_equal(sage_kernel_find_few(264, 0, 1), -1);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -534,6 +557,7 @@ int main(void)
         cmocka_unit_test(test_garbage),     cmocka_unit_test(test_bytes),
         cmocka_unit_test(test_bands),       cmocka_unit_test(test_resolved),
         cmocka_unit_test(test_errors),      cmocka_unit_test(test_kernels),
+        cmocka_unit_test(test_few_kernels),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
