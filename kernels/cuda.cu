@@ -71,7 +71,8 @@ int refuse_cuda(char *why, size_t len, const char *what, cudaError_t error)
 
 struct gpu {
     short sm, code; /* compute capability, as 90; that which the loaded code was compiled for */
-    int processors;
+    short processors;
+    short cluster; /* blocks of a cluster that quantises, at most; on Hopper */
 };
 
 /* Each device whose kernels are loaded; sm 0: not yet. */
@@ -108,9 +109,11 @@ bool is_wgmma(int index)
     return sage_kernels[index].max_sm == 90;
 }
 
-/* All that the device may run; *code: what for the quantisation, and so all, was compiled. */
-cudaError_t load_all(int sm, short *code)
+/* All that the device may run. The quantisation's code, and so all, was compiled for gpu->code. */
+cudaError_t load_all(struct gpu *gpu)
 {
+    const int sm = gpu->sm;
+    unsigned cluster = 0;
     cudaFuncAttributes attributes;
     cudaError_t error = cudaSuccess;
 
@@ -122,10 +125,13 @@ cudaError_t load_all(int sm, short *code)
         if (!error && result == cudaDriverEntryPointSuccess)
             encode_tiled = reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
     }
+    if (sm == 90 && !error)
+        error = cuda_cluster_load(&cluster);
+    gpu->cluster = static_cast<short>(cluster);
     for (int i = 0; cuda_quant_functions[i] && !error; i++)
         error = cudaFuncGetAttributes(&attributes, cuda_quant_functions[i]);
     if (!error)
-        *code = static_cast<short>(attributes.ptxVersion);
+        gpu->code = static_cast<short>(attributes.ptxVersion);
     for (int i = 0; i < sage_n_kernels && !error; i++) {
         if (sm < sage_kernels[i].min_sm || sm > sage_kernels[i].max_sm)
             continue;
@@ -143,7 +149,7 @@ cudaError_t load_all(int sm, short *code)
 /* The current device, its kernels loaded; a status. */
 int ready(struct gpu *gpu, char *why, size_t len)
 {
-    int device, major, minor;
+    int device, major, minor, processors;
     cudaError_t error = cudaGetDevice(&device);
 
     if (error)
@@ -155,15 +161,16 @@ int ready(struct gpu *gpu, char *why, size_t len)
     if (!error)
         error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (!error)
-        error = cudaDeviceGetAttribute(&gpu->processors, cudaDevAttrMultiProcessorCount, device);
+        error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     if (error)
         return refuse_cuda(why, len, "cudaDeviceGetAttribute", error);
     gpu->sm = static_cast<short>(10 * major + minor);
+    gpu->processors = static_cast<short>(processors);
     if (gpu->sm < 80)
         return refuse(why, len, SAGE_EUNSUPPORTED,
                       "device %d has compute capability %d.%d, must be 8.0 or newer", device, major,
                       minor);
-    error = load_all(gpu->sm, &gpu->code);
+    error = load_all(gpu);
     if (error)
         return refuse_cuda(why, len, "loading kernels", error);
     if (device < DEVICES_MAX)
@@ -654,6 +661,8 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
     a.v_map = v_map;
     a.processors = static_cast<unsigned>(gpu.processors);
     a.starts_early = gpu.code >= 90;
+    if (few < 0 && gpu.cluster > 0)
+        a.cluster = cuda_cluster_blocks(&a, static_cast<unsigned>(gpu.cluster));
     /* numbers of rows and keys are int, to the end of a tile */
     if (a.nq > INT_MAX - MAX_TILE || a.nk > INT_MAX - MAX_TILE)
         return refuse(why, len, SAGE_EUNSUPPORTED, "%s.shape: more than %d tokens on a GPU",

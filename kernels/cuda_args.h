@@ -3,7 +3,8 @@
  *
  *   cuda.cu           sage_attn_cuda(): workspace, arguments, launches
  *   cuda_quant.cu     the two kernels before attention: sums over the tokens, then K to INT8 and V
- *                     to e4m3
+ *                     to e4m3; cuda_quant.cuh: what they do for a chunk of keys
+ *   cuda_quant_sm90.cu                    one kernel instead, on Hopper, for short batches
  *   cuda_attn.cuh     attention: what is done for a tile of query rows on any GPU
  *   cuda_attn_mma.cuh, cuda_mma.cuh       over the keys that it sees, from sm_80 on; PTX
  *   cuda_attn_wgmma.cuh, cuda_wgmma.cuh   the same on Hopper; PTX
@@ -83,6 +84,7 @@ struct cuda_args {
     unsigned starts_early;                   /* the code can: see launch_early() */
     int64_t low, high;                       /* row i sees keys i + low ... i + high */
     int bottom_right;                        /* and then both are nk - nq higher */
+    unsigned cluster;                        /* blocks that quantise a batch; 0: two kernels do */
     /* the workspace */
     unsigned *ticket; /* splits that blocks have taken, beyond each one's first; 0 between calls */
     unsigned *done;   /* [n_tiles][slabs]: splits that are over; 0 between calls */
@@ -102,7 +104,7 @@ struct cuda_args {
 };
 
 /* Rows of a chunk's sums; without e4m3 only the first is there. */
-enum { SUM_K, SUM_V, MIN_V, MAX_V, BAD_V, N_SUMS };
+enum { SUM_K, SUM_V, MIN_V, MAX_V, N_SUMS };
 
 /* Magnitudes below count as zero: 256 divided by this is still finite. */
 #define QUANT_MIN 0x1p-117f
@@ -118,27 +120,39 @@ extern const struct cuda_kernel cuda_attn_sm90[], cuda_attn_f16[], cuda_attn_bf1
 /* cuda_quant.cu: functions to be loaded, ended by NULL; both launches. */
 extern const void *const cuda_quant_functions[];
 cudaError_t cuda_quant_launch(struct cuda_args *args, unsigned blocks, cudaStream_t stream);
+/*
+ * cuda_quant_sm90.cu, for compute capability 9.0: to be called first, says how many blocks a
+ * cluster can have; the blocks for a batch, 0 where that cannot be; the launch for so many chunks.
+ */
+cudaError_t cuda_cluster_load(unsigned *most);
+unsigned cuda_cluster_blocks(const struct cuda_args *args, unsigned most);
+cudaError_t cuda_cluster_launch(const struct cuda_args *args, unsigned chunks, cudaStream_t stream);
 }
 
 #ifdef __CUDACC__
 /*
  * Launches a kernel that may start while the one before it in the stream ends, and waits for it by
  * cudaGridDependencySynchronize() before it touches memory; code for older devices cannot wait so.
+ * Code that can may also have clusters of blocks.
  */
-inline cudaError_t launch_early(void (*kernel)(cuda_args), unsigned blocks, unsigned threads,
-                                size_t smem, cudaStream_t stream, const cuda_args &args)
+inline cudaError_t launch_early(void (*kernel)(cuda_args), dim3 blocks, unsigned threads,
+                                size_t smem, cudaStream_t stream, const cuda_args &args,
+                                unsigned cluster = 1)
 {
     cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute early = {};
+    cudaLaunchAttribute attributes[2] = {};
 
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    config.gridDim = dim3(blocks);
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = cluster;
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    config.gridDim = blocks;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = smem;
     config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = args.starts_early;
+    config.attrs = attributes;
+    config.numAttrs = args.starts_early + (cluster > 1);
     return cudaLaunchKernelEx(&config, kernel, args);
 }
 

@@ -519,25 +519,6 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
         return up == 0 ? 0 : pair;
     }
 
-    /*
-     * The four lanes of a row have two columns each of four tiles; afterwards each has all eight
-     * columns of one. The quad is transposed in two steps, between lanes two apart, then one.
-     */
-    __device__ uint4 whole_tile(const uint32_t (&w)[4]) const
-    {
-        const bool high = lane & 2, odd = lane & 1;
-        const uint32_t x0 = __shfl_xor_sync(~0u, high ? w[0] : w[2], 2);
-        const uint32_t x1 = __shfl_xor_sync(~0u, high ? w[1] : w[3], 2);
-        /* of two tiles, the words of lanes 0 and 2, or 1 and 3 */
-        const uint32_t even_tile[2] = {high ? x0 : w[0], high ? w[2] : x0};
-        const uint32_t odd_tile[2] = {high ? x1 : w[1], high ? w[3] : x1};
-        const uint32_t y0 = __shfl_xor_sync(~0u, odd ? even_tile[0] : odd_tile[0], 1);
-        const uint32_t y1 = __shfl_xor_sync(~0u, odd ? even_tile[1] : odd_tile[1], 1);
-
-        return odd ? make_uint4(y0, odd_tile[0], y1, odd_tile[1])
-                   : make_uint4(even_tile[0], y0, even_tile[1], y1);
-    }
-
     /* `v_means`: e4m3: V's scales, then its means, d_padded each. */
     __device__ void finish(const float *v_means) const
     {
@@ -573,7 +554,8 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
                     for (int i = 0; i < 4; i++)
                         pairs[i] = element_pair(&o[slab][n + i][2 * half], up[slab][half], scale[i],
                                                 mean[i]);
-                    const uint4 eight = whole_tile(pairs);
+                    /* two columns of each of four tiles become eight of one */
+                    const uint4 eight = transpose_quad(pairs);
                     if (r < t.end && column < a.d)
                         store_8(out + r * a.o.stride[2] + 2 * column, eight, a.o.aligned);
                 }

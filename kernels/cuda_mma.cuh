@@ -77,6 +77,46 @@ __device__ __forceinline__ void mma_e4m3(float (&c)[4], const uint32_t (&a)[4], 
 #endif
 }
 
+/* The larger and the smaller one; NaN if either is. */
+__device__ __forceinline__ float max_nan(float x, float y)
+{
+    float r;
+
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+    return r;
+}
+
+__device__ __forceinline__ float min_nan(float x, float y)
+{
+    float r;
+
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+    return r;
+}
+
+/* The same of each of two 16-bit numbers. */
+template <bool BF16> __device__ __forceinline__ uint32_t max_nan_2(uint32_t x, uint32_t y)
+{
+    uint32_t r;
+
+    if constexpr (BF16)
+        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+    else
+        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+    return r;
+}
+
+template <bool BF16> __device__ __forceinline__ uint32_t min_nan_2(uint32_t x, uint32_t y)
+{
+    uint32_t r;
+
+    if constexpr (BF16)
+        asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+    else
+        asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
+    return r;
+}
+
 /* Two numbers to the 16-bit type, the first one below. */
 template <bool BF16> __device__ __forceinline__ uint32_t pack_16(float low, float high)
 {
@@ -108,6 +148,26 @@ __device__ __forceinline__ uint32_t pack_e4m3(float low, float high)
     uint16_t r;
 
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+    return r;
+#else
+    return 0;
+#endif
+}
+
+/* Four numbers, likewise. */
+__device__ __forceinline__ uint32_t pack_e4m3_4(float x0, float x1, float x2, float x3)
+{
+#if __CUDA_ARCH__ >= 890
+    uint32_t r;
+
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n"
+        "}"
+        : "=r"(r)
+        : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
     return r;
 #else
     return 0;
@@ -171,6 +231,25 @@ __device__ __forceinline__ uint32_t to_bytes(const float *x, float up)
     return __byte_perm(__byte_perm(n[0], n[1], 0x0040), __byte_perm(n[2], n[3], 0x0040), 0x5410);
 }
 
+/*
+ * Four lanes, the first a multiple of 4, have a word each of four rows; afterwards each has all
+ * words of the row of its number. In two steps, between lanes two apart, then one.
+ */
+__device__ __forceinline__ uint4 transpose_quad(const uint32_t (&w)[4])
+{
+    const bool high = threadIdx.x & 2, odd = threadIdx.x & 1;
+    const uint32_t x0 = __shfl_xor_sync(~0u, high ? w[0] : w[2], 2);
+    const uint32_t x1 = __shfl_xor_sync(~0u, high ? w[1] : w[3], 2);
+    /* of two rows, the words of lanes 0 and 2, or 1 and 3 */
+    const uint32_t even_row[2] = {high ? x0 : w[0], high ? w[2] : x0};
+    const uint32_t odd_row[2] = {high ? x1 : w[1], high ? w[3] : x1};
+    const uint32_t y0 = __shfl_xor_sync(~0u, odd ? even_row[0] : odd_row[0], 1);
+    const uint32_t y1 = __shfl_xor_sync(~0u, odd ? even_row[1] : odd_row[1], 1);
+
+    return odd ? make_uint4(y0, odd_row[0], y1, odd_row[1])
+               : make_uint4(even_row[0], y0, even_row[1], y1);
+}
+
 /* 16 bytes to shared memory, in the background; zeros if not `there`. */
 __device__ __forceinline__ void copy_async(uint32_t to, const void *from, bool there)
 {
@@ -200,6 +279,7 @@ template <int N> __device__ __forceinline__ void copy_wait()
     asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
 }
 
+/* Two 16-bit numbers as floats. */
 template <bool BF16> __device__ __forceinline__ float2 unpack_pair(uint32_t pair)
 {
     if constexpr (BF16)
@@ -208,7 +288,7 @@ template <bool BF16> __device__ __forceinline__ float2 unpack_pair(uint32_t pair
         return __half22float2(*reinterpret_cast<const __half2 *>(&pair));
 }
 
-/* Eight 16-bit numbers as floats. */
+/* Eight. */
 template <bool BF16> __device__ __forceinline__ void unpack_16(float *x, const uint4 &raw)
 {
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};

@@ -51,6 +51,15 @@ static void check(struct edges *e, const char *what)
         report(e, e->p, what, why);
 }
 
+static int enqueue(struct edges *e, const struct problem *p, struct CUstream_st *stream, char *why,
+                   size_t len)
+{
+    const struct sage_attn a = gpu_attn(p);
+    const size_t bytes = sage_attn_cuda_workspace(&a, NULL);
+
+    return sage_attn_cuda(&a, NULL, e->gpu->workspace, bytes, stream, why, len);
+}
+
 /* One batch, 2 * gqa query heads on 2. */
 static struct sage_attn *begin_gqa(struct edges *e, enum kind kind, int64_t gqa, int64_t nq,
                                    int64_t nk, int64_t d)
@@ -110,6 +119,28 @@ static void head_dims(struct edges *e)
     for (int64_t d = 8; d <= 256; d += 8) {
         begin(e, KIND_NORMAL, 150, 210, d)->causal = d % 16 == 0;
         check(e, "head dimension");
+    }
+}
+
+/* Keys are quantised in chunks of 256; on Hopper up to 16 or 32 of them by a cluster of blocks. */
+static void chunks(struct edges *e)
+{
+    const int64_t counts[] = {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33};
+    const int64_t dims[] = {64, 72, 96, 128, 136};
+
+    for (int i = 0; i < 11 * 4; i++) {
+        const int64_t nk = 256 * counts[i / 4] - (i % 2 ? 255 : 0), d = dims[i % 5];
+        struct sage_attn *a = begin(e, KIND_NORMAL, 70, nk, d);
+        const struct sage_tensor *spoilt = i % 8 == 2 ? &a->k : &a->v;
+
+        a->smooth_k = i % 8 != 2;
+        a->smooth_v = e->variant == SAGE_INT8_FP8 && i % 3 == 0;
+        check(e, "chunks of keys");
+        if (i % 4 < 2)
+            continue;
+        e->p->spoil = (struct spoil){spoilt == &a->k ? 1 : 2, INFINITY, 0, 1, nk - 1, 7};
+        put(spoilt, 0, 1, nk - 1, 7, INFINITY);
+        check(e, "chunks of keys and an Inf in the last");
     }
 }
 
@@ -198,6 +229,35 @@ static void steep(struct edges *e)
         a->scale = 10;
         e->p->flip = 0;
         check(e, "scores of hundreds of thousands");
+    }
+}
+
+/* Batches may be quantised by another kernel than sequences; results are the same, bit by bit. */
+static void both_ways(struct edges *e)
+{
+    static char before[ARENA];
+    const int64_t dims[] = {64, 96, 128};
+
+    for (int i = 0; i < 9; i++) {
+        struct sage_attn *a = begin(e, KIND_K_OFFSET, 200, 300 + 480 * i, dims[i % 3]);
+        char why[256] = "";
+
+        a->causal = true; /* or keys of batches might be split */
+        for (int varlen = 0; varlen < 2; varlen++) {
+            memcpy(before, e->p->gpu, e->p->used);
+            a->n_seqs = varlen;
+            e->p->offsets[0][1] = (int32_t)a->q.shape[2];
+            e->p->offsets[1][1] = (int32_t)a->k.shape[2];
+            a->q_offsets = e->p->offsets[0];
+            a->k_offsets = e->p->offsets[1];
+            gpu_upload(e->gpu, e->p);
+            const struct sage_attn there = gpu_attn(e->p);
+            gpu_workspace(e->gpu, sage_attn_cuda_workspace(&there, NULL));
+            expect(e, enqueue(e, e->p, e->gpu->stream, why, sizeof why) == 0, "both ways", why);
+            gpu_download(e->gpu, e->p);
+            gpu_release(e->gpu, e->p);
+        }
+        expect(e, !memcmp(before, e->p->gpu, e->p->used), "both ways", "other results");
     }
 }
 
@@ -458,15 +518,6 @@ static void no_fp8(struct edges *e)
 
 /* --- streams --- */
 
-static int enqueue(struct edges *e, const struct problem *p, struct CUstream_st *stream, char *why,
-                   size_t len)
-{
-    const struct sage_attn a = gpu_attn(p);
-    const size_t bytes = sage_attn_cuda_workspace(&a, NULL);
-
-    return sage_attn_cuda(&a, NULL, e->gpu->workspace, bytes, stream, why, len);
-}
-
 static void prepare(struct edges *e, int64_t nq, int64_t nk, bool varlen)
 {
     struct sage_attn *a = begin(e, KIND_NORMAL, nq, nk, 128);
@@ -661,9 +712,9 @@ static void threads(struct edges *e)
 
 static void values(struct edges *e)
 {
-    void (*const tests[])(struct edges *) = {ones,  constants, empty,       head_dims,
-                                             bands, far_mean,  largest,     overflow,
-                                             steep, bad_masks, hidden_rows, spoils};
+    void (*const tests[])(struct edges *) = {ones,      constants, empty,       head_dims, chunks,
+                                             bands,     far_mean,  largest,     overflow,  steep,
+                                             both_ways, bad_masks, hidden_rows, spoils};
 
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++)
         tests[i](e);
