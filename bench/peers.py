@@ -3,8 +3,14 @@
 A peer is a class with a `name`, `part` ("full": all that a call costs its user; "kernel": attention
 alone on inputs that are quantised already) and call(q, k, v, causal), which returns a function that
 does it once and returns o, or raises Unsupported. Its constructor imports what it needs; an
-ImportError is the reason why it is skipped. q [B, Hq, N, D], k and v [B, Hkv, N, D], fp16.
+ImportError is the reason why it is skipped. q [B, Hq, N, D], k and v [B, Hkv, N, D], fp16 or bf16,
+all read only: several contenders share them. What Python finds is compared: a folder on PYTHONPATH
+with the package, and for SageAttention its .dist-info, which tells the version, will do.
 """
+import importlib.metadata
+import importlib.util
+import sys
+
 import torch
 import torch.nn.functional as F
 
@@ -71,35 +77,96 @@ class FlashAttention3Fp8(FlashAttention3):
         return super().call(*(t.to(torch.float8_e4m3fn) for t in (q, k, v)), causal)
 
 
+def sageattention(major):
+    """The package `sageattention` of that major version. 1 and 2 share the name: each is imported
+    under one of its own, so that both can be contenders in one process."""
+    name = f"sageattention{major}"
+    if name in sys.modules:
+        return sys.modules[name]
+    for found in importlib.metadata.distributions(name="sageattention"):
+        place = found.locate_file("sageattention")
+        if found.version.split(".")[0] != str(major) or not (place / "__init__.py").exists():
+            continue
+        spec = importlib.util.spec_from_file_location(name, place / "__init__.py",
+                                                      submodule_search_locations=[str(place)])
+        package = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(package)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        return package
+    raise ImportError(f"no sageattention {major}.x")
+
+
 class SageAttention1:
     name, part = "sa1_triton", "full"
 
     def __init__(self):
-        from sageattention import sageattn_qk_int8_pv_fp16_triton
-        self.function = sageattn_qk_int8_pv_fp16_triton
+        self.core = sageattention(1).core
 
     def call(self, q, k, v, causal):
-        return lambda: self.function(q, k, v, tensor_layout="HND", is_causal=causal)
+        k = k.clone()  # it subtracts K's mean in place
+        return lambda: self.core.sageattn(q, k, v, tensor_layout="HND", is_causal=causal)
 
 
-class SageAttention2(SageAttention1):
-    name = "sa2_sm90"
+class SageAttention1Kernel(SageAttention1):
+    part = "kernel"
+
+    def call(self, q, k, v, causal):
+        quantised = self.core.per_block_int8(q, k - k.mean(2, keepdim=True), tensor_layout="HND")
+        q8, q_scale, k8, k_scale = quantised
+        v = v.to(torch.float16)
+        attn = self.core.attn_true if causal else self.core.attn_false
+        return lambda: attn(q8, k8, v, q_scale, k_scale, tensor_layout="HND",
+                            output_dtype=q.dtype)
+
+
+class SageAttention2:
+    name, part = "sa2_sm90", "full"
 
     def __init__(self):
-        from sageattention import sageattn_qk_int8_pv_fp8_cuda_sm90
-        self.function = sageattn_qk_int8_pv_fp8_cuda_sm90
+        self.core = sageattention(2).core
+        # The package itself does not say why its kernel could not be loaded.
+        self.sm90 = importlib.import_module("sageattention2.sm90_compile")
+
+    def call(self, q, k, v, causal):
+        return lambda: self.core.sageattn_qk_int8_pv_fp8_cuda_sm90(q, k, v, tensor_layout="HND",
+                                                                   is_causal=causal)
+
+
+class SageAttention2Kernel(SageAttention2):
+    part = "kernel"
+
+    def call(self, q, k, v, causal):
+        """As in sageattn_qk_int8_pv_fp8_cuda_sm90 with its defaults: a scale for each thread's
+        share of 64 queries or 128 keys, and one for each channel of V."""
+        q8, q_scale, k8, k_scale = self.core.per_thread_int8_triton(
+            q, k, k.mean(2, keepdim=True), tensor_layout="HND", BLKQ=64, WARPQ=16, BLKK=128,
+            WARPK=128)
+        v = F.pad(v, (0, 0, 0, -v.shape[2] % 128))
+        v8, v_scale, _ = self.core.per_channel_fp8(v, tensor_layout="HND", smooth_v=False)
+        o = torch.empty_like(q)
+        hnd, per_thread, no_lse = 1, 3, 0
+
+        def once():
+            self.sm90.qk_int8_sv_f8_accum_f32_fuse_v_scale_attn_inst_buf(
+                q8, k8, v8, o, q_scale, k_scale, v_scale, hnd, int(causal), per_thread,
+                q.shape[3] ** -0.5, no_lse)
+            return o
+        return once
 
 
 PEERS = [Cudnn, FlashAttention2, FlashAttention3, FlashAttention3Fp8, SageAttention1,
-         SageAttention2]
+         SageAttention1Kernel, SageAttention2, SageAttention2Kernel]
 
 
 def available():
     """Those that can be imported, and a list of (name, reason) of the others."""
-    there, missing = [], []
+    there, missing = [], {}
     for peer in PEERS:
         try:
             there.append(peer())
         except ImportError as error:
-            missing.append((peer.name, str(error)))
-    return there, missing
+            missing[peer.name] = str(error)
+    return there, list(missing.items())
