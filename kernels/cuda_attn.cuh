@@ -104,8 +104,8 @@ struct query {
 /*
  * 16 rows of Q to INT8, by one warp: numbers to q8, the rest to `to`. The rows lie `stride` bytes
  * apart, in global memory or, `SHARED`, in shared memory, there with zeros beyond the last row and
- * channel; then the numbers are swizzled as wgmma wants them. `k_mean`: NULL where K is as it was, or
- * lse not wanted. A row with an Inf or NaN has scale NaN, and so has one whose scores with the
+ * channel; then the numbers are swizzled as wgmma wants them. `k_mean`: NULL where K is as it was
+ * or lse not wanted. A row with an Inf or NaN has scale NaN, and so has one whose scores with the
  * largest keys would leave the range in which sums with MAGIC are exact.
  */
 template <int D, bool BF16, bool SHARED>
@@ -115,7 +115,9 @@ __device__ __forceinline__ void quantise_q(const cuda_args &a, const tile &t, in
 {
     constexpr int LANES = D <= 64 ? 4 : D <= 128 ? 8 : 16; /* of a row, 16 channels each */
     constexpr int ROWS = 32 / LANES, STEPS = 16 / ROWS;
-    const int lane = threadIdx.x % 32, column = 16 * (lane % LANES), end = t.end - row0;
+    int lane = threadIdx.x % 32;
+    asm volatile("" : "+r"(lane)); /* what follows from it does not stay in registers */
+    const int column = 16 * (lane % LANES), end = t.end - row0;
     const auto load = [&](uint4(&raw)[2], int r) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -238,14 +240,14 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
     const query *queries; /* of the tile's rows */
     int lane;
     int all_from, all_to; /* first keys of blocks that all rows see all of */
-    int limit;            /* of scores' bits, before m has to move: none if a row saw no key */
+    bool moves;           /* m does, whatever comes: a row saw no key yet */
 
     float o[SLABS][D_TILES + 1][4];     /* last: the sum of P, as if V had columns of ones */
     float top[SLABS][2], sum[SLABS][2]; /* m; sum of p, of this lane's columns, for lse */
 
     /* `of_tile`: of all its rows. */
     __device__ rows(const cuda_args &args, const tile &place, const query *of_tile)
-        : a(args), t(place), queries(of_tile), lane(threadIdx.x % 32), limit(INT_MIN)
+        : a(args), t(place), queries(of_tile), lane(threadIdx.x % 32), moves(true)
     {
         all_from = clamp(row() + t.low + (16 * SLABS - 1));
         all_to = clamp(row() + t.high - (KEYS - 1));
@@ -310,8 +312,10 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
             add_mask(p, key0);
         if (all_see(key0))
             return;
-        const int key = key0 + key_of(0, 0), low = clamp(row() + t.low),
-                  high = clamp(row() + t.high);
+        int from = row();
+        asm volatile("" : "+r"(from)); /* what follows from it does not stay in registers */
+        const int key = key0 + key_of(0, 0);
+        const int low = clamp(from + t.low), high = clamp(from + t.high);
 #pragma unroll
         for (int slab = 0; slab < SLABS; slab++)
 #pragma unroll
@@ -407,7 +411,7 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
                         max(max(high[n % 2 * 2 + e / 2], __float_as_int(p[slab][n][e])),
                             __float_as_int(p[slab][n][e + 1]));
         const int highest = max(max(high[0], high[1]), max(high[2], high[3]));
-        if (!__any_sync(~0u, highest >= limit))
+        if (!__any_sync(~0u, moves || highest >= __float_as_int(SHIFT + LAG)))
             return false;
 #pragma unroll
         for (int slab = 0; slab < SLABS; slab++)
@@ -427,7 +431,7 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
                     for (int e = 2 * half; e < 2 * half + 2; e++)
                         p[slab][n][e] -= by;
             }
-        limit = __any_sync(~0u, none) ? INT_MIN : __float_as_int(SHIFT + LAG);
+        moves = __any_sync(~0u, none);
         return true;
     }
 
@@ -522,19 +526,25 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
     /* `v_means`: e4m3: V's scales, then its means, d_padded each. */
     __device__ void finish(const float *v_means) const
     {
-        char *const out = a.o.data + t.seq.batch * a.o.stride[0] + t.q_head * a.o.stride[1] +
-                          t.seq.q0 * a.o.stride[2];
-        float up[SLABS][2]; /* 0: nothing was seen */
-
 #pragma unroll
         for (int slab = 0; slab < SLABS; slab++)
+            finish_slab(slab, v_means);
+    }
+
+    __device__ void finish_slab(int slab, const float *v_means) const
+    {
+        char *const out = a.o.data + t.seq.batch * a.o.stride[0] + t.q_head * a.o.stride[1] +
+                          t.seq.q0 * a.o.stride[2];
+        float up[2]; /* 0: nothing was seen */
+
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float total = o[slab][D_TILES][2 * half];
-                up[slab][half] = total == 0 ? 0 : reciprocal(total);
-            }
+        for (int half = 0; half < 2; half++) {
+            const float total = o[slab][D_TILES][2 * half];
+            up[half] = total == 0 ? 0 : reciprocal(total);
+        }
 #pragma unroll
         for (int n = 0; n < D_TILES; n += 4) {
+            const int column = 8 * (n + lane % 4);
             float2 scale[4], mean[4];
             if (8 * n >= a.d)
                 break;
@@ -545,31 +555,25 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
                 mean[i] = *reinterpret_cast<const float2 *>(from + a.d_padded);
             }
 #pragma unroll
-            for (int slab = 0; slab < SLABS; slab++)
+            for (int half = 0; half < 2; half++) {
+                const int r = row() + row_of(slab, 2 * half);
+                uint32_t pairs[4];
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int r = row() + row_of(slab, 2 * half), column = 8 * (n + lane % 4);
-                    uint32_t pairs[4];
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        pairs[i] = element_pair(&o[slab][n + i][2 * half], up[slab][half], scale[i],
-                                                mean[i]);
-                    /* two columns of each of four tiles become eight of one */
-                    const uint4 eight = transpose_quad(pairs);
-                    if (r < t.end && column < a.d)
-                        store_8(out + r * a.o.stride[2] + 2 * column, eight, a.o.aligned);
-                }
+                for (int i = 0; i < 4; i++)
+                    pairs[i] = element_pair(&o[slab][n + i][2 * half], up[half], scale[i], mean[i]);
+                /* two columns of each of four tiles become eight of one */
+                const uint4 eight = transpose_quad(pairs);
+                if (r < t.end && column < a.d)
+                    store_8(out + r * a.o.stride[2] + 2 * column, eight, a.o.aligned);
+            }
         }
         if (a.lse.data)
 #pragma unroll
-            for (int slab = 0; slab < SLABS; slab++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int r = row() + row_of(slab, 2 * half);
-                    if (r < t.end)
-                        finish_lse(r, slab, half, up[slab][half] == 0,
-                                   query_of(slab, 2 * half).mean);
-                }
+            for (int half = 0; half < 2; half++) {
+                const int r = row() + row_of(slab, 2 * half);
+                if (r < t.end)
+                    finish_lse(r, slab, half, up[half] == 0, query_of(slab, 2 * half).mean);
+            }
     }
 
     __device__ void finish_lse(int r, int slab, int half, bool none, float q_mean) const
