@@ -2,8 +2,8 @@
  * backend_fault.c - the CPU backend with faults on purpose, for tests: --backend=fault
  * --fault=delay_ms=N,fail=N,lose=N,hang=N,lose_map=N,lose_idle=N,lose_start=N. Every piece takes
  * delay_ms longer; the Nth piece after the warm-up fails, loses the device, or never ends. The
- * device is lost by the Nth registration, by nothing N ms after it was opened, or by the Nth piece
- * of the warm-up.
+ * device is lost by the Nth registration, by nothing N ms after the last piece of a client, or by
+ * the Nth piece of the warm-up.
  */
 #include "daemon/backend_cpu.h"
 
@@ -20,7 +20,7 @@ enum { DELAY_MS, FAIL, LOSE, HANG, LOSE_MAP, LOSE_IDLE, LOSE_START, N_FAULTS };
 /* One device a process; what is counted is so by all its streams, or threads of the pool. */
 static unsigned long faults[N_FAULTS];
 static unsigned long pieces, maps, warm_ups;
-static uint64_t opened_ns;
+static uint64_t last_ns; /* a piece ended */
 
 static int run_faulty(struct sage_cpu *cpu, const struct piece *piece, void *workspace,
                       size_t bytes)
@@ -40,7 +40,9 @@ static int run_faulty(struct sage_cpu *cpu, const struct piece *piece, void *wor
         return SAGE_EDEVICE;
     while (n == faults[HANG])
         pause();
-    return cpu_run_piece(cpu, piece, workspace, bytes);
+    const int status = cpu_run_piece(cpu, piece, workspace, bytes);
+    __atomic_store_n(&last_ns, daemon_now(), __ATOMIC_RELAXED);
+    return status;
 }
 
 static int map_faulty(struct device *device, const struct mapping *what, void **base,
@@ -55,7 +57,9 @@ static int map_faulty(struct device *device, const struct mapping *what, void **
 static bool is_lost(struct device *device, char *why)
 {
     (void)device;
-    if (!faults[LOSE_IDLE] || daemon_now() - opened_ns < faults[LOSE_IDLE] * 1000000)
+    const uint64_t last = __atomic_load_n(&last_ns, __ATOMIC_RELAXED);
+
+    if (!faults[LOSE_IDLE] || !last || daemon_now() - last < faults[LOSE_IDLE] * 1000000)
         return false;
     snprintf(why, PROTO_TEXT_MAX, "fault: lose_idle=%lu", faults[LOSE_IDLE]);
     return true;
@@ -70,7 +74,7 @@ static int open_fault(struct device **device, const struct config *config, void 
 
     memset(faults, 0, sizeof(faults));
     pieces = maps = warm_ups = 0;
-    opened_ns = daemon_now();
+    last_ns = 0;
     strcpy(text, config->fault);
     while (*rest) {
         int fault = getsubopt(&rest, names, &value);

@@ -306,7 +306,7 @@ def test_lost_while_idle():
         except Closed:
             assert not client.page.released(*held)
 
-    lost("lose_idle=3000", "fault: lose_idle=3000", work)
+    lost("lose_idle=1500", "fault: lose_idle=1500", work)
 
 
 def test_lost_at_start():

@@ -11,11 +11,12 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SDPA = {"sdpa": None, "cudnn": "CUDNN_ATTENTION", "fa2": "FLASH_ATTENTION"}
 VARIANTS = ("int8_fp16", "int8_fp8")
 ROTATED = "_rotated"  # behind a variant's name
+# PyTorch before has neither GQA nor, on the CPU, products of binary16.
+IS_NEW = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 5)
 
 
 @functools.cache
@@ -24,33 +25,46 @@ def band(n, window, device):
     return torch.ones(n, n, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
+def hold(backend):
+    """PyTorch's attention held to one of its backends: from 2.3 on."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    return sdpa_kernel(getattr(SDPBackend, backend))
+
+
 def sdpa(backend=None):
     """PyTorch's own, by one of its backends, or by the one that it picks."""
     def attend(q, k, v, causal=False, window=0, mask=None, scale=None):
         if window and window < q.shape[2]:
             causal, mask = False, band(q.shape[2], window, q.device)
-        choice = sdpa_kernel(getattr(SDPBackend, backend)) if backend else contextlib.nullcontext()
-        with choice:
+        options, share, dtype = {}, q.shape[1] // k.shape[1], q.dtype
+        if dtype == torch.float16 and not IS_NEW and not q.is_cuda:
+            q, k, v = q.float(), k.float(), v.float()
+        if share > 1 and IS_NEW:
+            options["enable_gqa"] = True
+        elif share > 1:
+            k, v = (x.repeat_interleave(share, 1) for x in (k, v))
+        with hold(backend) if backend else contextlib.nullcontext():
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale,
-                                                  enable_gqa=q.shape[1] != k.shape[1])
+                                                  **options).to(dtype)
     return attend
 
 
 @functools.cache
-def hadamard(d, device, dtype):
+def hadamard(d, device):
     """Orthogonal [d, d] of entries 1 and -1 by sqrt(d), d a power of two (Sylvester, 1867)."""
     h = torch.ones(1, 1)
     while len(h) < d:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return (h / d**0.5).to(device, dtype)
+    return (h / d**0.5).to(device)
 
 
 def rotated(attend):
     """q and k in a turned basis: the same scores, but a channel that sticks out is spread over all
     of them, which a scale for each row of INT8 is grateful for (QuaRot: arXiv:2404.00456)."""
     def turned(q, k, v, **keys):
-        h = hadamard(q.shape[-1], q.device, q.dtype)
-        return attend(q @ h, k @ h, v, **keys)
+        h = hadamard(q.shape[-1], q.device)
+        q, k = ((x.float() @ h).to(x.dtype) for x in (q, k))
+        return attend(q, k, v, **keys)
     return turned
 
 

@@ -5,6 +5,7 @@ Head dimension 256, four query heads and one kv head; five of six layers see 512
 import torch
 import torch.nn.functional as F
 
+from norm import rms_norm
 from smollm2 import rotations
 
 LENGTH = 32768  # tokens that it was trained for
@@ -31,7 +32,7 @@ class Gemma3:
 
     def norm(self, x, name):
         weight = self.w[name + ".weight"]  # GGUF has added the 1 to it
-        return F.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x.float(), weight.float(), self.eps).to(x.dtype)
 
     def linear(self, x, name):
         return F.linear(x, self.w[name + ".weight"])

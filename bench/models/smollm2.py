@@ -2,6 +2,8 @@
 import torch
 import torch.nn.functional as F
 
+from norm import rms_norm
+
 LENGTH = 8192  # tokens that it was trained for
 
 
@@ -30,7 +32,7 @@ class SmolLM2:
 
     def norm(self, x, name):
         weight = self.w[name + ".weight"]
-        return F.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x.float(), weight.float(), self.eps).to(x.dtype)
 
     def linear(self, x, name):
         return F.linear(x, self.w[name + ".weight"])

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from norm import RMSNorm
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -54,7 +56,7 @@ class Block(nn.Module):
         self.shape, width = shape, shape.heads * shape.head_dim
         self.streams = nn.ModuleList(Stream(width, shape.mlp) for _ in shape.tokens)
         self.cross = Cross(width) if shape.cross else None
-        self.q_norm, self.k_norm = (nn.RMSNorm(shape.head_dim) for _ in range(2))
+        self.q_norm, self.k_norm = (RMSNorm(shape.head_dim) for _ in range(2))
         for p in self.parameters():
             nn.init.normal_(p, std=0.02)
 
