@@ -2,7 +2,7 @@
  * cuda_attn_wgmma.cuh - attention on Hopper's warpgroup tensor cores (sm_90a).
  *
  * A block stays on its processor and takes one tile of query rows after the other. Three warps work
- * ahead: one finds the next tile, one fetches K and V, some stages ahead and across tiles, one
+ * ahead: one finds the next tiles, one fetches K and V, some stages ahead and across tiles, one
  * fetches Q. WGMMA_GROUPS warpgroups compute, 64 query rows each, against WGMMA_TILE_K keys at a
  * time (FlashAttention-3, Shah et al., arXiv:2407.08608, section 3):
  *
@@ -214,7 +214,7 @@ template <int D, bool FP8> struct wgmma_fetch {
     }
 
     /*
-     * A warp: where the next tile is; after the last one, that there is none. A number is drawn
+     * A warp: where the next tiles are; after the last one, that there is none. A number is drawn
      * when there is room for its tile, not before: others may be done sooner.
      */
     __device__ static void tiles(const cuda_args &a, memory &m)

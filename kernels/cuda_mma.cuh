@@ -94,27 +94,29 @@ __device__ __forceinline__ float min_nan(float x, float y)
     return r;
 }
 
-/* The same of each of two 16-bit numbers. */
+/* Two 16-bit numbers in a word, as CUDA's own functions take them, and back. */
+template <bool BF16> __device__ __forceinline__ auto pair_of(uint32_t word)
+{
+    if constexpr (BF16)
+        return *reinterpret_cast<const __nv_bfloat162 *>(&word);
+    else
+        return *reinterpret_cast<const __half2 *>(&word);
+}
+
+template <typename Pair> __device__ __forceinline__ uint32_t word_of(Pair pair)
+{
+    return *reinterpret_cast<const uint32_t *>(&pair);
+}
+
+/* max_nan() and min_nan() of each of two 16-bit numbers. */
 template <bool BF16> __device__ __forceinline__ uint32_t max_nan_2(uint32_t x, uint32_t y)
 {
-    uint32_t r;
-
-    if constexpr (BF16)
-        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
-    else
-        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
-    return r;
+    return word_of(__hmax2_nan(pair_of<BF16>(x), pair_of<BF16>(y)));
 }
 
 template <bool BF16> __device__ __forceinline__ uint32_t min_nan_2(uint32_t x, uint32_t y)
 {
-    uint32_t r;
-
-    if constexpr (BF16)
-        asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
-    else
-        asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(y));
-    return r;
+    return word_of(__hmin2_nan(pair_of<BF16>(x), pair_of<BF16>(y)));
 }
 
 /* Two numbers to the 16-bit type, the first one below. */
@@ -157,21 +159,7 @@ __device__ __forceinline__ uint32_t pack_e4m3(float low, float high)
 /* Four numbers, likewise. */
 __device__ __forceinline__ uint32_t pack_e4m3_4(float x0, float x1, float x2, float x3)
 {
-#if __CUDA_ARCH__ >= 890
-    uint32_t r;
-
-    asm("{\n"
-        ".reg .b16 low, high;\n"
-        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-        "mov.b32 %0, {low, high};\n"
-        "}"
-        : "=r"(r)
-        : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
-    return r;
-#else
-    return 0;
-#endif
+    return pack_e4m3(x0, x1) | pack_e4m3(x2, x3) << 16;
 }
 
 /*
@@ -304,27 +292,7 @@ template <bool BF16> __device__ __forceinline__ void unpack_16(float *x, const u
 /* Of two pairs of 16-bit numbers the larger magnitudes; NaN where there is one. */
 template <bool BF16> __device__ __forceinline__ uint32_t max_abs_16(uint32_t x, uint32_t y)
 {
-    uint32_t r;
-
-    if constexpr (BF16)
-        asm("{\n"
-            ".reg .b32 p, q;\n"
-            "abs.bf16x2 p, %1;\n"
-            "abs.bf16x2 q, %2;\n"
-            "max.NaN.bf16x2 %0, p, q;\n"
-            "}"
-            : "=r"(r)
-            : "r"(x), "r"(y));
-    else
-        asm("{\n"
-            ".reg .b32 p, q;\n"
-            "abs.f16x2 p, %1;\n"
-            "abs.f16x2 q, %2;\n"
-            "max.NaN.f16x2 %0, p, q;\n"
-            "}"
-            : "=r"(r)
-            : "r"(x), "r"(y));
-    return r;
+    return word_of(__hmax2_nan(__habs2(pair_of<BF16>(x)), __habs2(pair_of<BF16>(y))));
 }
 
 template <bool BF16> __device__ __forceinline__ uint32_t max_abs_16(uint32_t x, const uint4 &eight)
