@@ -499,15 +499,15 @@ void fill(const struct sage_attn *attn, const struct layout *at, char *workspace
 }
 
 /*
- * V as wgmma kernels fetch it: WGMMA_TILE_K keys of 64 channels, zeros beyond the end. False where
+ * V as wgmma kernels fetch it: tile_k keys of 64 channels, zeros beyond the end. False where
  * it cannot be described so.
  */
-bool map_v(const struct sage_attn *attn, CUtensorMap *map)
+bool map_v(const struct sage_attn *attn, int tile_k, CUtensorMap *map)
 {
     const struct cuda_tensor v = tensor(&attn->v, 16);
     const auto encode = encode_tiled.load(std::memory_order_relaxed);
     cuuint64_t dims[4], strides[3];
-    const cuuint32_t box[4] = {64, WGMMA_TILE_K, 1, 1}, steps[4] = {1, 1, 1, 1};
+    const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(tile_k), 1, 1}, steps[4] = {1, 1, 1, 1};
 
     if (!encode || !v.aligned)
         return false;
@@ -641,7 +641,7 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
                       gpu.code % 10);
     const int few = find_few(attn), special = few >= 0 ? few : find_kernel(attn, gpu.sm);
     const bool wgmma =
-        is_wgmma(special) && kernel(special)->function && (fp8 || map_v(attn, &v_map));
+        is_wgmma(special) && kernel(special)->function && (fp8 || map_v(attn, sage_kernels[special].tile_k, &v_map));
     if (few >= 0 || wgmma)
         index = special;
     describe(attn, &p, index, gpu.processors, &a);

@@ -227,6 +227,17 @@ template <int BYTES> __device__ constexpr int row_swizzle(int i)
 }
 
 /*
+ * Where byte `column` of row i of D bytes lies if it is `swizzled`. Rows of more than 128 bytes are
+ * in panels of 128, `panel` bytes apart.
+ */
+template <int D> __device__ constexpr int swizzled_place(int i, int column, int panel)
+{
+    constexpr int ROW = D < 128 ? D : 128;
+
+    return column / ROW * panel + i * ROW + (column % ROW ^ row_swizzle<ROW>(i));
+}
+
+/*
  * Where key 0 ... 15 of a run lies in V's e4m3 rows: the columns that a thread holds of two of
  * QK^T's accumulators, 2c, 2c + 1, 2c + 8 and 2c + 9, are then the four bytes that P's fragment
  * wants at 4c.

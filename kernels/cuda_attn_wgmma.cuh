@@ -80,10 +80,13 @@ constexpr int WGMMA_TILES = 3; /* that are found: the one that is worked on, and
  * 16 bits: V lies in units of 64 channels, 128 bytes a key, a column of units at one distance from
  * each other and from the unit of ones that follows them: `v_step`. D = 128 has its three stages
  * (V and, between them, K) in units 0 1 6, 2 3 7, 4 5 8, Q in 9 to 11 and ones in 12.
+ *
+ * D = 256: no product has all columns, so V has a lower half, without ones, of its own. Q is in
+ * units 0 to 11, K in 12 13 and 14 15, V's two stages in 19 20, 22 23 and 16 17, 18 21, ones in 24.
  */
 template <int D, bool FP8> struct wgmma_layout {
-    static constexpr int UNIT = 128 * WGMMA_TILE_K, STAGES = WGMMA_STAGES(D, false);
-    static constexpr int K_BYTES = WGMMA_TILE_K * D, K_STEP = D == 64 ? K_BYTES : 2 * UNIT;
+    static constexpr int UNIT = 128 * WGMMA_TILE_K(D), STAGES = WGMMA_STAGES(D, false);
+    static constexpr int K_BYTES = WGMMA_TILE_K(D) * D, K_STEP = D == 64 ? K_BYTES : 2 * UNIT;
     static constexpr int V_STEP = D == 64 ? UNIT : 2 * UNIT;
     static constexpr int K = D == 64 ? STAGES * V_STEP : UNIT;
     static constexpr int Q8 = D == 64 ? K + STAGES * K_STEP : 9 * UNIT;
@@ -102,6 +105,45 @@ template <int D, bool FP8> struct wgmma_layout {
     {
         return K + stage * K_STEP;
     }
+    /* 64 channels */
+    __device__ static int v_unit(int stage, int unit)
+    {
+        return v(stage) + unit * v_step(stage);
+    }
+    __device__ static void fill_ones(char *memory, bool bf16)
+    {
+        auto *to = reinterpret_cast<uint32_t *>(memory + ONES);
+
+        for (int i = threadIdx.x; i < UNIT / 4; i += blockDim.x)
+            to[i] = bf16 ? 0x3f803f80u : 0x3c003c00u;
+    }
+};
+
+template <> struct wgmma_layout<256, false> {
+    static constexpr int UNIT = 128 * WGMMA_TILE_K(256), STAGES = WGMMA_STAGES(256, false);
+    static constexpr int Q8 = 0, Q16 = 4 * UNIT, ONES = 24 * UNIT, BYTES = 25 * UNIT;
+
+    __device__ static int k(int stage)
+    {
+        return (12 + 2 * stage) * UNIT;
+    }
+    /* the lower half, its units side by side; the upper one */
+    __device__ static int v_low(int stage)
+    {
+        return (19 - 3 * stage) * UNIT;
+    }
+    __device__ static int v(int stage)
+    {
+        return (22 - 4 * stage) * UNIT;
+    }
+    __device__ static int v_step(int stage)
+    {
+        return (1 + 2 * stage) * UNIT;
+    }
+    __device__ static int v_unit(int stage, int unit)
+    {
+        return unit < 2 ? v_low(stage) + unit * UNIT : v(stage) + (unit - 2) * v_step(stage);
+    }
     __device__ static void fill_ones(char *memory, bool bf16)
     {
         auto *to = reinterpret_cast<uint32_t *>(memory + ONES);
@@ -114,7 +156,7 @@ template <int D, bool FP8> struct wgmma_layout {
 /* e4m3: V by halves of a tile's keys, [D + 8][64], the last 8 rows of ones. */
 template <int D> struct wgmma_layout<D, true> {
     static constexpr int STAGES = WGMMA_STAGES(D, true), V_HALF = KERNEL_TILE_K * (D + 8);
-    static constexpr int K = STAGES * 2 * V_HALF, K_STEP = WGMMA_TILE_K * D;
+    static constexpr int K = STAGES * 2 * V_HALF, K_STEP = WGMMA_TILE_K(D) * D;
     static constexpr int Q8 = K + STAGES * K_STEP, Q16 = Q8 + WGMMA_TILE_Q(D) * D;
     static constexpr int BYTES = Q16 + WGMMA_TILE_Q(D) * 2 * D;
 
@@ -141,7 +183,7 @@ template <int D, bool FP8> struct wgmma_memory {
     using layout = wgmma_layout<D, FP8>;
 
     char tensors[layout::BYTES];
-    float k_scale[STAGES][WGMMA_TILE_K / 4];
+    float k_scale[STAGES][WGMMA_TILE_K(D) / 4];
     query queries[TILE_Q];
     tile tiles[WGMMA_TILES];
     /* of the tiles: K's mean; V's scales, then its means */
@@ -151,7 +193,7 @@ template <int D, bool FP8> struct wgmma_memory {
 
     __device__ int8_t *q8(int row)
     {
-        return reinterpret_cast<int8_t *>(tensors + layout::Q8 + row * D);
+        return reinterpret_cast<int8_t *>(tensors + layout::Q8 + row * (D < 128 ? D : 128));
     }
     __device__ char *q16(int row)
     {
@@ -183,7 +225,8 @@ template <int D, bool FP8> struct wgmma_memory {
 /* --- the warps that fetch --- */
 
 template <int D, bool FP8> struct wgmma_fetch {
-    static constexpr int KEYS = WGMMA_TILE_K, HALF = KERNEL_TILE_K, SCALES = HALF / 4;
+    static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K, SCALES = HALF / 4;
+    static constexpr int HALVES = KEYS / HALF;
     static constexpr int STAGES = WGMMA_STAGES(D, FP8);
     using memory = wgmma_memory<D, FP8>;
     using layout = wgmma_layout<D, FP8>;
@@ -260,8 +303,8 @@ template <int D, bool FP8> struct wgmma_fetch {
                                    int halves, int stage)
     {
         using namespace cuda::ptx;
-        const int64_t from = t.block + 2 * block;
-        const int n = min(2, halves - 2 * block);
+        const int64_t from = t.block + HALVES * block;
+        const int n = min(HALVES, halves - HALVES * block);
         const uint32_t bytes = n * HALF * D, scale_bytes = 4 * n * SCALES;
         uint64_t *full = &m.k_full[stage];
 
@@ -302,7 +345,7 @@ template <int D, bool FP8> struct wgmma_fetch {
                                       static_cast<int32_t>(t.kv_head),
                                       static_cast<int32_t>(t.seq.batch)};
             cp_async_bulk_tensor(space_cluster, space_global,
-                                 m.tensors + layout::v(stage) + unit * layout::v_step(stage),
+                                 m.tensors + layout::v_unit(stage, unit),
                                  &a.v_map, where, full);
         }
     }
@@ -336,10 +379,9 @@ template <int D, bool FP8> struct wgmma_fetch {
                 if (first_lane)
                     fetch_k(a, m, t, block, halves, at.stage);
                 wait(m.v_empty[at.stage], at.parity ^ 1);
-                char *const v = m.tensors + layout::v(at.stage);
                 if constexpr (FP8) {
                     if (halves - 2 * block == 1)
-                        clear(v + layout::V_HALF, HALF * D);
+                        clear(m.tensors + layout::v(at.stage) + layout::V_HALF, HALF * D);
                     if (first_lane)
                         fetch_v8(a, m, t, block, halves, at.stage);
                 } else {
@@ -353,7 +395,7 @@ template <int D, bool FP8> struct wgmma_fetch {
                     tail_parity ^= 1;
                     const int keys = t.seq.nk - block * KEYS;
                     for (int unit = 0; unit < D / 64; unit++)
-                        clear(v + unit * layout::v_step(at.stage) + keys * 128,
+                        clear(m.tensors + layout::v_unit(at.stage, unit) + keys * 128,
                               (KEYS - keys) * 128);
                     release(m.v_full[at.stage]);
                 }
@@ -412,7 +454,7 @@ template <int D, bool FP8> struct wgmma_fetch {
 
 template <int D, bool BF16, bool FP8> struct wgmma_attention {
     static constexpr int STAGES = WGMMA_STAGES(D, FP8), GROUPS = WGMMA_GROUPS(D);
-    static constexpr int KEYS = WGMMA_TILE_K, HALF = KERNEL_TILE_K;
+    static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K;
     static constexpr bool TURNS = FP8 && D > 64; /* elsewhere they wait more than they gain */
     using memory = wgmma_memory<D, FP8>;
     using layout = wgmma_layout<D, FP8>;
@@ -439,14 +481,16 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
     /* S begins. */
     __device__ void begin_scores(scores &x, int stage) const
     {
-        const uint64_t q = matrix_at(shared_address(m.q8(64 * group)), D, 8 * D, 0);
-        const uint64_t k = matrix_at(shared_address(m.tensors) + layout::k(stage), D, 8 * D, 0);
+        constexpr int ROW = D < 128 ? D : 128, STEPS = ROW / 32; /* of a panel */
+        const uint64_t q = matrix_at(shared_address(m.q8(64 * group)), ROW, 8 * ROW, 0);
+        const uint64_t k = matrix_at(shared_address(m.tensors) + layout::k(stage), ROW, 8 * ROW, 0);
 
         wgmma_fence();
         wgmma_s8(x.s, q, k);
 #pragma unroll
         for (int i = 1; i < D / 32; i++)
-            wgmma_s8_add(x.s, q + 2 * i, k + 2 * i);
+            wgmma_s8_add(x.s, q + i / STEPS * (64 * GROUPS * ROW / 16) + i % STEPS * 2,
+                         k + i / STEPS * (KEYS * ROW / 16) + i % STEPS * 2);
         wgmma_commit();
     }
 
@@ -474,9 +518,22 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
                                v + (k / 2 * layout::V_HALF + k % 2 * 32) / 16);
         } else {
             const uint64_t v = matrix_at(at, 128, 1024, layout::v_step(stage));
+            constexpr int STEP = 16 * 128 / 16;
+            if constexpr (D <= 128) {
 #pragma unroll
-            for (int k = 0; k < KEYS / 16; k++)
-                wgmma_16_add<BF16>(r.o[0], p_packed[k], v + k * (16 * 128 / 16));
+                for (int k = 0; k < KEYS / 16; k++)
+                    wgmma_16_add<BF16>(r.o[0], p_packed[k], v + k * STEP);
+            } else {
+                const uint64_t low = matrix_at(shared_address(m.tensors) + layout::v_low(stage),
+                                               128, 1024, layout::UNIT);
+                auto &o_low = reinterpret_cast<float(&)[16][4]>(r.o[0][0]);
+                auto &o_high = reinterpret_cast<float(&)[17][4]>(r.o[0][16]);
+#pragma unroll
+                for (int k = 0; k < KEYS / 16; k++) {
+                    wgmma_16_add<BF16>(o_low, p_packed[k], low + k * STEP);
+                    wgmma_16_add<BF16>(o_high, p_packed[k], v + k * STEP);
+                }
+            }
         }
         wgmma_commit();
     }

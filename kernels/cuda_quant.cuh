@@ -311,17 +311,20 @@ template <int D, bool BF16> struct k_quantiser {
     static constexpr int GROUPS = 32 / LANES, WARPS = 4 / GROUPS;
     const cuda_args &a;
     const int vector, key0; /* the first key of the group */
+    const int pitch;        /* of keys */
     int place[2];           /* of the vector's bytes, of this key and the next one */
     float mean[8];
 
     /* A warp's groups are WARPS apart: their rows in shared memory are in different banks. */
     __device__ k_quantiser(const cuda_args &args, const k_channels<D> &ch)
         : a(args), vector(threadIdx.x % 32 / GROUPS),
-          key0(2 * (threadIdx.x / 32 % WARPS + threadIdx.x % GROUPS * WARPS))
+          key0(2 * (threadIdx.x / 32 % WARPS + threadIdx.x % GROUPS * WARPS)),
+          pitch(D > 128 && a.swizzled ? 128 : D)
     {
 #pragma unroll
         for (int i = 0; i < 2; i++)
-            place[i] = (key0 + i) * D + (8 * vector ^ (a.swizzled ? row_swizzle<D>(key0 + i) : 0));
+            place[i] = a.swizzled ? swizzled_place<D>(key0 + i, 8 * vector, KERNEL_TILE_K * 128)
+                                  : (key0 + i) * D + 8 * vector;
 #pragma unroll
         for (int e = 0; e < 8; e++)
             mean[e] = 8 * vector < a.d ? ch.mean[8 * vector + e] : 0;
@@ -358,7 +361,7 @@ template <int D, bool BF16> struct k_quantiser {
 #pragma unroll
         for (int i = 0; i < 4; i++)
             if (D == 8 * LANES || 8 * vector < D)
-                *reinterpret_cast<uint2 *>(to + i / 2 * 8 * D + place[i % 2]) =
+                *reinterpret_cast<uint2 *>(to + i / 2 * 8 * pitch + place[i % 2]) =
                     make_uint2(to_bytes(x[i], up) & mask, to_bytes(x[i] + 4, up) & mask);
         if (vector == 0)
             scale[2 * key0] = down;
@@ -384,7 +387,7 @@ __device__ void quantise_k(const cuda_args &a, const chunk &c, const Rows &rows,
     for (int run = threadIdx.x / 32 / quantiser.WARPS; run < runs; run += STEP) {
         const int keys = c.end - c.begin - run * K_RUN;
         const Rows from = rows.from(run * K_RUN);
-        int8_t *const bytes = to + run * K_RUN * D;
+        int8_t *const bytes = to + run / 4 * KERNEL_TILE_K * D + run % 4 * K_RUN * quantiser.pitch;
         float *const scale = scales + run / 4 * 16 + run % 4;
         const float down = a.d == D && keys >= K_RUN
                                ? quantiser.template run<true>(from, keys, bytes, scale)

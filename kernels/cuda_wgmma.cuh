@@ -83,37 +83,42 @@ template <int N> __device__ __forceinline__ void hold(int (&x)[N][4])
 #define WGMMA_REGS_4(c, n) c(d[n][0]), c(d[n][1]), c(d[n][2]), c(d[n][3])
 #define WGMMA_REGS_16(c, n)                                                                        \
     WGMMA_REGS_4(c, n), WGMMA_REGS_4(c, n + 1), WGMMA_REGS_4(c, n + 2), WGMMA_REGS_4(c, n + 3)
-#define WGMMA_REGS_32(c, n) WGMMA_REGS_16(c, n), WGMMA_REGS_16(c, n + 4)
-#define WGMMA_REGS_36(c) WGMMA_REGS_32(c, 0), WGMMA_REGS_4(c, 8)
-#define WGMMA_REGS_64(c) WGMMA_REGS_32(c, 0), WGMMA_REGS_32(c, 8)
+#define WGMMA_REGS_8_TILES(c, n) WGMMA_REGS_16(c, n), WGMMA_REGS_16(c, n + 4)
+#define WGMMA_REGS_32(c) WGMMA_REGS_8_TILES(c, 0)
+#define WGMMA_REGS_36(c) WGMMA_REGS_8_TILES(c, 0), WGMMA_REGS_4(c, 8)
+#define WGMMA_REGS_64(c) WGMMA_REGS_8_TILES(c, 0), WGMMA_REGS_8_TILES(c, 8)
 #define WGMMA_REGS_68(c) WGMMA_REGS_64(c), WGMMA_REGS_4(c, 16)
 
-/* d = a b (+ d): INT8, 64 x 128 x 32; both have their 32 side by side, in shared memory. */
-#define WGMMA_S8(add, c)                                                                           \
+/* d = a b (+ d): INT8, 64 x 64 or 128 x 32; both have their 32 side by side, in shared memory. */
+#define WGMMA_AB_32 "%32, %33, "
+#define WGMMA_AB_64 "%64, %65, "
+#define WGMMA_S8(n, columns, add, c)                                                               \
     asm volatile("{\n"                                                                             \
                  ".reg .pred add;\n"                                                               \
                  "setp.ne.b32 add, 0, " #add ";\n"                                                 \
-                 "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" WGMMA_64                    \
-                 "}, %64, %65, add;\n"                                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.s8.s8 {" WGMMA_##n          \
+                 "}, " WGMMA_AB_##n "add;\n"                                                       \
                  "}"                                                                               \
-                 : WGMMA_REGS_64(c)                                                                \
+                 : WGMMA_REGS_##n(c)                                                               \
                  : "l"(a), "l"(b))
-
-__device__ __forceinline__ void wgmma_s8(int (&d)[16][4], uint64_t a, uint64_t b)
-{
-    WGMMA_S8(0, "=r");
-}
-
-__device__ __forceinline__ void wgmma_s8_add(int (&d)[16][4], uint64_t a, uint64_t b)
-{
-    WGMMA_S8(1, "+r");
-}
+#define WGMMA_S8_FUNCTIONS(tiles, n, columns)                                                      \
+    __device__ __forceinline__ void wgmma_s8(int(&d)[tiles][4], uint64_t a, uint64_t b)            \
+    {                                                                                              \
+        WGMMA_S8(n, columns, 0, "=r");                                                             \
+    }                                                                                              \
+    __device__ __forceinline__ void wgmma_s8_add(int(&d)[tiles][4], uint64_t a, uint64_t b)        \
+    {                                                                                              \
+        WGMMA_S8(n, columns, 1, "+r");                                                             \
+    }
+WGMMA_S8_FUNCTIONS(8, 32, 64)
+WGMMA_S8_FUNCTIONS(16, 64, 128)
 
 /*
- * d = a b (+ d), 64 x 72 or 136; a in registers. 16 bits: a is 64 x 16, b transposed: it has its
+ * d = a b (+ d), 64 x 72, 128 or 136; a in registers. 16 bits: a is 64 x 16, b transposed: it has its
  * columns side by side. e4m3: a is 64 x 32, b has its 32 side by side.
  */
 #define WGMMA_A_36 "{%36, %37, %38, %39}, %40, "
+#define WGMMA_A_64 "{%64, %65, %66, %67}, %68, "
 #define WGMMA_A_68 "{%68, %69, %70, %71}, %72, "
 #define WGMMA_PV(shape, n, add, c, signs)                                                          \
     asm volatile("{\n"                                                                             \
@@ -145,6 +150,7 @@ __device__ __forceinline__ void wgmma_s8_add(int (&d)[16][4], uint64_t a, uint64
         WGMMA_PV("m64n" #columns "k32.f32.e4m3.e4m3", n, 1, "+f", "1, 1");                         \
     }
 WGMMA_PV_FUNCTIONS(9, 36, 72)
+WGMMA_PV_FUNCTIONS(16, 64, 128)
 WGMMA_PV_FUNCTIONS(17, 68, 136)
 
 /* Registers of the threads of this warpgroup: of those that it was started with, 8 at a time. */

@@ -25,7 +25,7 @@
         KERNEL_TILE_Q(d), KERNEL_TILE_K, 32 * KERNEL_WARPS, KERNEL_SMEM(d, SAGE_KERNEL_##pv))
 #define WGMMA_ROW(d, dtype, pv, feature)                                                           \
     KERNEL_ROW(wgmma, 90, 90, d, dtype, pv, feature, "causal,window,varlen,lse", WGMMA_TILE_Q(d),  \
-               WGMMA_TILE_K, WGMMA_THREADS(d), WGMMA_SMEM(d, SAGE_KERNEL_##pv))
+               WGMMA_TILE_K(d), WGMMA_THREADS(d), WGMMA_SMEM(d, SAGE_KERNEL_##pv))
 
 #define FEW_ROW(d, dtype, rows)                                                                    \
     {"few " #dtype " rows" #rows " d" #d,                                                          \

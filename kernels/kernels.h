@@ -50,8 +50,10 @@
 #define SAGE_KERNELS_SM90(X)                                                                       \
     X(64, f16, fp16, band)                                                                         \
     X(128, f16, fp16, band)                                                                        \
+    X(256, f16, fp16, band)                                                                        \
     X(64, bf16, fp16, band)                                                                        \
     X(128, bf16, fp16, band)                                                                       \
+    X(256, bf16, fp16, band)                                                                       \
     X(64, f16, fp8, band)                                                                          \
     X(128, f16, fp8, band)                                                                         \
     X(64, bf16, fp8, band)                                                                         \
@@ -113,22 +115,22 @@ enum {
  * On Hopper: warpgroups that compute, 64 rows each, and one whose warps fetch; their registers, of
  * those that the block starts with; stages of K and V in shared memory.
  */
-#define WGMMA_TILE_K 128
+#define WGMMA_TILE_K(d) ((d) <= 128 ? 128 : 64)
 #define WGMMA_GROUPS(d) ((d) <= 64 ? 3 : 2)
 #define WGMMA_THREADS(d) (128 * WGMMA_GROUPS(d) + 128)
 #define WGMMA_REGISTERS(d) ((d) <= 64 ? 160 : 232)
 #define WGMMA_FETCH_REGISTERS(d) ((d) <= 64 ? 32 : 40)
 #define WGMMA_TILE_Q(d) (64 * WGMMA_GROUPS(d))
-#define WGMMA_STAGES(d, fp8) ((d) <= 64 || (fp8) ? 4 : 3)
+#define WGMMA_STAGES(d, fp8) ((d) <= 64 || (fp8) ? 4 : (d) <= 128 ? 3 : 2)
 #define WGMMA_ALIGN 1024
 /* K and V, and as many ones as 64 channels of V, or, e4m3, 8 more channels; Q, twice. */
 #define WGMMA_TENSORS(d, fp8)                                                                      \
-    (((fp8) ? WGMMA_STAGES(d, fp8) * WGMMA_TILE_K * (2 * (d) + 8)                                  \
-            : WGMMA_TILE_K * (WGMMA_STAGES(d, fp8) * 3 * (d) + 128)) +                             \
+    (((fp8) ? WGMMA_STAGES(d, fp8) * WGMMA_TILE_K(d) * (2 * (d) + 8)                                  \
+            : WGMMA_TILE_K(d) * (WGMMA_STAGES(d, fp8) * 3 * (d) + 128)) +                             \
      WGMMA_TILE_Q(d) * 3 * (d))
 /* and K's scales, what belongs to Q's rows, means and scales of three tiles; barriers, places */
 #define WGMMA_SMEM(d, fp8)                                                                         \
-    (WGMMA_ALIGN + WGMMA_TENSORS(d, fp8) + WGMMA_STAGES(d, fp8) * WGMMA_TILE_K +                   \
+    (WGMMA_ALIGN + WGMMA_TENSORS(d, fp8) + WGMMA_STAGES(d, fp8) * WGMMA_TILE_K(d) +                   \
      WGMMA_TILE_Q(d) * 8 + ((fp8) ? 36 : 12) * (d) + 896)
 
 /*
