@@ -355,8 +355,8 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
         return;
     }
     a->chunk_keys = ceil_div(ceil_div(a->nk, QUANT_CHUNKS), KERNEL_TILE_K) * KERNEL_TILE_K;
-    if (a->chunk_keys < QUANT_CHUNK)
-        a->chunk_keys = QUANT_CHUNK;
+    if (a->chunk_keys < QUANT_CHUNK(a->d_padded))
+        a->chunk_keys = QUANT_CHUNK(a->d_padded);
     const int tile_q = sage_kernels[index].tile_q;
     a->chunks = space(a, k_offsets, a->nk, a->chunk_keys);
     a->blocks = space(a, k_offsets, a->nk, KERNEL_TILE_K);

@@ -26,7 +26,6 @@
 
 enum {
     QUANT_THREADS = 256,
-    QUANT_CHUNK = 256,                   /* keys of a quantising block, or more: see chunk_keys */
     QUANT_CHUNKS = 64,                   /* and about that many chunks at most in a sequence */
     K_RUN = 16,                          /* keys that have four scales, see cpu.h */
     SPLIT_UNITS = 132,                   /* splits of all tiles, at most, where tiles are split */
@@ -36,6 +35,9 @@ enum {
     FEW_CHUNK = 128,                     /* keys of a block, or more */
     FEW_CHUNKS = 64,                     /* of a tile: one block adds them up */
 };
+
+/* Keys of a quantising block, or more: see chunk_keys. */
+#define QUANT_CHUNK(d) ((d) <= 128 ? 256 : 128)
 
 /* A tensor: address of [0, 0, 0, 0], strides in bytes of the first three dimensions. */
 struct cuda_tensor {

@@ -63,8 +63,8 @@ __device__ __forceinline__ void release(uint64_t &barrier)
 }
 
 /*
- * The thread is done with what is fetched once in a tile. Each tells so for its own reads:
- * compute-sanitizer can follow that.
+ * The thread is done with what it reads by itself, not by products. Each tells so for its own
+ * reads: compute-sanitizer can follow that.
  */
 __device__ inline void leave(uint64_t &barrier)
 {
@@ -208,12 +208,12 @@ template <int D, bool FP8> struct wgmma_memory {
         for (int i = 0; i < STAGES; i++) {
             init(k_full[i], 1);
             init(v_full[i], 1);
-            init(k_empty[i], WARPS);
+            init(k_empty[i], 32 * WARPS); /* see leave() */
             init(v_empty[i], WARPS);
         }
         for (int i = 0; i < WGMMA_TILES; i++) {
             init(tile_full[i], 1);
-            init(tile_empty[i], 32 * (WARPS + 2)); /* see leave() */
+            init(tile_empty[i], 32 * (WARPS + 2));
         }
         init(q_full, 32);
         init(q_empty, 32 * WARPS);
@@ -638,7 +638,7 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
 
         load_factors(c, stage);
         scale(x, c, {coarse ? 0 : r.reference(r.top[0][0]), coarse ? 0 : r.reference(r.top[0][1])});
-        release(m.k_empty[stage]);
+        leave(m.k_empty[stage]);
         r.hide(x.p, key0);
         if (coarse) {
             moved = r.follow(x.p, decay);
@@ -688,7 +688,7 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         factors c;
 
         load_factors(c, stage);
-        release(m.k_empty[stage]);
+        leave(m.k_empty[stage]);
         if (all) {
             follow(x, c);
         } else {
@@ -801,7 +801,7 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
             turn_wait(group);
             turn_over(group);
             wait(m.k_full[at.stage], at.parity);
-            release(m.k_empty[at.stage]);
+            leave(m.k_empty[at.stage]);
             wait(m.v_full[at.stage], at.parity);
             release(m.v_empty[at.stage]);
         }

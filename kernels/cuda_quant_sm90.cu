@@ -18,7 +18,7 @@ namespace
 {
 
 enum {
-    CLUSTER_ROWS = 64 << 10, /* bytes of rows that a block holds: three blocks on a processor */
+    CLUSTER_ROWS = 64 << 10, /* bytes of rows that a block holds; three blocks on a processor */
     CLUSTER_MOST = 16,       /* blocks */
 };
 
@@ -76,7 +76,7 @@ struct cluster_sums {
 
 /* What a block has besides its rows. SUM_V ... MAX_V of V are in rows 0 ... 2, as K's SUM_K is. */
 template <int D> struct cluster_memory {
-    static constexpr int CHUNKS = CLUSTER_ROWS / (QUANT_CHUNK * 2 * D);
+    static constexpr int CHUNKS = CLUSTER_ROWS / (QUANT_CHUNK(D) * 2 * D);
     room shared;
     float sums[CHUNKS][3][D];
     union {
@@ -150,7 +150,8 @@ __global__ void __launch_bounds__(QUANT_THREADS, 3)
 }
 
 #define CLUSTER_KERNELS(X)                                                                         \
-    X(64, false) X(96, false) X(128, false) X(64, true) X(96, true) X(128, true)
+    X(64, false) X(96, false) X(128, false) X(192, false) X(256, false)                            \
+    X(64, true) X(96, true) X(128, true) X(192, true) X(256, true)
 
 /* Clusters of more than 8 blocks are not everywhere: there may be few processors side by side. */
 template <int D, bool BF16> cudaError_t load(unsigned *most)
