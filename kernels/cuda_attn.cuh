@@ -58,13 +58,25 @@ struct tile {
     bool there;
 };
 
+/*
+ * The tiles of a head and batch are taken last rows first: the longest, if causal. Then also from
+ * several of them in turn, so that what is left at a launch's end is short: four tiles or so of
+ * each processor, whose K and V are in the L2 cache.
+ */
+constexpr unsigned TILES_TOGETHER = 512;
+
 /* Tile number `index`, to shared memory; there are only launches whose tiles all fit 31 bits. */
 __device__ inline void find_tile(const cuda_args &a, int tile_q, unsigned index, tile &t)
 {
-    const unsigned total = static_cast<unsigned>(a.tiles.total), head = index / total;
-    const unsigned q_heads = static_cast<unsigned>(a.n_q_heads);
-    /* last rows first: the longest, if causal */
-    const int64_t n = total - 1 - index % total;
+    const unsigned total = static_cast<unsigned>(a.tiles.total);
+    const unsigned each = a.tiles.each ? static_cast<unsigned>(a.tiles.each) : total;
+    const unsigned batches = total / each, q_heads = static_cast<unsigned>(a.n_q_heads);
+    /* of all columns, heads and their batches, those that this tile is taken together with */
+    const unsigned most = a.high < a.nk ? (TILES_TOGETHER + each - 1) / each : 1;
+    const unsigned before = index / (most * each) * most, left = a.n_tiles / each - before;
+    const unsigned together = left < most ? left : most, place = index - before * each;
+    const unsigned column = before + place % together, head = column / batches;
+    const int64_t n = column % batches * each + each - 1 - place / together;
     const bool rows = a.n_rows >= 0;
 
     const int64_t s = rows ? a.seq : space_find(a, a.tiles, a.q_offsets, a.q_first, tile_q, n);
@@ -434,6 +446,12 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
             }
         moves = __any_sync(~0u, none);
         return true;
+    }
+
+    /* m is what raise() has found: from here on follow_from_top() moves it. */
+    __device__ void settle()
+    {
+        moves = __any_sync(~0u, top[0][0] == -INFINITY || top[0][1] == -INFINITY);
     }
 
     /* m is at least `most`, of this lane's columns; O and the sum of P go by `decay`. */

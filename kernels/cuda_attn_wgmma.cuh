@@ -627,39 +627,8 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
     }
 
     /*
-     * S to P, 16 bits; true if m moved: O has to be rescaled by `decay`, which is 1 otherwise.
-     * before_pack() is called before P takes the place of the last one.
-     */
-    template <typename BeforePack>
-    __device__ bool softmax_16(scores &x, int stage, int key0, BeforePack before_pack)
-    {
-        factors c;
-        bool moved;
-
-        load_factors(c, stage);
-        scale(x, c, {coarse ? 0 : r.reference(r.top[0][0]), coarse ? 0 : r.reference(r.top[0][1])});
-        leave(m.k_empty[stage]);
-        r.hide(x.p, key0);
-        if (coarse) {
-            moved = r.follow(x.p, decay);
-        } else {
-            decay[0][0] = decay[0][1] = 1;
-            moved = r.follow_from_top(x.p, decay);
-        }
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
-            exponentiate(x, n);
-        add_up(x.p[0]);
-        before_pack();
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
-            pack(x, n);
-        return moved;
-    }
-
-    /*
-     * e4m3: m is always the largest score so far. Where all rows see all keys it is found from the
-     * integers: a run's largest has the run's largest score.
+     * m becomes the largest score so far, found from the integers, which all rows have to see: a
+     * run's largest has the run's largest score.
      */
     __device__ void follow(const scores &x, const factors &c)
     {
@@ -678,9 +647,63 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         r.raise(most, decay[0]);
     }
 
+    /* The first tile's S to P, 16 bits. */
+    __device__ void begin_softmax_16(scores &x, int stage, int key0)
+    {
+        if (!__all_sync(~0u, !coarse && r.all_see(key0))) {
+            softmax_16(x, stage, key0, [] {});
+            return;
+        }
+        factors c;
+        load_factors(c, stage);
+        leave(m.k_empty[stage]);
+        follow(x, c);
+        r.settle();
+        scale(x, c, {r.reference(r.top[0][0]), r.reference(r.top[0][1])});
+        exponentiate_and_pack(x, [] {});
+    }
+
+    /* before_pack() is called before P takes the place of the last one. */
+    template <typename BeforePack>
+    __device__ void exponentiate_and_pack(scores &x, BeforePack before_pack)
+    {
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+            exponentiate(x, n);
+        add_up(x.p[0]);
+        before_pack();
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+            pack(x, n);
+    }
+
     /*
-     * S to 2^8 P. The warpgroups exponentiate one after the other: if two did so at the same time
-     * both would take twice as long, with nothing left to be done beside.
+     * S to P, 16 bits; true if m moved: O has to be rescaled by `decay`, which is 1 otherwise.
+     */
+    template <typename BeforePack>
+    __device__ bool softmax_16(scores &x, int stage, int key0, BeforePack before_pack)
+    {
+        factors c;
+        bool moved;
+
+        load_factors(c, stage);
+        scale(x, c, {coarse ? 0 : r.reference(r.top[0][0]), coarse ? 0 : r.reference(r.top[0][1])});
+        leave(m.k_empty[stage]);
+        r.hide(x.p, key0);
+        if (coarse) {
+            moved = r.follow(x.p, decay);
+        } else {
+            decay[0][0] = decay[0][1] = 1;
+            moved = r.follow_from_top(x.p, decay);
+        }
+        exponentiate_and_pack(x, before_pack);
+        return moved;
+    }
+
+    /*
+     * S to 2^8 P; m is always the largest score so far. The warpgroups exponentiate one after the
+     * other: if two did so at the same time both would take twice as long, with nothing left to be
+     * done beside.
      */
     __device__ void softmax_8(scores &x, int stage, int key0)
     {
@@ -750,7 +773,7 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         if constexpr (FP8)
             softmax_8(x, at.stage, key0);
         else
-            softmax_16(x, at.stage, key0, [] {});
+            begin_softmax_16(x, at.stage, key0);
 #pragma unroll 1
         for (key0 += KEYS; key0 < end; key0 += KEYS) {
             const ring_place<STAGES> before = at;
