@@ -640,8 +640,8 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
                       sage_kernels[index].min_sm % 10, gpu.sm / 10, gpu.sm % 10, gpu.code / 10,
                       gpu.code % 10);
     const int few = find_few(attn), special = few >= 0 ? few : find_kernel(attn, gpu.sm);
-    const bool wgmma =
-        is_wgmma(special) && kernel(special)->function && (fp8 || map_v(attn, sage_kernels[special].tile_k, &v_map));
+    const bool wgmma = is_wgmma(special) && kernel(special)->function &&
+                       (fp8 || map_v(attn, sage_kernels[special].tile_k, &v_map));
     if (few >= 0 || wgmma)
         index = special;
     describe(attn, &p, index, gpu.processors, &a);

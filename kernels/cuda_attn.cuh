@@ -159,9 +159,9 @@ __device__ __forceinline__ void quantise_q(const cuda_args &a, const tile &t, in
         unpack_16<BF16>(x, raw[0]);
         unpack_16<BF16>(x + 8, raw[1]);
         if (column < D)
-            *reinterpret_cast<uint4 *>(
-                q8 + (SHARED ? swizzled_place<D>(r, column, WGMMA_TILE_Q(D) * 128)
-                             : r * KERNEL_PITCH(D) + column)) =
+            *reinterpret_cast<uint4 *>(q8 +
+                                       (SHARED ? swizzled_place<D>(r, column, WGMMA_TILE_Q(D) * 128)
+                                               : r * KERNEL_PITCH(D) + column)) =
                 make_uint4(to_bytes(x, up), to_bytes(x + 4, up), to_bytes(x + 8, up),
                            to_bytes(x + 12, up));
         if (column == 0)

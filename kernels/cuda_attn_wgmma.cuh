@@ -345,8 +345,7 @@ template <int D, bool FP8> struct wgmma_fetch {
                                       static_cast<int32_t>(t.kv_head),
                                       static_cast<int32_t>(t.seq.batch)};
             cp_async_bulk_tensor(space_cluster, space_global,
-                                 m.tensors + layout::v_unit(stage, unit),
-                                 &a.v_map, where, full);
+                                 m.tensors + layout::v_unit(stage, unit), &a.v_map, where, full);
         }
     }
 

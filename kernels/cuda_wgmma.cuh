@@ -98,7 +98,7 @@ template <int N> __device__ __forceinline__ void hold(int (&x)[N][4])
                  "setp.ne.b32 add, 0, " #add ";\n"                                                 \
                  "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.s8.s8 {" WGMMA_##n          \
                  "}, " WGMMA_AB_##n "add;\n"                                                       \
-                 "}"                                                                               \
+                                    "}"                                                            \
                  : WGMMA_REGS_##n(c)                                                               \
                  : "l"(a), "l"(b))
 #define WGMMA_S8_FUNCTIONS(tiles, n, columns)                                                      \
@@ -114,8 +114,8 @@ WGMMA_S8_FUNCTIONS(8, 32, 64)
 WGMMA_S8_FUNCTIONS(16, 64, 128)
 
 /*
- * d = a b (+ d), 64 x 72, 128 or 136; a in registers. 16 bits: a is 64 x 16, b transposed: it has its
- * columns side by side. e4m3: a is 64 x 32, b has its 32 side by side.
+ * d = a b (+ d), 64 x 72, 128 or 136; a in registers. 16 bits: a is 64 x 16, b transposed: it has
+ * its columns side by side. e4m3: a is 64 x 32, b has its 32 side by side.
  */
 #define WGMMA_A_36 "{%36, %37, %38, %39}, %40, "
 #define WGMMA_A_64 "{%64, %65, %66, %67}, %68, "

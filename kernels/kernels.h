@@ -125,12 +125,12 @@ enum {
 #define WGMMA_ALIGN 1024
 /* K and V, and as many ones as 64 channels of V, or, e4m3, 8 more channels; Q, twice. */
 #define WGMMA_TENSORS(d, fp8)                                                                      \
-    (((fp8) ? WGMMA_STAGES(d, fp8) * WGMMA_TILE_K(d) * (2 * (d) + 8)                                  \
-            : WGMMA_TILE_K(d) * (WGMMA_STAGES(d, fp8) * 3 * (d) + 128)) +                             \
+    (((fp8) ? WGMMA_STAGES(d, fp8) * WGMMA_TILE_K(d) * (2 * (d) + 8)                               \
+            : WGMMA_TILE_K(d) * (WGMMA_STAGES(d, fp8) * 3 * (d) + 128)) +                          \
      WGMMA_TILE_Q(d) * 3 * (d))
 /* and K's scales, what belongs to Q's rows, means and scales of three tiles; barriers, places */
 #define WGMMA_SMEM(d, fp8)                                                                         \
-    (WGMMA_ALIGN + WGMMA_TENSORS(d, fp8) + WGMMA_STAGES(d, fp8) * WGMMA_TILE_K(d) +                   \
+    (WGMMA_ALIGN + WGMMA_TENSORS(d, fp8) + WGMMA_STAGES(d, fp8) * WGMMA_TILE_K(d) +                \
      WGMMA_TILE_Q(d) * 8 + ((fp8) ? 36 : 12) * (d) + 896)
 
 /*
