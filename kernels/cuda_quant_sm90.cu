@@ -149,10 +149,8 @@ __global__ void __launch_bounds__(QUANT_THREADS, 3)
 #endif
 }
 
-#define CLUSTER_KERNELS(X)                                                                         \
-    X(64, false)                                                                                   \
-    X(96, false) X(128, false) X(192, false) X(256, false) X(64, true) X(96, true) X(128, true)    \
-        X(192, true) X(256, true)
+#define CLUSTER_DIMS(X, bf16) X(64, bf16) X(96, bf16) X(128, bf16) X(192, bf16) X(256, bf16)
+#define CLUSTER_KERNELS(X) CLUSTER_DIMS(X, false) CLUSTER_DIMS(X, true)
 
 /* Clusters of more than 8 blocks are not everywhere: there may be few processors side by side. */
 template <int D, bool BF16> cudaError_t load(unsigned *most)
