@@ -352,9 +352,9 @@ static void make_keys(struct sage_attn *host, const struct sage_attn *a, struct 
 {
     const size_t tile = TILE * DIM * 2;
 
-    fill(host->q.data, HEADS, DIM, rng);
-    fill(host->k.data, TILE, DIM, rng);
-    fill(host->v.data, TILE, DIM, rng);
+    fill(host->q.data, HEADS, DIM, Q_POOL, rng);
+    fill(host->k.data, TILE, DIM, KV_POOL, rng);
+    fill(host->v.data, TILE, DIM, KV_POOL, rng);
     upload(&a->q, &host->q);
     MUST(cudaMemcpy(a->k.data, host->k.data, tile, cudaMemcpyHostToDevice));
     MUST(cudaMemcpy(a->v.data, host->v.data, tile, cudaMemcpyHostToDevice));
