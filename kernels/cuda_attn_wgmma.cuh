@@ -71,6 +71,13 @@ __device__ inline void leave(uint64_t &barrier)
     cuda::ptx::mbarrier_arrive(&barrier);
 }
 
+/* Shared memory, by the whole block. */
+__device__ inline void fill_words(char *to, int bytes, uint32_t word)
+{
+    for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x)
+        reinterpret_cast<uint32_t *>(to)[i] = word;
+}
+
 constexpr int WGMMA_TILES = 3; /* that are found: the one that is worked on, and what comes then */
 
 /*
@@ -112,10 +119,7 @@ template <int D, bool FP8> struct wgmma_layout {
     }
     __device__ static void fill_ones(char *memory, bool bf16)
     {
-        auto *to = reinterpret_cast<uint32_t *>(memory + ONES);
-
-        for (int i = threadIdx.x; i < UNIT / 4; i += blockDim.x)
-            to[i] = bf16 ? 0x3f803f80u : 0x3c003c00u;
+        fill_words(memory + ONES, UNIT, bf16 ? 0x3f803f80u : 0x3c003c00u);
     }
 };
 
@@ -146,10 +150,7 @@ template <> struct wgmma_layout<256, false> {
     }
     __device__ static void fill_ones(char *memory, bool bf16)
     {
-        auto *to = reinterpret_cast<uint32_t *>(memory + ONES);
-
-        for (int i = threadIdx.x; i < UNIT / 4; i += blockDim.x)
-            to[i] = bf16 ? 0x3f803f80u : 0x3c003c00u;
+        fill_words(memory + ONES, UNIT, bf16 ? 0x3f803f80u : 0x3c003c00u);
     }
 };
 
