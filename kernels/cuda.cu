@@ -499,8 +499,8 @@ void fill(const struct sage_attn *attn, const struct layout *at, char *workspace
 }
 
 /*
- * V as wgmma kernels fetch it: tile_k keys of 64 channels, zeros beyond the end. False where
- * it cannot be described so.
+ * V as wgmma kernels fetch it: tile_k keys of 64 channels, zeros beyond the end. False where it
+ * cannot be described so.
  */
 bool map_v(const struct sage_attn *attn, int tile_k, CUtensorMap *map)
 {

@@ -228,13 +228,13 @@ template <int BYTES> __device__ constexpr int row_swizzle(int i)
     return BYTES == 64 ? i / 2 % 4 * 16 : i % 8 * 16;
 }
 
-/*
- * Where byte `column` of row i of D bytes lies if it is `swizzled`. Rows of more than 128 bytes are
- * in panels of 128, `panel` bytes apart.
- */
+/* Rows of D bytes, `swizzled`: those of more than 128 are in panels of 128. */
+template <int D> constexpr int SWIZZLED_ROW = D < 128 ? D : 128;
+
+/* Where byte `column` of row i lies then; panels are `panel` bytes apart. */
 template <int D> __device__ constexpr int swizzled_place(int i, int column, int panel)
 {
-    constexpr int ROW = D < 128 ? D : 128;
+    constexpr int ROW = SWIZZLED_ROW<D>;
 
     return column / ROW * panel + i * ROW + (column % ROW ^ row_swizzle<ROW>(i));
 }

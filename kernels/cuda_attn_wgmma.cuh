@@ -194,7 +194,7 @@ template <int D, bool FP8> struct wgmma_memory {
 
     __device__ int8_t *q8(int row)
     {
-        return reinterpret_cast<int8_t *>(tensors + layout::Q8 + row * (D < 128 ? D : 128));
+        return reinterpret_cast<int8_t *>(tensors + layout::Q8 + row * SWIZZLED_ROW<D>);
     }
     __device__ char *q16(int row)
     {
@@ -481,7 +481,7 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
     /* S begins. */
     __device__ void begin_scores(scores &x, int stage) const
     {
-        constexpr int ROW = D < 128 ? D : 128, STEPS = ROW / 32; /* of a panel */
+        constexpr int ROW = SWIZZLED_ROW<D>, STEPS = ROW / 32; /* of a panel */
         const uint64_t q = matrix_at(shared_address(m.q8(64 * group)), ROW, 8 * ROW, 0);
         const uint64_t k = matrix_at(shared_address(m.tensors) + layout::k(stage), ROW, 8 * ROW, 0);
 
@@ -627,8 +627,8 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
     }
 
     /*
-     * m becomes the largest score so far, found from the integers, which all rows have to see: a
-     * run's largest has the run's largest score.
+     * m becomes the largest score so far, found from the integers: a run's largest has the run's
+     * largest score. For tiles of which all rows see all keys.
      */
     __device__ void follow(const scores &x, const factors &c)
     {

@@ -319,7 +319,7 @@ template <int D, bool BF16> struct k_quantiser {
     __device__ k_quantiser(const cuda_args &args, const k_channels<D> &ch)
         : a(args), vector(threadIdx.x % 32 / GROUPS),
           key0(2 * (threadIdx.x / 32 % WARPS + threadIdx.x % GROUPS * WARPS)),
-          pitch(D > 128 && a.swizzled ? 128 : D)
+          pitch(a.swizzled ? SWIZZLED_ROW<D> : D)
     {
 #pragma unroll
         for (int i = 0; i < 2; i++)
