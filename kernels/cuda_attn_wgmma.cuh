@@ -599,6 +599,34 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
             x.p[0][n][e] = exp2_fast(x.p[0][n][e]);
     }
 
+    /*
+     * Integers to P before rounding, relative to `top`; done(n) is called for each tile of 8 keys,
+     * in order, when its P is there. Exponentials take longest, so they are to be among all else; the
+     * assembler would put them last. Therefore `top` follows from the last tile's P, times zero.
+     */
+    template <typename Done>
+    __device__ void exponentiate(scores &x, const factors &c, float (&top)[2], Done done)
+    {
+        constexpr int N = KEYS / 8, AHEAD = 2;
+
+#pragma unroll
+        for (int n = 0; n < AHEAD; n++)
+            scale(x, n, c, top);
+#pragma unroll
+        for (int n = 0; n < N + AHEAD; n++) {
+            if (n < N)
+                exponentiate(x, n);
+            if (n > 0 && n + AHEAD < N) {
+                top[0] = fmaf(x.p[0][n - 1][0], 0, top[0]);
+                top[1] = fmaf(x.p[0][n - 1][2], 0, top[1]);
+            }
+            if (n + AHEAD < N)
+                scale(x, n + AHEAD, c, top);
+            if (n >= AHEAD)
+                done(n - AHEAD);
+        }
+    }
+
     /* For lse: P before rounding. */
     __device__ void add_up(const float (&p)[KEYS / 8][4])
     {
@@ -647,56 +675,67 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         r.raise(most, decay[0]);
     }
 
-    /* The first tile's S to P, 16 bits. */
-    __device__ void begin_softmax_16(scores &x, int stage, int key0)
+    /*
+     * None of this lane's scores is above m by more than P has room for, going by the largest
+     * integer and the largest scale. For tiles of which all rows see all keys.
+     */
+    __device__ bool near(const scores &x, const factors &c) const
     {
-        if (!__all_sync(~0u, !coarse && r.all_see(key0))) {
-            softmax_16(x, stage, key0, [] {});
-            return;
-        }
-        factors c;
-        load_factors(c, stage);
-        leave(m.k_empty[stage]);
-        follow(x, c);
-        r.settle();
-        scale(x, c, {r.reference(r.top[0][0]), r.reference(r.top[0][1])});
-        exponentiate_and_pack(x, [] {});
-    }
+        constexpr float MOST = 15; /* binary16 ends at 2^16 */
+        bool is = true;
 
-    /* before_pack() is called before P takes the place of the last one. */
-    template <typename BeforePack>
-    __device__ void exponentiate_and_pack(scores &x, BeforePack before_pack)
-    {
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
-            exponentiate(x, n);
-        add_up(x.p[0]);
-        before_pack();
+        for (int half = 0; half < 2; half++) {
+            int top[2] = {0, 0}; /* two: no long chain */
+            float scale = c[half][0];
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
-            pack(x, n);
+            for (int n = 0; n < KEYS / 8; n++)
+                top[n % 2] = max(max(top[n % 2], x.s[n][2 * half]), x.s[n][2 * half + 1]);
+#pragma unroll
+            for (int run = 1; run < KEYS / 16; run++)
+                scale = fmaxf(scale, c[half][run]);
+            const float most = static_cast<float>(max(top[0], top[1])) * scale;
+            is &= most - r.top[0][half] <= MOST;
+        }
+        return is;
     }
 
     /*
      * S to P, 16 bits; true if m moved: O has to be rescaled by `decay`, which is 1 otherwise.
+     * before_pack() is called before P takes the place of the last one. `INTEGERS`: where all rows
+     * see all keys it is these that tell whether m moves, so that exponentials can begin at once.
      */
-    template <typename BeforePack>
+    template <bool INTEGERS, typename BeforePack>
     __device__ bool softmax_16(scores &x, int stage, int key0, BeforePack before_pack)
     {
         factors c;
         bool moved;
 
         load_factors(c, stage);
-        scale(x, c, {coarse ? 0 : r.reference(r.top[0][0]), coarse ? 0 : r.reference(r.top[0][1])});
         leave(m.k_empty[stage]);
-        r.hide(x.p, key0);
-        if (coarse) {
-            moved = r.follow(x.p, decay);
+        decay[0][0] = decay[0][1] = 1;
+        if (INTEGERS && __all_sync(~0u, !coarse && r.all_see(key0))) {
+            moved = !__all_sync(~0u, !r.moves && near(x, c));
+            if (moved) {
+                follow(x, c);
+                r.settle();
+            }
+            float top[2] = {r.reference(r.top[0][0]), r.reference(r.top[0][1])};
+            exponentiate(x, c, top, [](int) {});
         } else {
-            decay[0][0] = decay[0][1] = 1;
-            moved = r.follow_from_top(x.p, decay);
+            scale(x, c,
+                  {coarse ? 0 : r.reference(r.top[0][0]), coarse ? 0 : r.reference(r.top[0][1])});
+            r.hide(x.p, key0);
+            moved = coarse ? r.follow(x.p, decay) : r.follow_from_top(x.p, decay);
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+                exponentiate(x, n);
         }
-        exponentiate_and_pack(x, before_pack);
+        add_up(x.p[0]);
+        before_pack();
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+            pack(x, n);
         return moved;
     }
 
@@ -722,16 +761,8 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         turn_wait(group);
         if (all) {
             /* in this order: the unit for exponentials, the slowest, has something to do always */
-            const float top[2] = {r.reference(r.top[0][0]), r.reference(r.top[0][1])};
-            scale(x, 0, c, top);
-            scale(x, 1, c, top);
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
-                exponentiate(x, n);
-                if (n + 2 < KEYS / 8)
-                    scale(x, n + 2, c, top);
-                pack(x, n);
-            }
+            float top[2] = {r.reference(r.top[0][0]), r.reference(r.top[0][1])};
+            exponentiate(x, c, top, [&](int n) { pack(x, n); });
         } else {
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
@@ -773,7 +804,7 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         if constexpr (FP8)
             softmax_8(x, at.stage, key0);
         else
-            begin_softmax_16(x, at.stage, key0);
+            softmax_16<true>(x, at.stage, key0, [] {});
 #pragma unroll 1
         for (key0 += KEYS; key0 < end; key0 += KEYS) {
             const ring_place<STAGES> before = at;
@@ -802,7 +833,7 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
                 begin_values(pv, before.stage);
                 wgmma_wait<1>();
                 hold(x.s);
-                const bool moved = softmax_16(x, at.stage, key0, [&] {
+                const bool moved = softmax_16<(D > 64)>(x, at.stage, key0, [&] {
                     wgmma_wait<0>();
                     end_values(pv, before.stage);
                 });
