@@ -356,17 +356,22 @@ static void start(struct stream *s, struct piece *piece)
 {
     struct graph *graph = graph_take(s->graphs, piece);
     struct sage_cuda_stamp *stamp = graph ? graph->stamp : &s->stamps[s->in % STREAM_DEPTH];
+    const bool alone = s->in == s->out;
     char why[PROTO_TEXT_MAX] = "";
+    int rc = 0;
 
     s->ring[s->in++ % STREAM_DEPTH] = (struct started){piece, stamp, graph};
     piece->status = 0;
     prepare(stamp, piece);
-    if (graph && launch_graph(s, piece, graph, why))
+    if (!graph || !launch_graph(s, piece, graph, why)) {
+        prepare(stamp, piece);
+        rc = launch(s, piece, stamp, why);
+    }
+    if (!rc && !piece->status) {
+        if (piece->remote && alone) /* among many, it would cost more time than it saves */
+            share_ring(s->device, s->cuda);
         return;
-    prepare(stamp, piece);
-    int rc = launch(s, piece, stamp, why);
-    if (!rc && !piece->status)
-        return;
+    }
     piece->remote = NULL;
     cudaError_t last = cudaGetLastError(); /* or the next launch would be told of it */
     if (piece->status)

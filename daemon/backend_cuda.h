@@ -27,7 +27,8 @@
     X(cuMemMap, PFN_cuMemMap_v10020)                                                               \
     X(cuMemRelease, PFN_cuMemRelease_v10020)                                                       \
     X(cuMemSetAccess, PFN_cuMemSetAccess_v10020)                                                   \
-    X(cuMemUnmap, PFN_cuMemUnmap_v10020)
+    X(cuMemUnmap, PFN_cuMemUnmap_v10020)                                                           \
+    X(cuStreamWriteValue32, PFN_cuStreamWriteValue32_v11070)
 
 /* cuda.h makes macros of some of these names, so members are called otherwise. */
 struct cuda_driver {
@@ -60,6 +61,7 @@ struct device {
     struct graph nothing; /* on `probe`; without exec: there is none */
     int lost;             /* cudaError_t it was lost by, or 0. Any thread, atomically; stays */
     bool releases;        /* kernels can store words in pages of clients */
+    uint32_t *bell;       /* device memory, see share_ring(); NULL: it is of no use. Owned */
     int mps;              /* kernels of other processes can run beside ours */
     int64_t clock_ns;     /* CLOCK_MONOTONIC - %globaltimer; INT64_MAX: not known */
     struct cuda_driver cu;
@@ -108,6 +110,8 @@ int share_map(struct device *d, const struct mapping *what, void **base, uint64_
 void share_unmap(struct device *d, const struct mapping *what, void *base, uint64_t size);
 int share_page_open(struct device *d, struct sage_page *page, struct sage_page **remote, char *why);
 void share_page_close(struct device *d, struct sage_page *page);
+/* Behind what a stream has stored in a page: let the hardware look at once who waits for it. */
+void share_ring(struct device *d, cudaStream_t stream);
 int share_event_open(struct device *d, const uint8_t handle[PROTO_HANDLE_MAX], void **event,
                      char *why);
 void share_event_close(struct device *d, void *event);

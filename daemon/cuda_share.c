@@ -271,6 +271,35 @@ static bool can_release(struct device *d)
     return can;
 }
 
+/*
+ * The hardware looks at a word that a stream waits for about every 8 us, or at once when a stream
+ * of any process has stored a word itself: what kernels store it is not told of. So behind the
+ * kernel that stores a release comes a store that nobody reads. See docs/decisions.md.
+ */
+void share_ring(struct device *d, cudaStream_t stream)
+{
+    if (d->bell)
+        d->cu.p_cuStreamWriteValue32(stream, (CUdeviceptr)d->bell, 0, 0);
+}
+
+/* Without MPS the waiting stream is not on the device, so there is nobody to be told. */
+static void bell_open(struct device *d)
+{
+    if (!d->mps || !d->releases)
+        return;
+    int rc = cudaMalloc((void **)&d->bell, sizeof(*d->bell));
+    if (!rc)
+        rc = (int)d->cu.p_cuStreamWriteValue32(d->probe, (CUdeviceptr)d->bell, 0, 0);
+    if (!rc)
+        rc = cudaStreamSynchronize(d->probe);
+    if (!rc)
+        return;
+    log_warning("bell", "error=%d reason=\"streams cannot store words, clients wait longer\"", rc);
+    cudaFree(d->bell);
+    cudaGetLastError();
+    d->bell = NULL;
+}
+
 int share_page_open(struct device *d, struct sage_page *page, struct sage_page **remote, char *why)
 {
     const char *what = "cudaSetDevice";
@@ -460,6 +489,7 @@ int share_open(struct device *d, char *why)
     d->releases = can_release(d);
     if (!d->releases)
         log_warning("release", "by=cpu reason=\"kernels cannot store words in clients' pages\"");
+    bell_open(d);
     d->completions = calloc(COMPLETIONS_MAX, sizeof(d->completions[0]));
     if (!d->completions)
         return SAGE_ENOMEM;
@@ -479,4 +509,6 @@ void share_close(struct device *d)
         free(d->completions[i]);
     }
     free(d->completions);
+    if (d->bell)
+        cudaFree(d->bell);
 }

@@ -813,6 +813,7 @@ def lanes(env):
         assert said["error"] < BOUNDS["int8_fp16"], said
         assert said["full_ms"] < 200, f"63 jobs fit a lane, and yet the call waited: {said}"
         assert said["took_ms"] > 200, f"it did not wait with a full lane: {said}"
+        assert "event=bell" not in d.log(), "streams cannot store words"
         idle(d)
     with daemon(env, slot_bytes="16M") as d:
         print(f"    refused: {run_child('refused', d.path, env=env)}")
