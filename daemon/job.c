@@ -247,7 +247,8 @@ static void accept_job(struct session *s, struct job *job, bool streamed)
         if (job->buffers[i])
             buffer_ref(job->buffers[i]);
     TAILQ_INSERT_TAIL(&s->lanes[job->lane].jobs, job, lane_link);
-    s->n_jobs++;
+    if (s->n_jobs++ == 0)
+        watch_rested(s);
     s->user->n_jobs++;
     s->n_pledged += job->by_event;
     s->mode = streamed ? "lane" : job->by_event ? "event" : s->daemon->backend->client_mode;
@@ -474,7 +475,8 @@ static void job_free(struct job *job)
         if (job->buffers[i])
             buffer_unref(job->buffers[i]);
     TAILQ_REMOVE(&lane->jobs, job, lane_link);
-    s->n_jobs--;
+    if (--s->n_jobs == 0)
+        watch_rest(s);
     s->user->n_jobs--;
     s->n_pledged -= job->by_event;
     uint32_t lane_index = job->lane;

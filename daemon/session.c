@@ -291,6 +291,7 @@ void session_close(struct session *s, const char *reason)
               "client=%llu pid=%d name=\"%s\" done=%llu reason=\"%s\"", (unsigned long long)s->id,
               (int)s->pid, s->name, (unsigned long long)s->done, reason);
     s->closing = true;
+    watch_rested(s);
     TAILQ_REMOVE(&d->sessions, s, link);
     TAILQ_INSERT_TAIL(&d->closing, s, link);
     d->n_sessions--;

@@ -76,8 +76,12 @@ struct session {
     TAILQ_HEAD(, job) ready; /* runnable jobs; owned by their lanes */
     unsigned n_jobs;         /* in lanes */
     unsigned n_running;      /* of these, in slots */
-    double deficit_ns;       /* device time that may still be used before it is another's turn */
-    bool active;             /* in sched.active */
+    uint64_t rest_since_ns;  /* it has no jobs since then; 0: it has never had any */
+    uint64_t rest_ns;        /* how long it had none the last time; 0: it always had some */
+    bool resting;            /* in watch.resting */
+    TAILQ_ENTRY(session) rest_link;
+    double deficit_ns; /* device time that may still be used before it is another's turn */
+    bool active;       /* in sched.active */
     TAILQ_ENTRY(session) active_link;
     uint64_t done, failed, run_ns;
     double ops;

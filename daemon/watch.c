@@ -21,6 +21,7 @@ enum {
     DELAY_MAX_NS = 2000 * 1000,
     MARGIN_MIN_NS = 100 * 1000,
     MARGIN_MAX_NS = 250 * 1000,
+    REST_MAX_NS = 100 * 1000 * 1000, /* after longer ones half a millisecond is not worth it */
 };
 
 static void on_hot(uv_idle_t *handle)
@@ -44,6 +45,7 @@ int watch_init(struct daemon *d)
     struct watch *w = &d->watch;
 
     TAILQ_INIT(&w->jobs);
+    TAILQ_INIT(&w->resting);
     w->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
     if (w->timer_fd < 0)
         return -errno;
@@ -72,6 +74,30 @@ void watch_remove(struct daemon *d, struct job *job)
     TAILQ_REMOVE(&d->watch.jobs, job, watch_link);
 }
 
+static void stop_resting(struct session *s)
+{
+    if (!s->resting)
+        return;
+    s->resting = false;
+    TAILQ_REMOVE(&s->daemon->watch.resting, s, rest_link);
+}
+
+void watch_rest(struct session *s)
+{
+    s->rest_since_ns = daemon_now();
+    if (s->closing || !s->rest_ns || s->rest_ns > REST_MAX_NS)
+        return;
+    s->resting = true;
+    TAILQ_INSERT_TAIL(&s->daemon->watch.resting, s, rest_link);
+}
+
+void watch_rested(struct session *s)
+{
+    if (s->rest_since_ns)
+        s->rest_ns = daemon_now() - s->rest_since_ns;
+    stop_resting(s);
+}
+
 void watch_stir(struct daemon *d)
 {
     d->watch.hot_until_ns = daemon_now() + HOT_NS;
@@ -96,20 +122,46 @@ static uint64_t clamp(uint64_t x, uint64_t least, uint64_t most)
 }
 
 /*
+ * What took `gap` the last time has lasted for `age` now: it should end in so many ns, 0 where that
+ * may be any moment; UINT64_MAX: it takes longer this time.
+ */
+static uint64_t due_in(uint64_t age, uint64_t gap)
+{
+    uint64_t margin = clamp(gap / 16, MARGIN_MIN_NS, MARGIN_MAX_NS);
+
+    if (age > gap + margin)
+        return UINT64_MAX;
+    return age + margin >= gap ? 0 : gap - margin - age;
+}
+
+/*
  * When to look at it again. A stream takes about as long from one job to the next as it took the
  * last time: all the time around then, and otherwise so that it is late by a sixteenth at most.
  */
 static uint64_t look_in(const struct job *job, uint64_t now)
 {
-    uint64_t age = now - job->watched_ns, gap = job->session->lanes[job->lane].gap_ns;
-    uint64_t margin = clamp(gap / 16, MARGIN_MIN_NS, MARGIN_MAX_NS);
+    uint64_t age = now - job->watched_ns;
     uint64_t delay = clamp(age / 16, DELAY_MIN_NS, DELAY_MAX_NS);
+    uint64_t due = due_in(age, job->session->lanes[job->lane].gap_ns);
 
-    if (age > gap + margin)
-        return delay;
-    if (age + margin >= gap)
-        return 0;
-    return delay < gap - margin - age ? delay : gap - margin - age;
+    return due < delay ? due : delay;
+}
+
+/* When the next job of a session that has none should come; UINT64_MAX: nobody knows. */
+static uint64_t scan_resting(struct watch *w, uint64_t now)
+{
+    struct session *s, *next;
+    uint64_t least = UINT64_MAX;
+
+    for (s = TAILQ_FIRST(&w->resting); s; s = next) {
+        next = TAILQ_NEXT(s, rest_link);
+        uint64_t age = now > s->rest_since_ns ? now - s->rest_since_ns : 0;
+        uint64_t due = due_in(age, s->rest_ns);
+        if (due == UINT64_MAX)
+            stop_resting(s);
+        least = due < least ? due : least;
+    }
+    return least;
 }
 
 /* When to look at it again; UINT64_MAX: it is not watched any more. */
@@ -164,13 +216,13 @@ static uint64_t scan(struct daemon *d, uint64_t now)
 /*
  * The loop has slept and stays awake now, since something is to start soon: what a piece that is
  * about to end makes room for, a job whose inputs are about to be ready, or one that a packet
- * brings. What is ready already is launched just as soon.
+ * brings or is about to. What is ready already is launched just as soon.
  */
-static void warm(struct daemon *d, bool ending)
+static void warm(struct daemon *d, bool expected)
 {
     bool brought = d->sched.n_active == 0 && !TAILQ_EMPTY(&d->watch.jobs);
 
-    if (d->backend->warm && (ending || brought))
+    if (d->backend->warm && (expected || brought))
         d->backend->warm(d->device, sched_slots_used(d) > 0);
 }
 
@@ -178,11 +230,13 @@ void watch_turn(struct daemon *d)
 {
     struct watch *w = &d->watch;
     uint64_t now = daemon_now(), wait = scan(d, now), piece = sched_look_in(d, now);
+    uint64_t packet = scan_resting(w, now);
 
     wait = piece < wait ? piece : wait;
+    wait = packet < wait ? packet : wait;
     if (now < w->hot_until_ns || wait == 0) {
         if (!w->awake && !d->device_lost)
-            warm(d, piece == 0);
+            warm(d, piece == 0 || packet == 0);
         w->awake = true;
         uv_idle_start(&w->hot, on_hot);
         return;

@@ -1,8 +1,9 @@
 /*
  * watch.h - when the loop sleeps. While something happens it does not: the next packet is then not
- * paid for with a wake-up. And it looks at what changes without telling anybody: the acquire words
- * and events of jobs whose inputs are not ready, all the time when they should be, and else every
- * 50 us to 2 ms; and pieces that are polled for, when sched_look_in() says.
+ * paid for with a wake-up; nor when a client that has had no jobs for a while should be about to
+ * send the next, going by its last pause. And it looks at what changes without telling anybody: the
+ * acquire words and events of jobs whose inputs are not ready, all the time when they should be,
+ * and else every 50 us to 2 ms; and pieces that are polled for, when sched_look_in() says.
  */
 #ifndef SAGE_WATCH_H
 #define SAGE_WATCH_H
@@ -13,9 +14,11 @@
 #include "daemon/job.h"
 
 struct daemon;
+struct session;
 
 struct watch {
     TAILQ_HEAD(watched, job) jobs; /* first of their lane; owned by it */
+    TAILQ_HEAD(, session) resting; /* without jobs, the next of which is expected */
     uv_idle_t hot;                 /* keeps the loop from sleeping */
     uv_poll_t timer;               /* a timerfd: libuv's timers count milliseconds */
     int timer_fd;
@@ -28,6 +31,9 @@ void watch_finish(struct daemon *d); /* the loop has closed the handles */
 
 void watch_add(struct daemon *d, struct job *job);
 void watch_remove(struct daemon *d, struct job *job);
+/* The session has no jobs any more; it has one again (or is closed). */
+void watch_rest(struct session *s);
+void watch_rested(struct session *s);
 /* Something came in: more may follow soon. */
 void watch_stir(struct daemon *d);
 /* There must be another turn, at once. */

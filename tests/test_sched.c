@@ -1095,14 +1095,14 @@ static void test_polled(void **state)
     disconnect(&peers[0]);
 }
 
-/* How often was the loop awake, in the time from..to (ms) since the job has been waited for? */
-static unsigned awake(const struct job *job, double from, double to)
+/* How often was the loop awake, in the time from..to (ms) since then? */
+static unsigned awake(uint64_t since_ns, double from, double to)
 {
     unsigned turns = 0;
 
     for (;;) {
         uv_run(&d.loop, UV_RUN_ONCE);
-        double age = (double)(daemon_now() - job->watched_ns) / 1e6;
+        double age = (double)(daemon_now() - since_ns) / 1e6;
         if (age >= to)
             return turns;
         turns += age >= from && uv_is_active((uv_handle_t *)&d.watch.hot);
@@ -1121,9 +1121,9 @@ static void test_expected(void **state)
     for (int i = 0; i < 20 && !seen; i++) { /* a busy machine may wake us too late */
         lane->gap_ns = 20 * 1000 * 1000;
         uint32_t n = submit_held(&peers[0], 0, problem(1, 64, 64));
-        const struct job *job = TAILQ_FIRST(&d.watch.jobs);
-        assert_int_equal(awake(job, 2, 19), 0);
-        seen = awake(job, 19.5, 20.5);
+        uint64_t since_ns = TAILQ_FIRST(&d.watch.jobs)->watched_ns;
+        assert_int_equal(awake(since_ns, 2, 19), 0);
+        seen = awake(since_ns, 19.5, 20.5);
         acquire(&peers[0], 0, n);
         while (!TAILQ_EMPTY(&d.watch.jobs))
             uv_run(&d.loop, UV_RUN_ONCE);
@@ -1186,6 +1186,60 @@ static void test_warm(void **state)
         uv_run(&d.loop, UV_RUN_NOWAIT);
         step();
     }
+    stop_daemon();
+    disconnect(&peers[0]);
+}
+
+/* Its lane 0. */
+static void finish_jobs(const struct peer *p)
+{
+    while (!released(p, 0)) {
+        uv_run(&d.loop, UV_RUN_NOWAIT);
+        step();
+    }
+}
+
+/*
+ * A client without jobs is expected back after as long as the last time, but not for long: the loop
+ * is awake then, and a launch warm. Nobody waits for one that takes its time.
+ */
+static void test_rest(void **state)
+{
+    const uint64_t ms = 1000 * 1000;
+    unsigned seen = 0;
+    (void)state;
+
+    start_daemon(2, 500);
+    fake.warm = count_warm;
+    connect_peer(&peers[0], PRIORITY_NORMAL);
+    struct session *s = peers[0].s;
+    submit(&peers[0], 0, problem(1, 64, 64));
+    finish_jobs(&peers[0]);
+    assert_false(s->resting);               /* it has never come back yet */
+    for (int i = 0; i < 20 && !seen; i++) { /* a busy machine may wake us too late */
+        submit(&peers[0], 0, problem(1, 64, 64));
+        s->rest_ns = 20 * ms;
+        finish_jobs(&peers[0]);
+        assert_true(s->resting);
+        shared.warmed = 0;
+        assert_int_equal(awake(s->rest_since_ns, 2, 19), 0);
+        seen = awake(s->rest_since_ns, 19.5, 20.2);
+        assert_true(!seen || shared.warmed == 1);
+        assert_int_equal(awake(s->rest_since_ns, 21, 30), 0);
+        assert_false(s->resting);
+    }
+    assert_true(seen > 0);
+    submit(&peers[0], 0, problem(1, 64, 64));
+    assert_true(s->rest_ns >= 30 * ms);
+    s->rest_ns = 200 * ms; /* too long */
+    finish_jobs(&peers[0]);
+    assert_false(s->resting);
+    submit(&peers[0], 0, problem(1, 64, 64));
+    s->rest_ns = ms;
+    finish_jobs(&peers[0]);
+    assert_true(s->resting);
+    session_close(s, "test");
+    assert_true(TAILQ_EMPTY(&d.watch.resting));
     stop_daemon();
     disconnect(&peers[0]);
 }
@@ -1256,7 +1310,7 @@ int main(void)
         cmocka_unit_test(test_chunks),     cmocka_unit_test(test_polled),
         cmocka_unit_test(test_hung),       cmocka_unit_test(test_events_lost),
         cmocka_unit_test(test_alone),      cmocka_unit_test(test_expected),
-        cmocka_unit_test(test_warm),
+        cmocka_unit_test(test_warm),       cmocka_unit_test(test_rest),
     };
     log_set_level(3);
     alarm(120); /* a scheduler that stalls or spins does not do so for ever */
