@@ -3,7 +3,8 @@
  * bench/bench_handoff and bench/bench_tenants start it.
  *
  *   handoff_gpu chain SOCKET: 20 times (kernel, attention, kernel) on one stream, then a wait for
- *       it. Attention by the daemon and in this process take turns; and how long submissions took
+ *       it. Attention by the daemon and in this process take turns; and how long submissions took.
+ *       By chains of 40: what each further link takes, without the beginning of a chain
  *   handoff_gpu rate SOCKET SECONDS: tiny jobs on one stream, as many as the daemon takes, from the
  *       first byte on its input on
  *   handoff_gpu size: the heads of 8,192 tokens, D = 128, that attention takes 10 ms for
@@ -152,12 +153,12 @@ static void close_bench(struct bench *b)
 
 /* --- chains --- */
 
-/* Microseconds a chain; submit: NULL for attention in this process, or CHAINS times to fill in. */
-static double run_chains(struct bench *b, double *submit)
+/* Microseconds a link; submit: NULL for attention in this process, or `links` times to fill in. */
+static double run_chain(struct bench *b, int links, double *submit)
 {
     double start = now();
 
-    for (int i = 0; i < CHAINS; i++) {
+    for (int i = 0; i < links; i++) {
         must((cudaError_t)client_kernel(b->word, b->stream), "client_kernel");
         if (submit)
             submit[i] = compute_there(b) * 1e6;
@@ -166,7 +167,7 @@ static double run_chains(struct bench *b, double *submit)
         must((cudaError_t)client_kernel(b->word, b->stream), "client_kernel");
     }
     must(cudaStreamSynchronize(b->stream), "cudaStreamSynchronize");
-    return (now() - start) / CHAINS * 1e6;
+    return (now() - start) / links * 1e6;
 }
 
 /* As many heads as take `target_us` here, at 8,192 tokens of D = 128 (of 1 ms: 4,096). */
@@ -177,11 +178,23 @@ static void calibrate(struct bench *b, double target_us)
     for (int i = 0; i < 2; i++) {
         make_problem(b, heads, tokens, tokens, 128);
         for (int k = 0; k < 2; k++)
-            run_chains(b, NULL);
-        double us = run_chains(b, NULL);
+            run_chain(b, CHAINS, NULL);
+        double us = run_chain(b, CHAINS, NULL);
         heads = (int64_t)((double)heads * target_us / us + 0.5);
     }
     make_problem(b, heads < 1 ? 1 : heads, tokens, tokens, 128);
+}
+
+/* What a further link takes longer by the daemon; h, t: a link of CHAINS, here and there. */
+static double further_us(struct bench *b, double h, double t, int rounds)
+{
+    double here[ROUNDS_MAX], there[ROUNDS_MAX], submit[2 * CHAINS];
+
+    for (int i = 0; i < rounds; i++) {
+        here[i] = run_chain(b, 2 * CHAINS, NULL);
+        there[i] = run_chain(b, 2 * CHAINS, submit);
+    }
+    return 2 * (percentile(there, rounds, 0.5) - percentile(here, rounds, 0.5)) - (t - h);
 }
 
 static void measure_chain(struct bench *b, const char *name, int rounds)
@@ -189,16 +202,18 @@ static void measure_chain(struct bench *b, const char *name, int rounds)
     static double here[ROUNDS_MAX], there[ROUNDS_MAX], submit[ROUNDS_MAX * CHAINS];
 
     for (int i = 0; i < 3; i++) {
-        run_chains(b, NULL);
-        run_chains(b, submit);
+        run_chain(b, CHAINS, NULL);
+        run_chain(b, CHAINS, submit);
     }
     for (int i = 0; i < rounds; i++) {
-        here[i] = run_chains(b, NULL);
-        there[i] = run_chains(b, submit + i * CHAINS);
+        here[i] = run_chain(b, CHAINS, NULL);
+        there[i] = run_chain(b, CHAINS, submit + i * CHAINS);
     }
     double h = percentile(here, rounds, 0.5), t = percentile(there, rounds, 0.5);
+    double further = further_us(b, h, t, rounds / 2 + 1);
     printf("%s_in_process_us\t%.2f\n%s_daemon_us\t%.2f\n", name, h, name, t);
     printf("%s_added_us\t%.2f\n%s_added_percent\t%.3f\n", name, t - h, name, (t / h - 1) * 100);
+    printf("%s_further_added_us\t%.2f\n", name, further);
     printf("%s_submit_us\t%.2f\n", name, percentile(submit, rounds * CHAINS, 0.5));
     printf("%s_submit_p99_us\t%.2f\n", name, percentile(submit, rounds * CHAINS, 0.99));
     fflush(stdout);
