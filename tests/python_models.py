@@ -78,9 +78,9 @@ def test_smollm2_like_captured():
 
 def test_minilm_like_documented():
     w = weights("minilm")
-    ids, visible = batch(w.about["documented"], "cpu")
+    ids, lengths = batch(w.about["documented"], "cpu")
     with torch.inference_mode():
-        e = MiniLM(w, "cpu", torch.float32).embed(ids, visible, sdpa())
+        e = MiniLM(w, "cpu", torch.float32).embed(ids, lengths, sdpa())
     similar = (e @ e.T)[[0, 0, 1], [1, 2, 2]]
     off = (similar - torch.tensor([0.6660, 0.1046, 0.1411])).abs().max()
     assert off < 1e-3, f"similarities {similar.tolist()}"
@@ -142,10 +142,14 @@ def test_embeddings():
         tsv = os.path.join(folder, "t")
         said = run("embeddings", "--mode=inproc", f"--tsv={tsv}", DATA)
         table = rows(tsv)
-    assert [row["attention"] for row in table] == ["int8_fp16", "int8_fp8"], said
-    for row in table:
+    assert [(row["attention"], row["keys"]) for row in table] == [
+        ("float32", "mask"), ("int8_fp16", "mask"), ("int8_fp16", "lengths"), ("int8_fp8", "mask"),
+        ("int8_fp8", "lengths")], said
+    assert table[0]["same_neighbour"] == "200" and table[0]["judged"] == "-", said
+    assert float(table[0]["cosine_least"]) > 0.99999, said
+    for row in table[1:]:
         assert row["judged"] == "ok" and row["sentences"] == "200", said
-        assert 0.999 < float(row["cosine_least"]) < 1, said
+        assert 0.999 < float(row["cosine_least"]) < 0.99999, said
 
 
 def test_blocks():

@@ -1,9 +1,10 @@
 """Attention as the models here call it, by PyTorch or by sageattnd: the one place that knows both.
 
-attend(q, k, v, causal=False, window=0, mask=None, scale=None) -> o like q
+attend(q, k, v, causal=False, window=0, mask=None, key_lengths=None, scale=None) -> o like q
     q [B, Hq, N, D], k and v [B, Hkv, N, D], Hq a multiple of Hkv; any strides.
     window: with causal, row i sees keys i - window + 1 to i; 0: all up to i.
-    mask: bool [B, 1, 1, N], True where a key is visible. scale: 1/sqrt(D) if None.
+    mask: bool [B, 1, 1, N], True where a key is visible. key_lengths: the same as a list, for who
+    can make use of it: how many keys each batch sees. scale: 1/sqrt(D) if None.
 """
 import contextlib
 import functools
@@ -12,7 +13,8 @@ import sys
 import torch
 import torch.nn.functional as F
 
-SDPA = {"sdpa": None, "cudnn": "CUDNN_ATTENTION", "fa2": "FLASH_ATTENTION"}
+SDPA = {"sdpa": None, "cudnn": "CUDNN_ATTENTION", "fa2": "FLASH_ATTENTION", "math": "MATH",
+        "efficient": "EFFICIENT_ATTENTION"}
 VARIANTS = ("int8_fp16", "int8_fp8")
 ROTATED = "_rotated"  # behind a variant's name
 # PyTorch before has neither GQA nor, on the CPU, products of binary16.
@@ -33,7 +35,7 @@ def hold(backend):
 
 def sdpa(backend=None):
     """PyTorch's own, by one of its backends, or by the one that it picks."""
-    def attend(q, k, v, causal=False, window=0, mask=None, scale=None):
+    def attend(q, k, v, causal=False, window=0, mask=None, key_lengths=None, scale=None):
         if window and window < q.shape[2]:
             causal, mask = False, band(q.shape[2], window, q.device)
         options, share, dtype = {}, q.shape[1] // k.shape[1], q.dtype
@@ -82,8 +84,9 @@ def attention(name, mode="inproc"):
         raise ValueError(f"attention {name}: not among {', '.join([*SDPA, *VARIANTS])}")
     from sageattnd import sageattn
 
-    def attend(q, k, v, causal=False, window=0, mask=None, scale=None):
-        return sageattn(q, k, v, is_causal=causal, sm_scale=scale, attn_mask=mask, variant=variant,
+    def attend(q, k, v, causal=False, window=0, mask=None, key_lengths=None, scale=None):
+        return sageattn(q, k, v, is_causal=causal, sm_scale=scale, variant=variant,
+                        attn_mask=mask if key_lengths is None else None, key_lengths=key_lengths,
                         window=(window - 1, 0) if window else None, mode=mode)
     return rotated(attend) if name.endswith(ROTATED) else attend
 
@@ -92,6 +95,13 @@ def settle():
     """Wait for what daemons compute for this process, and raise for what they could not."""
     if "sageattnd" in sys.modules:
         sys.modules["sageattnd"].check_errors()
+
+
+def masked(attend):
+    """With the mask, though the lengths are known."""
+    def by_mask(q, k, v, key_lengths=None, **keys):
+        return attend(q, k, v, **keys)
+    return by_mask
 
 
 def in_dtype(attend, dtype):

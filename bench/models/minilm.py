@@ -16,8 +16,11 @@ class MiniLM:
         return F.layer_norm(x, x.shape[-1:], self.w[name + ".weight"], self.w[name + ".bias"],
                             1e-12)
 
-    def embed(self, ids, visible, attend):
-        """ids, visible [B, N], False where a sentence is filled up -> [B, 384], of length 1"""
+    def embed(self, ids, lengths, attend):
+        """ids [B, N], lengths of the B sentences; behind them they are filled up -> [B, 384], of
+        length 1"""
+        visible = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
+        visible = visible.to(ids.device)
         n, at = ids.shape[1], "embeddings.{}_embeddings.weight".format
         x = self.w[at("word")][ids] + self.w[at("position")][:n] + self.w[at("token_type")][0]
         x = self.norm(x, "embeddings.LayerNorm")
@@ -26,7 +29,8 @@ class MiniLM:
             q, k, v = (self.linear(x, f"{at}attention.self.{name}")
                        .unflatten(-1, (HEADS, D)).transpose(1, 2)
                        for name in ("query", "key", "value"))
-            o = attend(q, k, v, mask=visible[:, None, None, :]).transpose(1, 2).flatten(2)
+            o = attend(q, k, v, mask=visible[:, None, None, :], key_lengths=lengths)
+            o = o.transpose(1, 2).flatten(2)
             x = self.norm(x + self.linear(o, at + "attention.output.dense"),
                           at + "attention.output.LayerNorm")
             h = F.gelu(self.linear(x, at + "intermediate.dense"))
@@ -36,11 +40,9 @@ class MiniLM:
 
 
 def batch(sentences, device):
-    """Token lists -> ids and visible [B, N]."""
-    n = max(map(len, sentences))
-    ids = torch.zeros(len(sentences), n, dtype=torch.long, device=device)
-    visible = torch.zeros(len(sentences), n, dtype=torch.bool, device=device)
-    for row, tokens in enumerate(sentences):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        visible[row, : len(tokens)] = True
-    return ids, visible
+    """Token lists -> ids [B, N], filled up with 0, and their lengths."""
+    lengths = list(map(len, sentences))
+    ids = torch.zeros(len(sentences), max(lengths), dtype=torch.long, device=device)
+    for row, tokens in zip(ids, sentences):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return ids, lengths

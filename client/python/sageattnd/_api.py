@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import operator
 import os
-from typing import Any, Optional, Tuple, TypeVar
+from typing import Any, Optional, Sequence, Tuple, TypeVar, Union
 
 from . import _native
 from ._native import Options
@@ -42,6 +42,15 @@ def set_mode(mode: str) -> None:
     _mode = mode
 
 
+def _check_dimensions(q, k, v, layout: str) -> None:
+    for field, t in (("q", q), ("k", k), ("v", v)):
+        if isinstance(t, NO_ARRAYS):
+            raise TypeError(f"{field}: {type(t).__name__}: must be a tensor or numpy.ndarray")
+        if len(t.shape) != len(layout if layout == "THD" else "BHND"):
+            raise ValueError(f"{field}: shape {tuple(t.shape)}: must have "
+                             f"{'3 dimensions' if layout == 'THD' else '4 dimensions, ' + layout}")
+
+
 def _attention(q, k, v, layout, is_causal, sm_scale, return_lse, smooth_k, attn_mask, dropout_p,
                scale, enable_gqa, smooth_v, variant, window, diagonal, mode, q_offsets=None,
                k_offsets=None, max_q=None, max_k=None):
@@ -56,12 +65,7 @@ def _attention(q, k, v, layout, is_causal, sm_scale, return_lse, smooth_k, attn_
     sm_scale = scale if sm_scale is None else sm_scale
     if sm_scale is not None and not 1e-38 < sm_scale < 3e38:
         raise ValueError(f"sm_scale: {sm_scale}: must be above 0, and a number of float32")
-    for field, t in (("q", q), ("k", k), ("v", v)):
-        if isinstance(t, NO_ARRAYS):
-            raise TypeError(f"{field}: {type(t).__name__}: must be a tensor or numpy.ndarray")
-        if len(t.shape) != len(layout if layout == "THD" else "BHND"):
-            raise ValueError(f"{field}: shape {tuple(t.shape)}: must have "
-                             f"{'3 dimensions' if layout == 'THD' else '4 dimensions, ' + layout}")
+    _check_dimensions(q, k, v, layout)
     axis = 1 if layout in ("HND", "THD") else 2
     if enable_gqa is False and q.shape[axis] != k.shape[axis]:
         raise ValueError(f"enable_gqa: False, but q has {q.shape[axis]} heads and k "
@@ -87,7 +91,7 @@ def sageattn(q: T, k: T, v: T, tensor_layout: str = "HND", is_causal: bool = Fal
              scale: Optional[float] = None, enable_gqa: Optional[bool] = None,
              smooth_v: bool = False, variant: str = "auto",
              window: Optional[Tuple[int, int]] = None, diagonal: str = "top-left",
-             mode: Optional[str] = None) -> Any:
+             mode: Optional[str] = None, key_lengths: Union[Sequence[int], T, None] = None) -> Any:
     """softmax(sm_scale * Q K^T + mask) V with Q and K in INT8 (SageAttention, arXiv:2410.02367;
     with variant "int8_fp8" SageAttention2, arXiv:2411.10958).
 
@@ -112,6 +116,11 @@ def sageattn(q: T, k: T, v: T, tensor_layout: str = "HND", is_causal: bool = Fal
       mode          "inproc": in this process. "daemon": by sageattnd. "auto": by the daemon that
                     serves this GPU for jobs that take ten times the hand-off or longer, else in
                     this process. None: what set_mode() said, else $SAGEATTND_RUN, else "auto"
+      key_lengths   [B] integers: batch b sees its first key_lengths[b] keys, as by a mask over what
+                    fills up sentences of different lengths, and is a problem of its own (K's mean,
+                    "bottom-right"). No mask is read, and the other keys cost next to nothing.
+                    q, k and v are copied unless they lie in memory as [B, N, H, D]; o does. A list,
+                    or a tensor on the CPU: one on the GPU is waited for. No attn_mask besides.
       dropout_p, enable_gqa   as F.scaled_dot_product_attention has them: dropout must be 0, and
                     enable_gqa=False refuses Hq != Hkv
 
@@ -131,8 +140,46 @@ def sageattn(q: T, k: T, v: T, tensor_layout: str = "HND", is_causal: bool = Fal
         raise ValueError(f"tensor_layout: {shown!r}: must be 'HND' or 'NHD'. "
                          "(F.scaled_dot_product_attention has attn_mask in this place: "
                          "sageattnd.scaled_dot_product_attention takes it)")
+    if key_lengths is not None:
+        return _of_lengths(key_lengths, q, k, v, tensor_layout, is_causal, sm_scale, return_lse,
+                           smooth_k, attn_mask, dropout_p, scale, enable_gqa, smooth_v, variant,
+                           window, diagonal, mode)
     return _attention(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, smooth_k, attn_mask,
                       dropout_p, scale, enable_gqa, smooth_v, variant, window, diagonal, mode)
+
+
+def _of_lengths(key_lengths, q, k, v, layout, is_causal, sm_scale, return_lse, smooth_k, attn_mask,
+                *more):
+    """The batches as sequences, where they lie: one of all rows of a batch and the keys that they
+    see, and one of no rows and the keys behind these."""
+    if attn_mask is not None:
+        raise ValueError("attn_mask: must be None where there are key_lengths")
+    _check_dimensions(q, k, v, layout)
+    q, k, v = (t.swapaxes(1, 2) if layout == "HND" else t for t in (q, k, v))
+    (b, nq), nk = q.shape[:2], k.shape[1]
+    if k.shape[:2] != (b, nk) or v.shape[:2] != (b, nk):
+        raise ValueError(f"k, v: {k.shape[0]} and {v.shape[0]} batches of {nk} and {v.shape[1]} "
+                         f"keys: must be {b} batches, like q, and as many keys")
+    lengths = key_lengths.tolist() if hasattr(key_lengths, "tolist") else list(key_lengths)
+    if len(lengths) != b:
+        raise ValueError(f"key_lengths: {len(lengths)} of them: must be {b}, one for each batch")
+    q_ends, k_ends = [0], [0]
+    for i, length in enumerate(map(operator.index, lengths)):
+        if not 0 <= length <= nk:
+            raise ValueError(f"key_lengths[{i}]: {length}: must be between 0 and {nk}, the keys")
+        for end in (length, nk) if length < nk else (nk,):
+            q_ends.append((i + 1) * nq)
+            k_ends.append(i * nk + end)
+    if len(q_ends) > _native.MAX_SEQS + 1:
+        raise ValueError(f"key_lengths: {len(q_ends) - 1} sequences, two for a batch where keys "
+                         f"are masked: must be at most {_native.MAX_SEQS}")
+    q, k, v = (t.reshape(t.shape[0] * t.shape[1], *t.shape[2:]) for t in (q, k, v))
+    result = _attention(q, k, v, "THD", is_causal, sm_scale, return_lse, smooth_k, None, *more,
+                        q_ends, k_ends)
+    o, lse = result if return_lse else (result, None)
+    o = o.reshape(b, nq, *o.shape[1:])
+    o = o.swapaxes(1, 2) if layout == "HND" else o
+    return (o, lse.reshape(len(lse), b, nq).swapaxes(0, 1)) if return_lse else o
 
 
 def sageattn_varlen(q: T, k: T, v: T, cu_seqlens_q: T, cu_seqlens_k: T,

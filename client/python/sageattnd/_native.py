@@ -13,6 +13,7 @@ NONE, F16, BF16, F32, BOOL = range(5)  # enum sage_dtype
 VARIANTS = {"auto": 0, "int8_fp16": 1, "int8_fp8": 2}
 DIAGONALS = {"top-left": 0, "bottom-right": 1}
 UNLIMITED = -1
+MAX_SEQS = 4096  # SAGE_MAX_SEQS
 SONAME = {"attn": "libsageattn.so.0", "client": "libsageclient.so.0"}
 EINVAL, EUNSUPPORTED, ENOMEM, ECAPTURE = -1, -2, -3, -22
 BUNDLED = os.path.dirname(os.path.abspath(__file__))  # a wheel brings the libraries

@@ -4,7 +4,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -93,13 +93,15 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
                                  attn_mask: Optional[torch.Tensor] = None, dropout_p: float = 0.0,
                                  is_causal: bool = False, scale: Optional[float] = None,
                                  enable_gqa: bool = False, *, strict: bool = False,
-                                 variant: str = "auto", mode: Optional[str] = None
-                                 ) -> torch.Tensor:
+                                 variant: str = "auto", mode: Optional[str] = None,
+                                 key_lengths: Optional[Sequence[int]] = None) -> torch.Tensor:
     """F.scaled_dot_product_attention: its arguments, its meaning, its result up to the error of
     the quantisation (and a row that sees no key is 0).
 
     query [B, Hq, Nq, D] or [Hq, Nq, D], key and value [.., Hkv, Nk, D]; attn_mask broadcastable to
-    [B, Hq, Nq, Nk]; see sageattn() for variant and mode. Returns o like query.
+    [B, Hq, Nq, Nk]; see sageattn() for variant and mode. key_lengths: what attn_mask says, where it
+    says no more than how many keys each batch sees, as sageattn() has it: then the kernels do not
+    read the mask. Only with query [B, Hq, Nq, D] and a mask. Returns o like query.
 
     What the kernels cannot do is left to PyTorch, with a warning for each reason, and counted:
     see fallbacks(). That is dropout, gradients, dtypes other than float16 and bfloat16, D above
@@ -121,6 +123,9 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
             more["enable_gqa"] = True  # PyTorch 2.5 and newer
         return pytorch(query, key, value, attn_mask, dropout_p, is_causal, **more)
     from ._api import sageattn
+    if key_lengths is not None:
+        return sageattn(query, key, value, "HND", is_causal, scale, variant=variant, mode=mode,
+                        key_lengths=key_lengths)
     if query.dim() == 4:
         return sageattn(query, key, value, "HND", is_causal, scale, attn_mask=attn_mask,
                         variant=variant, mode=mode)

@@ -71,7 +71,8 @@ def attention(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout: str, op
     if mask is not None:
         mask = _mask(mask, q, k, layout)
     if q_offsets is not None:
-        q_offsets, k_offsets = torch.as_tensor(q_offsets), torch.as_tensor(k_offsets)
+        q_offsets, k_offsets = (t if isinstance(t, torch.Tensor) else
+                                torch.as_tensor(t, device="cpu") for t in (q_offsets, k_offsets))
     o, lse = _operator(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout, *options,
                        with_lse, mode)
     if width % 8:

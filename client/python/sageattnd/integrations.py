@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Optional
+from typing import Any, Callable, Optional
 
 
 def transformers(name: str = "sageattnd", *, strict: bool = False, variant: str = "auto",
@@ -13,7 +13,8 @@ def transformers(name: str = "sageattnd", *, strict: bool = False, variant: str 
         model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="sageattnd")
 
     It is scaled_dot_product_attention(), with its fallbacks and arguments, and takes the masks
-    that transformers makes for "sdpa". Models whose attention is more than that (softcap, s_aux,
+    that transformers makes for "sdpa". Of an encoder's batch whose sentences are filled up at their
+    ends it takes their lengths instead (transformers that has create_bidirectional_mask). Models whose attention is more than that (softcap, s_aux,
     position_bias) get a ValueError that names it. Wants a transformers that has
     AttentionInterface.
     """
@@ -28,6 +29,7 @@ def transformers(name: str = "sageattnd", *, strict: bool = False, variant: str 
             if more.get(field) is not None:
                 raise ValueError(f"{field}: this attention does not have it: load the model with "
                                  "another attn_implementation")
+        lengths = _noted_lengths(attention_mask)
         if attention_mask is not None:
             attention_mask = attention_mask[..., :key.shape[-2]]
         if is_causal is None:
@@ -35,7 +37,7 @@ def transformers(name: str = "sageattnd", *, strict: bool = False, variant: str 
         is_causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
         o = scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal,
                                          scaling, query.shape[1] != key.shape[1], strict=strict,
-                                         variant=variant, mode=mode)
+                                         variant=variant, mode=mode, key_lengths=lengths)
         return o.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(name, forward)
@@ -43,7 +45,43 @@ def transformers(name: str = "sageattnd", *, strict: bool = False, variant: str 
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     except ImportError:  # before 4.53 models make masks by themselves
         return
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, _noting_lengths(sdpa_mask))
+
+
+def _noting_lengths(make: Callable) -> Callable:
+    """transformers' sdpa_mask(), with lengths noted on masks that say no more: for the layers, so
+    that the GPU is waited for once. transformers itself has just waited to see whether anything is
+    masked at all."""
+    try:
+        from transformers.masking_utils import bidirectional_mask_function
+    except ImportError:  # before 4.57
+        return make
+    import torch
+
+    from ._sdpa import _compiling
+
+    def mask(*args: Any, attention_mask: Any = None, **keys: Any) -> Any:
+        """attention_mask: bool [B, Nk], True where there is a token."""
+        if _compiling() or keys.get("mask_function") is not bidirectional_mask_function:
+            return make(*args, attention_mask=attention_mask, **keys)
+        with torch.inference_mode(False):  # so that the mask counts changes
+            made = make(*args, attention_mask=attention_mask, **keys)
+            if made is not None and attention_mask is not None \
+                    and attention_mask.shape == (len(made), made.shape[-1]):
+                counts = attention_mask.sum(-1, keepdim=True)
+                places = torch.arange(made.shape[-1], device=counts.device)
+                plain = (attention_mask == (places < counts)).all()
+                *lengths, plain = torch.cat((counts.flatten(), plain[None])).tolist()
+                if plain:
+                    made.sageattnd_lengths = made._version, lengths
+        return made
+    return mask
+
+
+def _noted_lengths(mask: Any) -> Optional[list[int]]:
+    """What was noted, on this very tensor, unless it was written to since then."""
+    version, lengths = getattr(mask, "sageattnd_lengths", (None, None))
+    return lengths if lengths is not None and mask._version == version else None
 
 
 def diffusers() -> None:
