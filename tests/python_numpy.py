@@ -65,8 +65,9 @@ int main(void)
     A(diagonal) A(window_left) A(window_right) A(n_seqs) A(q_offsets) A(k_offsets)
     printf("size %zu %zu %zu %zu\\n", sizeof(struct sage_tensor), sizeof(struct sage_attn),
            sizeof(struct sage_connect_options), sizeof(struct sage_server));
-    printf("numbers %d %d %d %d %d %d %d %d %d\\n", SAGE_F16, SAGE_BF16, SAGE_F32, SAGE_BOOL,
-           SAGE_INT8_FP16, SAGE_INT8_FP8, SAGE_BOTTOM_RIGHT, SAGE_EUNSUPPORTED, SAGE_ECAPTURE);
+    printf("numbers %d %d %d %d %d %d %d %d %d %d\\n", SAGE_F16, SAGE_BF16, SAGE_F32, SAGE_BOOL,
+           SAGE_INT8_FP16, SAGE_INT8_FP8, SAGE_BOTTOM_RIGHT, SAGE_EUNSUPPORTED, SAGE_ECAPTURE,
+           SAGE_MAX_SEQS);
 }
 """
 
@@ -101,7 +102,7 @@ def test_structures():
     n = _native
     assert lines[24].split()[1:] == [str(i) for i in (
         n.F16, n.BF16, n.F32, n.BOOL, n.VARIANTS["int8_fp16"], n.VARIANTS["int8_fp8"],
-        n.DIAGONALS["bottom-right"], n.EUNSUPPORTED, n.ECAPTURE)], lines
+        n.DIAGONALS["bottom-right"], n.EUNSUPPORTED, n.ECAPTURE, n.MAX_SEQS)], lines
 
 
 def test_place():
@@ -210,6 +211,27 @@ def test_varlen():
             if a.start < a.stop:
                 one = [nhd(t[None]) for t in (q[a], k[b], v[b])]
                 check(nhd(o[a][None]), lse[None, :, a], *one, causal=causal)
+
+
+def test_key_lengths():
+    """As by a mask, whatever lies behind the lengths; of transposed arrays, too."""
+    lengths = [90, 7, 0]
+    mask = (np.arange(90) < np.array(lengths)[:, None])[:, None, None]
+    q, k, v = inputs(b=3, hkv=2, nq=33, nk=90)
+    exact = [a.copy() for a in (q, k, v)]
+    for a in (k, v):
+        np.putmask(a, np.broadcast_to(~mask.swapaxes(2, 3), a.shape), np.nan)
+    for causal in (False, True):
+        o, lse = sageattn(q, k, v, is_causal=causal, return_lse=True, key_lengths=lengths)
+        check(o, lse, *exact, causal=causal, mask=np.broadcast_to(mask, (3, 4, 33, 90)))
+        turned = sageattn(nhd(q), nhd(k), nhd(v), "NHD", causal, key_lengths=np.array(lengths))
+        assert np.array_equal(nhd(turned), o)
+    assert not sageattn(q, k[:, :, :0], v[:, :, :0], key_lengths=[0, 0, 0]).any()
+    for words, case in ((("from 0 to 91", "between 0 and 90"), [91, 7, 0]),
+                        (("from -1",), [-1, 7, 0]), (("3 integers",), [1, 2]),
+                        (("3 integers",), [1.0, 2.0, 3.0])):
+        with raises(ValueError, "key_lengths", *words):
+            sageattn(q, k, v, key_lengths=case)
 
 
 def test_edges():

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -154,6 +155,59 @@ def test_varlen():
     assert same(sageattn_varlen(q, k, v, ends_q, ends_k, is_causal=True), o)
 
 
+LENGTHS = [90, 7, 0]
+
+
+def lengths_mask(nk, lengths=tuple(LENGTHS)):
+    """[B, 1, 1, Nk]: what key_lengths stand for."""
+    return (torch.arange(nk) < torch.tensor(lengths)[:, None])[:, None, None]
+
+
+def test_key_lengths():
+    """As by a mask, whatever lies behind the lengths, in every layout; o as [B, N, H, D]."""
+    mask = lengths_mask(90)
+    for i, (causal, variant) in enumerate((c, v) for c in (False, True)
+                                          for v in ("int8_fp16", "int8_fp8")):
+        q, k, v = inputs(b=3, hkv=2, nq=33, nk=90, seed=i)
+        seen = mask.expand(3, 4, 33, 90).numpy()
+        exact = [t.clone() for t in (q, k, v)]
+        for t in (k, v):
+            t.masked_fill_(~mask.transpose(-1, -2), float("nan"))
+        o, lse = sageattn(q, k, v, is_causal=causal, return_lse=True, variant=variant,
+                          key_lengths=LENGTHS)
+        assert o.shape == q.shape and nhd(o).is_contiguous() and not o[2].any()
+        assert lse.shape == q.shape[:3] and bool(lse[2].isneginf().all())
+        check(o[:2], lse[:2], *(t[:2] for t in exact), variant, causal=causal, mask=seen[:2])
+        lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+        for turned in ([nhd(t) for t in (q, k, v)], [nhd(t).contiguous() for t in (q, k, v)]):
+            again = sageattn(*turned, "NHD", causal, return_lse=True, variant=variant,
+                             key_lengths=lengths)
+            assert same((nhd(again[0]), again[1]), (o, lse))
+    q, k, v = inputs()
+    whole = sageattn(q, k, v, return_lse=True)
+    assert same(sageattn(q, k, v, return_lse=True, key_lengths=[100, 100]), whole)
+    none = sageattn(q, k[:, :, :0], v[:, :, :0], key_lengths=[0, 0])
+    assert none.shape == q.shape and not none.any()
+    assert sageattn(*(t[:0] for t in (q, k, v)), key_lengths=[]).shape == (0, 4, 100, 64)
+    mask = lengths_mask(100, (60, 100))
+    o = ours(q, k, v, mask, strict=True, key_lengths=[60, 100])
+    assert same(o, sageattn(q, k, v, key_lengths=[60, 100])) and not same(o, ours(q, k, v, mask))
+    f = [t.float() for t in (q, k, v)]  # left to PyTorch, which reads the mask
+    assert same(ours(*f, mask, key_lengths=[60, 100]), F.scaled_dot_product_attention(*f, mask))
+    for words, case in ((("from 60 to 101", "between 0 and 100"), dict(key_lengths=[60, 101])),
+                        (("from -1",), dict(key_lengths=torch.tensor([3, -1]))),
+                        (("2 integers",), dict(key_lengths=[60])),
+                        (("2 integers",), dict(key_lengths=[60.0, 1.0])),
+                        (("attn_mask",), dict(key_lengths=[1, 2], attn_mask=mask))):
+        with raises(ValueError, *words):
+            sageattn(q, k, v, **case)
+    with raises(ValueError, "k, v: 2 and 1 batches"):
+        sageattn(q, k, v[:1], key_lengths=[1, 2])
+    with raises(ValueError, "2049 batches", "2048"):
+        sageattn(*(t[:1, :, :1].expand(2049, -1, -1, -1) for t in (q, k, v)),
+                 key_lengths=[1] * 2049)
+
+
 def test_refused():
     q, k, v = inputs()
     for kind, word, case in (
@@ -204,10 +258,13 @@ def test_compile():
     def varlen(q, k, v):
         return sageattn_varlen(*(nhd(t)[0] for t in (q, k, v)), cu, cu, 60, 60)
 
+    def lengths(q, k, v):
+        return sageattn(q, k, v, key_lengths=[60, 100]) + sageattn(q, k, v, key_lengths=cu[:2])
+
     def attention(q, k, v):
         return ours(q, k, v, is_causal=True) + F.scaled_dot_product_attention(q, k, v)
 
-    for function in (block, layouts, padded, varlen, attention):
+    for function in (block, layouts, padded, varlen, lengths, attention):
         with sageattnd.sdpa(strict=True), torch.inference_mode():
             compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
             assert same(compiled(q, k, v), function(q, k, v)), function.__name__
@@ -268,8 +325,10 @@ def test_daemon():
                         wanted[0] if isinstance(wanted, tuple) else wanted)
         flat = [nhd(t)[0] for t in (q, k, v)]
         assert same(sageattn_varlen(*flat, cu, cu, mode="daemon"), sageattn_varlen(*flat, cu, cu))
+        assert same(sageattn(q, k, v, key_lengths=[9, 100], mode="daemon"),
+                    sageattn(q, k, v, key_lengths=[9, 100]))
         assert not sageattn(q, k[:, :, :0], v[:, :, :0], mode="daemon").any()
-        sage.until(lambda: daemon.stats()["done"] == 10, "10 jobs of the daemon")
+        sage.until(lambda: daemon.stats()["done"] == 11, "11 jobs of the daemon")
         sageattnd.check_errors()
         sageattnd.close()
 
@@ -494,6 +553,51 @@ def test_transformers():
     assert answers["sageattnd"].shape == answers["sdpa"].shape
 
 
+def test_transformers_lengths():
+    """An encoder's batch that is filled up at the ends is computed by lengths; others by mask."""
+    needs("transformers")
+    import transformers
+    from transformers import masking_utils
+    if not hasattr(masking_utils, "bidirectional_mask_function"):
+        raise sage.Skip("transformers before 4.57 makes encoders' masks elsewhere")
+    sageattnd.integrations.transformers(strict=True)
+    torch.manual_seed(1)
+    model = transformers.BertModel(transformers.BertConfig(
+        vocab_size=128, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=256, max_position_embeddings=64)).to(torch.bfloat16).eval()
+    tokens, seen = torch.randint(128, (3, 40)), torch.ones(3, 40, dtype=torch.long)
+    seen[0, 30:] = seen[1, 4:] = 0
+    holes = seen.clone()
+    holes[0, 3] = 0
+    lengths = []
+
+    def spy(query, key, value, mask, *args, key_lengths, **keys):
+        lengths.append(None if key_lengths is None else key_lengths.tolist())
+        return ours(query, key, value, mask, *args, key_lengths=key_lengths, **keys)
+
+    def changed(query, key, value, mask, *args, **keys):
+        mask[0, :, :, 0] = False  # as a model might: the note is void in the second layer
+        return spy(query, key, value, mask, *args, **keys)
+    module = sys.modules["sageattnd._sdpa"]
+    for without in (torch.no_grad, torch.inference_mode):
+        for mask, wanted, function in ((seen, [[30, 4, 40]] * 2, spy), (holes, [None] * 2, spy),
+                                       (torch.ones_like(seen), [None] * 2, spy),
+                                       (seen, [[30, 4, 40], None], changed)):
+            module.scaled_dot_product_attention = function
+            try:
+                sageattnd.integrations.transformers(strict=True)
+            finally:
+                module.scaled_dot_product_attention = ours
+            results, lengths[:] = {}, []
+            with without():
+                for name in ("sdpa", "sageattnd"):
+                    model.set_attn_implementation(name)
+                    results[name] = model(tokens, attention_mask=mask).last_hidden_state
+            assert lengths == wanted, lengths
+            rel = error(results["sageattnd"], results["sdpa"].double())
+            assert function is changed or 0 < rel < 0.02, rel
+
+
 DIFFUSERS = """
 import sageattnd, torch
 sageattnd.integrations.diffusers()
@@ -520,14 +624,39 @@ def test_diffusers():
     assert done.returncode == 0 and "has been imported" in done.stdout, done.stdout
 
 
+RANKS_SECONDS = 200
+
+
 def test_ranks():
-    """The example: ring and Ulysses attention on two ranks."""
-    example = os.path.join(PACKAGE, "examples", "sequence_parallel.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node=2", example, "--tokens=512"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          universal_newlines=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == 0 and "causal: relL1" in done.stdout, done.stdout
+    """The example: ring and Ulysses attention on two ranks, in the environment that torchrun makes.
+
+    torchrun itself picks a port, closes it and has a rank open it again, and asks for the name of
+    this machine: another process or a slow resolver is waited for without end. Here the store is
+    open before the ranks start.
+    """
+    example, ranks = os.path.join(PACKAGE, "examples", "sequence_parallel.py"), 2
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
+           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks),
+           "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    with tempfile.TemporaryFile("w+") as log:
+        processes = [subprocess.Popen([sys.executable, example, "--tokens=512"], stdout=log,
+                                      stderr=subprocess.STDOUT,
+                                      env={**env, "RANK": str(i), "LOCAL_RANK": str(i)})
+                     for i in range(ranks)]
+
+        end = time.monotonic() + RANKS_SECONDS
+        codes = [None]
+        while None in codes and not any(codes) and time.monotonic() < end:
+            time.sleep(0.05)  # until all have ended, or one has failed: the others wait for it
+            codes = [p.poll() for p in processes]
+        for process in processes:
+            process.kill()
+            process.wait()
+        log.seek(0)
+        said = log.read()
+    assert codes == [0] * ranks and "causal: relL1" in said, \
+        f"exit statuses {codes}; None: not within {RANKS_SECONDS} s. They said:\n{said}"
 
 
 def test_documents():

@@ -120,7 +120,8 @@ def sageattn(q: T, k: T, v: T, tensor_layout: str = "HND", is_causal: bool = Fal
                     fills up sentences of different lengths, and is a problem of its own (K's mean,
                     "bottom-right"). No mask is read, and the other keys cost next to nothing.
                     q, k and v are copied unless they lie in memory as [B, N, H, D]; o does. A list,
-                    or a tensor on the CPU: one on the GPU is waited for. No attn_mask besides.
+                    or better a tensor on the CPU; one on the GPU is waited for. B up to 2048, no
+                    attn_mask besides.
       dropout_p, enable_gqa   as F.scaled_dot_product_attention has them: dropout must be 0, and
                     enable_gqa=False refuses Hq != Hkv
 
@@ -155,27 +156,21 @@ def _of_lengths(key_lengths, q, k, v, layout, is_causal, sm_scale, return_lse, s
     if attn_mask is not None:
         raise ValueError("attn_mask: must be None where there are key_lengths")
     _check_dimensions(q, k, v, layout)
-    q, k, v = (t.swapaxes(1, 2) if layout == "HND" else t for t in (q, k, v))
+    q, k, v = [t.swapaxes(1, 2) if layout == "HND" else t for t in (q, k, v)]
     (b, nq), nk = q.shape[:2], k.shape[1]
     if k.shape[:2] != (b, nk) or v.shape[:2] != (b, nk):
         raise ValueError(f"k, v: {k.shape[0]} and {v.shape[0]} batches of {nk} and {v.shape[1]} "
                          f"keys: must be {b} batches, like q, and as many keys")
-    lengths = key_lengths.tolist() if hasattr(key_lengths, "tolist") else list(key_lengths)
-    if len(lengths) != b:
-        raise ValueError(f"key_lengths: {len(lengths)} of them: must be {b}, one for each batch")
-    q_ends, k_ends = [0], [0]
-    for i, length in enumerate(map(operator.index, lengths)):
-        if not 0 <= length <= nk:
-            raise ValueError(f"key_lengths[{i}]: {length}: must be between 0 and {nk}, the keys")
-        for end in (length, nk) if length < nk else (nk,):
-            q_ends.append((i + 1) * nq)
-            k_ends.append(i * nk + end)
-    if len(q_ends) > _native.MAX_SEQS + 1:
-        raise ValueError(f"key_lengths: {len(q_ends) - 1} sequences, two for a batch where keys "
-                         f"are masked: must be at most {_native.MAX_SEQS}")
-    q, k, v = (t.reshape(t.shape[0] * t.shape[1], *t.shape[2:]) for t in (q, k, v))
+    if 2 * b > _native.MAX_SEQS:
+        raise ValueError(f"key_lengths: {b} batches: must be at most {_native.MAX_SEQS // 2}")
+    if isinstance(q, ndarray):
+        from ._numpy import cut
+    else:
+        from ._torch import cut
+    offsets = cut(key_lengths, b, nq, nk)
+    q, k, v = [t.reshape(t.shape[0] * t.shape[1], *t.shape[2:]) for t in (q, k, v)]
     result = _attention(q, k, v, "THD", is_causal, sm_scale, return_lse, smooth_k, None, *more,
-                        q_ends, k_ends)
+                        *offsets)
     o, lse = result if return_lse else (result, None)
     o = o.reshape(b, nq, *o.shape[1:])
     o = o.swapaxes(1, 2) if layout == "HND" else o

@@ -91,6 +91,23 @@ def _offsets(values, field: str, longest) -> np.ndarray:
     return np.ascontiguousarray(values, np.int32)
 
 
+def cut(key_lengths, b: int, nq: int, nk: int):
+    """Offsets of two sequences for each batch, [2 B + 1]: one of all nq rows and key_lengths[b]
+    keys, one of no rows and the other keys."""
+    lengths = np.asarray(key_lengths)
+    if lengths.shape != (b,) or b and lengths.dtype.kind not in "iu":
+        raise ValueError(f"key_lengths: {lengths.dtype} {lengths.shape}: must be {b} integers, one "
+                         "for each batch")
+    least, most = int(lengths.min(initial=0)), int(lengths.max(initial=0))
+    if least < 0 or most > nk:
+        raise ValueError(f"key_lengths: from {least} to {most}: must be between 0 and {nk}")
+
+    def offsets(first, n):
+        start = np.arange(b + 1) * n
+        return np.append(np.stack((start[:-1], start[:-1] + first), 1), start[-1])
+    return offsets(nq, nq), offsets(lengths.astype(np.int64), nk)
+
+
 def attention(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout: str, options: Options,
               with_lse: bool, mode: str):
     """o like q, and lse (float32) or None."""

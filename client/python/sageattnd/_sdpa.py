@@ -14,9 +14,6 @@ from . import _torch
 log = logging.getLogger("sageattnd")
 MAX_HEAD_DIM = 256  # SAGE_MAX_HEAD_DIM
 pytorch = F.scaled_dot_product_attention
-# torch.compiler has it since PyTorch 2.3, torch._utils before.
-_compiling = (getattr(getattr(torch, "compiler", None), "is_compiling", None)
-              or getattr(torch._utils, "is_compiling", lambda: False))
 
 _lock = threading.Lock()
 _fallbacks: dict[str, int] = {}
@@ -75,7 +72,7 @@ def _why_not(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Opt
         return "attn_mask"
     if scale is not None and not scale > 0:
         return "scale"
-    if not _compiling() and _old(q.device):
+    if not _torch.compiling() and _old(q.device):
         return "compute capability below 8.0"
     return None
 
@@ -116,7 +113,7 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
     if reason is not None:
         if strict:
             raise Unsupported(f"scaled_dot_product_attention: the kernels cannot do it: {reason}")
-        if not _compiling():
+        if not _torch.compiling():
             _fall_back(reason)
         more = {} if scale is None else {"scale": scale}
         if enable_gqa:

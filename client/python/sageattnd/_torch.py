@@ -12,6 +12,9 @@ from ._native import Options, SageError
 DTYPES = (torch.float16, torch.bfloat16)
 MASKS = (*DTYPES, torch.float32, torch.bool)
 CODES = dict(zip(MASKS, (_native.F16, _native.BF16, _native.F32, _native.BOOL)))
+# torch.compiler has it since PyTorch 2.3, torch._utils before.
+compiling = (getattr(getattr(torch, "compiler", None), "is_compiling", None)
+             or getattr(torch._utils, "is_compiling", lambda: False))
 UNIT = 64  # tensors in a daemon's buffer start at multiples of it
 
 
@@ -30,6 +33,26 @@ def _cast(q, k, v):
             kind = t.dtype
     kind = kind or torch.float16
     return q.to(kind), k.to(kind), v.to(kind)
+
+
+def cut(key_lengths, b: int, nq: int, nk: int):
+    """Offsets of two sequences for each batch, [2 B + 1]: one of all nq rows and key_lengths[b]
+    keys, one of no rows and the other keys."""
+    lengths = key_lengths
+    if not isinstance(lengths, torch.Tensor):
+        lengths = torch.tensor(lengths, device="cpu")
+    if lengths.shape != (b,) or b and lengths.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"key_lengths: {lengths.dtype} {tuple(lengths.shape)}: must be {b} "
+                         "integers, one for each batch")
+    if b and lengths.device.type == "cpu" and not compiling():  # else the library sees it
+        least, most = int(lengths.min()), int(lengths.max())
+        if least < 0 or most > nk:
+            raise ValueError(f"key_lengths: from {least} to {most}: must be between 0 and {nk}")
+
+    def offsets(first, n):
+        start = torch.arange(b + 1, device=lengths.device) * n
+        return torch.cat((torch.stack((start[:-1], start[:-1] + first), 1).flatten(), start[-1:]))
+    return offsets(nq, nq), offsets(lengths.long(), nk)
 
 
 def _mask(mask, q, k, layout: str):
@@ -71,8 +94,7 @@ def attention(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout: str, op
     if mask is not None:
         mask = _mask(mask, q, k, layout)
     if q_offsets is not None:
-        q_offsets, k_offsets = (t if isinstance(t, torch.Tensor) else
-                                torch.as_tensor(t, device="cpu") for t in (q_offsets, k_offsets))
+        q_offsets, k_offsets = torch.as_tensor(q_offsets), torch.as_tensor(k_offsets)
     o, lse = _operator(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout, *options,
                        with_lse, mode)
     if width % 8:

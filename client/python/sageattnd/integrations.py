@@ -58,11 +58,11 @@ def _noting_lengths(make: Callable) -> Callable:
         return make
     import torch
 
-    from ._sdpa import _compiling
+    from ._torch import compiling
 
     def mask(*args: Any, attention_mask: Any = None, **keys: Any) -> Any:
         """attention_mask: bool [B, Nk], True where there is a token."""
-        if _compiling() or keys.get("mask_function") is not bidirectional_mask_function:
+        if compiling() or keys.get("mask_function") is not bidirectional_mask_function:
             return make(*args, attention_mask=attention_mask, **keys)
         with torch.inference_mode(False):  # so that the mask counts changes
             made = make(*args, attention_mask=attention_mask, **keys)
@@ -71,17 +71,17 @@ def _noting_lengths(make: Callable) -> Callable:
                 counts = attention_mask.sum(-1, keepdim=True)
                 places = torch.arange(made.shape[-1], device=counts.device)
                 plain = (attention_mask == (places < counts)).all()
-                *lengths, plain = torch.cat((counts.flatten(), plain[None])).tolist()
-                if plain:
-                    made.sageattnd_lengths = made._version, lengths
+                told = torch.cat((counts.flatten(), plain[None])).cpu()
+                if told[-1]:
+                    made.sageattnd_lengths = made._version, told[:-1]
         return made
     return mask
 
 
-def _noted_lengths(mask: Any) -> Optional[list[int]]:
+def _noted_lengths(mask: Any) -> Any:
     """What was noted, on this very tensor, unless it was written to since then."""
     version, lengths = getattr(mask, "sageattnd_lengths", (None, None))
-    return lengths if lengths is not None and mask._version == version else None
+    return lengths if version is not None and mask._version == version else None
 
 
 def diffusers() -> None:
