@@ -559,7 +559,7 @@ def test_transformers_lengths():
     import transformers
     from transformers import masking_utils
     if not hasattr(masking_utils, "bidirectional_mask_function"):
-        raise sage.Skip("transformers before 4.57 makes encoders' masks elsewhere")
+        raise sage.Skip("transformers before 5.0 makes encoders' masks elsewhere")
     sageattnd.integrations.transformers(strict=True)
     torch.manual_seed(1)
     model = transformers.BertModel(transformers.BertConfig(

@@ -14,9 +14,9 @@ def transformers(name: str = "sageattnd", *, strict: bool = False, variant: str 
 
     It is scaled_dot_product_attention(), with its fallbacks and arguments, and takes the masks
     that transformers makes for "sdpa". Of an encoder's batch whose sentences are filled up at their
-    ends it takes their lengths instead (transformers that has create_bidirectional_mask). Models whose attention is more than that (softcap, s_aux,
-    position_bias) get a ValueError that names it. Wants a transformers that has
-    AttentionInterface.
+    ends it takes the lengths instead (transformers 5.0 and newer). Models whose attention is more
+    than that (softcap, s_aux, position_bias) get a ValueError that names it. Wants a transformers
+    that has AttentionInterface.
     """
     from transformers import AttentionInterface
 
@@ -29,7 +29,7 @@ def transformers(name: str = "sageattnd", *, strict: bool = False, variant: str 
             if more.get(field) is not None:
                 raise ValueError(f"{field}: this attention does not have it: load the model with "
                                  "another attn_implementation")
-        lengths = _noted_lengths(attention_mask)
+        lengths = _noted_lengths(attention_mask, key)
         if attention_mask is not None:
             attention_mask = attention_mask[..., :key.shape[-2]]
         if is_causal is None:
@@ -54,10 +54,11 @@ def _noting_lengths(make: Callable) -> Callable:
     masked at all."""
     try:
         from transformers.masking_utils import bidirectional_mask_function
-    except ImportError:  # before 4.57
+    except ImportError:  # before 5.0
         return make
     import torch
 
+    from ._native import MAX_SEQS
     from ._torch import compiling
 
     def mask(*args: Any, attention_mask: Any = None, **keys: Any) -> Any:
@@ -66,7 +67,7 @@ def _noting_lengths(make: Callable) -> Callable:
             return make(*args, attention_mask=attention_mask, **keys)
         with torch.inference_mode(False):  # so that the mask counts changes
             made = make(*args, attention_mask=attention_mask, **keys)
-            if made is not None and attention_mask is not None \
+            if made is not None and attention_mask is not None and len(made) <= MAX_SEQS // 2 \
                     and attention_mask.shape == (len(made), made.shape[-1]):
                 counts = attention_mask.sum(-1, keepdim=True)
                 places = torch.arange(made.shape[-1], device=counts.device)
@@ -78,10 +79,16 @@ def _noting_lengths(make: Callable) -> Callable:
     return mask
 
 
-def _noted_lengths(mask: Any) -> Any:
-    """What was noted, on this very tensor, unless it was written to since then."""
-    version, lengths = getattr(mask, "sageattnd_lengths", (None, None))
-    return lengths if version is not None and mask._version == version else None
+def _noted_lengths(mask: Any, key: Any) -> Any:
+    """What was noted, on this very tensor, for these keys, unless it was written to since then."""
+    from ._torch import compiling
+
+    if mask is None or compiling() or not hasattr(mask, "sageattnd_lengths"):
+        return None
+    version, lengths = mask.sageattnd_lengths
+    meant = mask._version == version and mask.shape[0] == key.shape[0] \
+        and mask.shape[-1] == key.shape[-2]
+    return lengths if meant else None
 
 
 def diffusers() -> None:
