@@ -6,6 +6,7 @@ PyTorch is that of this python, or else of the environment that `./quickstart py
 """
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -630,14 +631,13 @@ RANKS_SECONDS = 200
 def test_ranks():
     """The example: ring and Ulysses attention on two ranks, in the environment that torchrun makes.
 
-    torchrun itself picks a port, closes it and has a rank open it again, and asks for the name of
-    this machine: another process or a slow resolver is waited for without end. Here the store is
-    open before the ranks start.
+    Its store is open before they start: torchrun picks a port, closes it, and has a rank open it.
     """
     example, ranks = os.path.join(PACKAGE, "examples", "sequence_parallel.py"), 2
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks),
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1",
+           "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks),
            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     with tempfile.TemporaryFile("w+") as log:
         processes = [subprocess.Popen([sys.executable, example, "--tokens=512"], stdout=log,
@@ -651,7 +651,7 @@ def test_ranks():
             time.sleep(0.05)  # until all have ended, or one has failed: the others wait for it
             codes = [p.poll() for p in processes]
         for process in processes:
-            process.kill()
+            process.send_signal(signal.SIGABRT)  # who still runs says where
             process.wait()
         log.seek(0)
         said = log.read()

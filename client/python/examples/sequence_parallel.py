@@ -87,7 +87,7 @@ def error(o, wanted):
 
 
 def compare(whole, is_causal):
-    """Both ways, and one rank alone, with fp64; is the worst rank within BOUND?"""
+    """Both ways, and one rank alone, with fp64: how far off the worst rank is of each."""
     rank, ranks, device = dist.get_rank(), dist.get_world_size(), whole[0].device
     mine = [t.chunk(ranks, 2)[rank] for t in whole]
     wanted, wanted_lse = (t.chunk(ranks, 2)[rank] for t in reference(*whole, is_causal))
@@ -101,7 +101,7 @@ def compare(whole, is_causal):
         print(f"{ranks} x {device.type}, {'causal' if is_causal else 'all keys'}: relL1 "
               + ", ".join(f"{name} {off:.4f}" for name, off in zip(results, worst))
               + f"; lse of ring off by {worst[-1]:.4f}", flush=True)
-    return bool((worst < BOUND).all())
+    return worst
 
 
 def main():
@@ -119,9 +119,11 @@ def main():
     whole = [torch.randn(1, args.heads, args.tokens, args.dim, generator=generator,
                          dtype=torch.float32).to(device, torch.float16) for _ in range(3)]
     with torch.inference_mode():
-        good = [compare(whole, is_causal) for is_causal in (False, True)]
+        worst = [compare(whole, is_causal) for is_causal in (False, True)]
+    # gloo's thread may still hold what it reduced last. Were that not held here, too, it would wait
+    # for Python's lock to free it, and PyTorch 2.1 waits for the thread with that lock in hand.
     dist.destroy_process_group()
-    return 0 if all(good) else 1
+    return 0 if all((w < BOUND).all() for w in worst) else 1
 
 
 if __name__ == "__main__":
