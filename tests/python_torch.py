@@ -202,6 +202,8 @@ def test_key_lengths():
                         (("attn_mask",), dict(key_lengths=[1, 2], attn_mask=mask))):
         with raises(ValueError, *words):
             sageattn(q, k, v, **case)
+    with raises(ValueError, "key_lengths", "attn_mask"):  # PyTorch would see all keys
+        ours(q, k, v, key_lengths=[60, 100])
     with raises(ValueError, "k, v: 2 and 1 batches"):
         sageattn(q, k, v[:1], key_lengths=[1, 2])
     with raises(ValueError, "2049 batches", "2048"):

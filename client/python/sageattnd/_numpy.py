@@ -98,9 +98,9 @@ def cut(key_lengths, b: int, nq: int, nk: int):
     if lengths.shape != (b,) or b and lengths.dtype.kind not in "iu":
         raise ValueError(f"key_lengths: {lengths.dtype} {lengths.shape}: must be {b} integers, one "
                          "for each batch")
-    least, most = int(lengths.min(initial=0)), int(lengths.max(initial=0))
-    if least < 0 or most > nk:
-        raise ValueError(f"key_lengths: from {least} to {most}: must be between 0 and {nk}")
+    if b and (lengths.min() < 0 or lengths.max() > nk):
+        raise ValueError(f"key_lengths: from {lengths.min()} to {lengths.max()}: must be between 0 "
+                         f"and {nk}")
 
     def offsets(first, n):
         start = np.arange(b + 1) * n

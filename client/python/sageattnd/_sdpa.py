@@ -96,9 +96,9 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
     the quantisation (and a row that sees no key is 0).
 
     query [B, Hq, Nq, D] or [Hq, Nq, D], key and value [.., Hkv, Nk, D]; attn_mask broadcastable to
-    [B, Hq, Nq, Nk]; see sageattn() for variant and mode. key_lengths: what attn_mask says, where it
-    says no more than how many keys each batch sees, as sageattn() has it: then the kernels do not
-    read the mask. Only with query [B, Hq, Nq, D] and a mask. Returns o like query.
+    [B, Hq, Nq, Nk]; see sageattn() for variant and mode. key_lengths, for a query of four
+    dimensions: how many keys each batch sees, as sageattn() has it, where attn_mask says just that;
+    the kernels then do without the mask, and PyTorch's function has it. Returns o like query.
 
     What the kernels cannot do is left to PyTorch, with a warning for each reason, and counted:
     see fallbacks(). That is dropout, gradients, dtypes other than float16 and bfloat16, D above
@@ -109,6 +109,9 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
         kind = _autocast()
         query, key, value = (t if t.dtype == torch.float64 else t.to(kind)
                              for t in (query, key, value))
+    if key_lengths is not None and attn_mask is None:
+        raise ValueError("key_lengths: wants an attn_mask of the same meaning, for PyTorch's "
+                         "function")
     reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
         if strict:

@@ -61,17 +61,17 @@ def _noting_lengths(make: Callable) -> Callable:
     from ._native import MAX_SEQS
     from ._torch import compiling
 
-    def mask(*args: Any, attention_mask: Any = None, **keys: Any) -> Any:
-        """attention_mask: bool [B, Nk], True where there is a token."""
+    def mask(*args: Any, **keys: Any) -> Any:
+        tokens = keys.get("attention_mask")  # bool [B, Nk]: False where a sentence is filled up
         if compiling() or keys.get("mask_function") is not bidirectional_mask_function:
-            return make(*args, attention_mask=attention_mask, **keys)
+            return make(*args, **keys)
         with torch.inference_mode(False):  # so that the mask counts changes
-            made = make(*args, attention_mask=attention_mask, **keys)
-            if made is not None and attention_mask is not None and len(made) <= MAX_SEQS // 2 \
-                    and attention_mask.shape == (len(made), made.shape[-1]):
-                counts = attention_mask.sum(-1, keepdim=True)
+            made = make(*args, **keys)
+            if made is not None and tokens is not None and len(made) <= MAX_SEQS // 2 \
+                    and tokens.shape == (len(made), made.shape[-1]):
+                counts = tokens.sum(-1, keepdim=True)
                 places = torch.arange(made.shape[-1], device=counts.device)
-                plain = (attention_mask == (places < counts)).all()
+                plain = (tokens == (places < counts)).all()
                 told = torch.cat((counts.flatten(), plain[None])).cpu()
                 if told[-1]:
                     made.sageattnd_lengths = made._version, told[:-1]
