@@ -123,12 +123,16 @@ static void variants(struct set *s, struct sage_cpu *cpu, const struct options *
 {
     static const struct {
         enum sage_variant variant;
-        bool smooth_k, smooth_v;
+        bool smooth_k, smooth_v, rotate_qk;
         const char *smoothing;
     } rows[] = {
-        {SAGE_INT8_FP16, true, false, "k"}, {SAGE_INT8_FP16, false, false, "none"},
-        {SAGE_INT8_FP8, true, false, "k"},  {SAGE_INT8_FP8, false, false, "none"},
-        {SAGE_INT8_FP8, true, true, "k+v"},
+        {SAGE_INT8_FP16, true, false, false, "k"},
+        {SAGE_INT8_FP16, true, false, true, "k, rotated"},
+        {SAGE_INT8_FP16, false, false, false, "none"},
+        {SAGE_INT8_FP8, true, false, false, "k"},
+        {SAGE_INT8_FP8, true, false, true, "k, rotated"},
+        {SAGE_INT8_FP8, false, false, false, "none"},
+        {SAGE_INT8_FP8, true, true, false, "k+v"},
     };
     char label[128];
 
@@ -140,6 +144,7 @@ static void variants(struct set *s, struct sage_cpu *cpu, const struct options *
         s->attn.variant = rows[i].variant;
         s->attn.smooth_k = rows[i].smooth_k;
         s->attn.smooth_v = rows[i].smooth_v;
+        s->attn.rotate_qk = rows[i].rotate_qk;
         snprintf(label, sizeof label, "%lld\t%s\t%s\t%s\t%s", (long long)s->d, inputs_name(kind),
                  s->attn.causal ? "yes" : "no", name, rows[i].smoothing);
         measure(s, cpu, label);

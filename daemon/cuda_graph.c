@@ -56,7 +56,7 @@ static bool same_attn(const struct sage_attn *a, const struct sage_attn *b)
 {
     return !memcmp(a, b, offsetof(struct sage_attn, scale)) && a->scale == b->scale &&
            a->variant == b->variant && a->smooth_k == b->smooth_k && a->smooth_v == b->smooth_v &&
-           a->causal == b->causal && a->diagonal == b->diagonal &&
+           a->rotate_qk == b->rotate_qk && a->causal == b->causal && a->diagonal == b->diagonal &&
            a->window_left == b->window_left && a->window_right == b->window_right;
 }
 

@@ -87,14 +87,18 @@ static void quantise_q(struct work *w, struct cpu_tile *t, int r)
 
     for (int i = 0; i < t->d; i++) {
         x[i] = to_float(q[i], a->q.dtype);
-        top = (f32_bits(x[i]) & 0x7fffffff) > top ? f32_bits(x[i]) & 0x7fffffff : top;
         dot += x[i] * w->group.k_mean[i];
     }
+    for (int i = 0; a->rotate_qk && i < t->d; i += 8)
+        rotate_8(x + i);
+    for (int i = 0; i < t->d; i++)
+        top = (f32_bits(x[i]) & 0x7fffffff) > top ? f32_bits(x[i]) & 0x7fffffff : top;
     const float amax = f32_from_bits(top), up = amax > QUANT_MIN && isfinite(amax) ? 127 / amax : 0;
 
     for (int i = 0; i < t->d; i++)
         t->q[r][i] = up > 0 ? rintf(x[i] * up) : 0;
-    t->q_scale[r] = isfinite(amax) ? amax / 127 * (scale * log2_e) : NAN;
+    t->q_scale[r] =
+        isfinite(amax) ? amax / 127 * (scale * log2_e * (a->rotate_qk ? 0.125f : 1)) : NAN;
     w->q_mean[r] = dot * scale;
 }
 

@@ -167,6 +167,8 @@ static void k_block(const struct cpu_job *job, const struct cpu_group *g, int64_
             load(x + j * d, &job->attn->k, g, key + j);
             for (int64_t i = 0; i < d; i++)
                 x[j * d + i] -= ch->k_mean[i];
+            for (int64_t i = 0; job->attn->rotate_qk && i < d; i += 8)
+                rotate_8(x + j * d + i);
         }
         quantise_k(k + at, (float *)data + at, x, d);
     }

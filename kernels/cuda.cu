@@ -330,6 +330,7 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
     a->fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8;
     a->smooth_k = attn->smooth_k;
     a->smooth_v = attn->smooth_v;
+    a->rotate_qk = attn->rotate_qk && !is_few(index);
     a->gqa = static_cast<int>(attn->q.shape[1] / kv_heads);
     a->kv_heads = kv_heads;
     a->group = part->group;
@@ -474,7 +475,7 @@ void fill(const struct sage_attn *attn, const struct layout *at, char *workspace
     a->mask_dtype = attn->mask.dtype;
     a->mask_key = static_cast<int64_t>(sage_dtype_size(attn->mask.dtype));
     a->scale_lse = sage_attn_scale(attn);
-    a->scale = a->scale_lse * 1.44269504f;
+    a->scale = a->scale_lse * 1.44269504f * (a->rotate_qk ? 0.125f : 1);
     a->low = attn->window_left < 0 ? bound(INT64_MIN) : bound(-attn->window_left);
     a->high = right < 0 ? bound(INT64_MAX) : bound(right);
     a->bottom_right = attn->diagonal == SAGE_BOTTOM_RIGHT;

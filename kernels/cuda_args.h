@@ -61,7 +61,7 @@ struct cuda_args {
     int64_t mask_key;                         /* bytes of a mask element */
     int mask_dtype;
     int d, d_padded; /* head dimension; that of the kernel */
-    int bf16, fp8, smooth_k, smooth_v;
+    int bf16, fp8, smooth_k, smooth_v, rotate_qk;
     int gqa;                                 /* query heads of a kv head */
     int64_t kv_heads;                        /* of the problem */
     int64_t group, n_groups;                 /* the part */
@@ -74,7 +74,7 @@ struct cuda_args {
     int64_t q_first, k_first;                /* offsets of sequence `seq` */
     int64_t chunk_keys;                      /* of a chunk; few rows: of a block */
     struct cuda_space chunks, blocks, tiles; /* of keys, of keys, of query rows */
-    float scale;                             /* with log2 e in it */
+    float scale;                             /* with log2 e in it, and what rotation does */
     float scale_lse;                         /* without */
     int swizzled;                            /* k8 and v8, as wgmma wants them */
     CUtensorMap v_map;                       /* v, for wgmma */

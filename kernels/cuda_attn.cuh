@@ -120,10 +120,10 @@ struct query {
  * or lse not wanted. A row with an Inf or NaN has scale NaN, and so has one whose scores with the
  * largest keys would leave the range in which sums with MAGIC are exact.
  */
-template <int D, bool BF16, bool SHARED>
-__device__ __forceinline__ void quantise_q(const cuda_args &a, const tile &t, int row0,
-                                           const char *rows, int64_t stride, const float *k_mean,
-                                           int8_t *q8, query *to, float k_max)
+template <int D, bool BF16, bool SHARED, bool ROTATE>
+__device__ __forceinline__ void quantise_rows(const cuda_args &a, const tile &t, int row0,
+                                              const char *rows, int64_t stride, const float *k_mean,
+                                              int8_t *q8, query *to, float k_max)
 {
     constexpr int LANES = D <= 64 ? 4 : D <= 128 ? 8 : 16; /* of a row, 16 channels each */
     constexpr int ROWS = 32 / LANES, STEPS = 16 / ROWS;
@@ -149,15 +149,26 @@ __device__ __forceinline__ void quantise_q(const cuda_args &a, const tile &t, in
         uint4 raw[2];
 
         load(raw, r);
-        uint32_t top = max_abs_16<BF16>(max_abs_16<BF16>(0, raw[0]), raw[1]);
-#pragma unroll
-        for (int i = 1; i < LANES; i *= 2)
-            top = max_abs_16<BF16>(top, __shfl_xor_sync(~0u, top, i));
-        const float amax = larger_16<BF16>(top), up = quant_up(amax);
-        const float scale = quant_step(amax) * a.scale;
-        float x[16];
+        float x[16], amax = 0;
         unpack_16<BF16>(x, raw[0]);
         unpack_16<BF16>(x + 8, raw[1]);
+        if constexpr (ROTATE) {
+            rotate_8(x);
+            rotate_8(x + 8);
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+                amax = max_nan(amax, fabsf(x[i]));
+#pragma unroll
+            for (int i = 1; i < LANES; i *= 2)
+                amax = max_nan(amax, __shfl_xor_sync(~0u, amax, i));
+        } else {
+            uint32_t top = max_abs_16<BF16>(max_abs_16<BF16>(0, raw[0]), raw[1]);
+#pragma unroll
+            for (int i = 1; i < LANES; i *= 2)
+                top = max_abs_16<BF16>(top, __shfl_xor_sync(~0u, top, i));
+            amax = larger_16<BF16>(top);
+        }
+        const float up = quant_up(amax), scale = quant_step(amax) * a.scale;
         if (column < D)
             *reinterpret_cast<uint4 *>(q8 +
                                        (SHARED ? swizzled_place<D>(r, column, WGMMA_TILE_Q(D) * 128)
@@ -193,6 +204,17 @@ __device__ __forceinline__ void quantise_q(const cuda_args &a, const tile &t, in
         if (column == 0)
             to[r].mean = dot * a.scale_lse;
     }
+}
+
+template <int D, bool BF16, bool SHARED>
+__device__ __forceinline__ void quantise_q(const cuda_args &a, const tile &t, int row0,
+                                           const char *rows, int64_t stride, const float *k_mean,
+                                           int8_t *q8, query *to, float k_max)
+{
+    if (a.rotate_qk)
+        quantise_rows<D, BF16, SHARED, true>(a, t, row0, rows, stride, k_mean, q8, to, k_max);
+    else
+        quantise_rows<D, BF16, SHARED, false>(a, t, row0, rows, stride, k_mean, q8, to, k_max);
 }
 
 /* Where row `row` of the tile's sequence is in q. */

@@ -346,10 +346,13 @@ template <int D, bool BF16> struct k_quantiser {
                 continue;
             unpack_16<BF16>(x[i], rows.from(i / 2 * 8).load(key0 + i % 2, vector));
 #pragma unroll
-            for (int e = 0; e < 8; e++) {
+            for (int e = 0; e < 8; e++)
                 x[i][e] -= mean[e];
+            if (a.rotate_qk)
+                rotate_8(x[i]);
+#pragma unroll
+            for (int e = 0; e < 8; e++)
                 top[e % 4] = max_nan(top[e % 4], fabsf(x[i][e]));
-            }
         }
         float amax = max_nan(max_nan(top[0], top[1]), max_nan(top[2], top[3]));
 #pragma unroll

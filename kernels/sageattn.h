@@ -127,6 +127,13 @@ struct sage_attn {
     enum sage_variant variant;
     bool smooth_k; /* subtract K's mean over the tokens; exact for o and lse */
     bool smooth_v; /* int8_fp8 only: subtract V's mean, add it back to o */
+    /*
+     * Multiply each 8 channels of q and k by a Hadamard matrix before they become INT8: scores stay
+     * what they are, and a channel that sticks out is spread over eight (QuaRot, arXiv:2404.00456,
+     * section 4). Less error with the q and k of models, more with uniform ones. Elements beyond
+     * an eighth of fp32's range give NaN.
+     */
+    bool rotate_qk;
     bool causal;
     enum sage_diagonal diagonal;
     int64_t window_left, window_right; /* >= 0, or SAGE_UNLIMITED */
@@ -209,7 +216,7 @@ SAGE_API int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn,
  * Few query rows (of all Hq/Hkv query heads of a kv head together at most 64, in every sequence; no
  * mask tensor) are computed without quantisation, whatever the variant and in whatever parts: Q K^T
  * and P V in the tensors' 16-bit type, accumulated in fp32. That reads K and V once and is bound by
- * it; quantising K would read it twice. smooth_k and smooth_v then change nothing.
+ * it; quantising K would read it twice. smooth_k, smooth_v and rotate_qk then change nothing.
  *
  * Compute capability 8.0 or newer; int8_fp8 wants 8.9. A build without CUDA has these functions
  * too: they return SAGE_EUNSUPPORTED and say so. Errors come with a text in why[len], which may be

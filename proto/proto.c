@@ -88,6 +88,7 @@ static const struct field attn_fields[] = {
     REQ(sage_attn, variant, K_U32),
     REQ(sage_attn, smooth_k, K_BOOL),
     REQ(sage_attn, smooth_v, K_BOOL),
+    OPT(sage_attn, rotate_qk, K_BOOL),
     REQ(sage_attn, causal, K_BOOL),
     REQ(sage_attn, diagonal, K_U32),
     REQ(sage_attn, window_left, K_I64),

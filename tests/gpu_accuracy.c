@@ -210,20 +210,25 @@ static int measure(struct gpu *gpu, struct set *s)
 {
     static const struct {
         enum sage_variant variant;
-        bool smooth_k, smooth_v;
+        bool smooth_k, smooth_v, rotate_qk;
         const char *smoothing;
     } rows[] = {
-        {SAGE_INT8_FP16, true, false, "k"}, {SAGE_INT8_FP16, false, false, "none"},
-        {SAGE_INT8_FP8, true, false, "k"},  {SAGE_INT8_FP8, false, false, "none"},
-        {SAGE_INT8_FP8, true, true, "k+v"},
+        {SAGE_INT8_FP16, true, false, false, "k"},
+        {SAGE_INT8_FP16, true, false, true, "k, rotated"},
+        {SAGE_INT8_FP16, false, false, false, "none"},
+        {SAGE_INT8_FP8, true, false, false, "k"},
+        {SAGE_INT8_FP8, true, false, true, "k, rotated"},
+        {SAGE_INT8_FP8, false, false, false, "none"},
+        {SAGE_INT8_FP8, true, true, false, "k+v"},
     };
-    const size_t n = gpu->fp8 ? sizeof rows / sizeof rows[0] : 2;
+    const size_t n = gpu->fp8 ? sizeof rows / sizeof rows[0] : 3;
 
     for (size_t i = 0; i < 2 * n; i++) {
         s->device.causal = i / n;
         s->device.variant = rows[i % n].variant;
         s->device.smooth_k = rows[i % n].smooth_k;
         s->device.smooth_v = rows[i % n].smooth_v;
+        s->device.rotate_qk = rows[i % n].rotate_qk;
         if (run(gpu, s))
             return 1;
         printf("%lld\t%s\t%s\t%s\t%s\t", (long long)s->d, inputs_name(s->kind),

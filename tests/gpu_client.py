@@ -21,7 +21,8 @@ class Tensor(ctypes.Structure):
 class Attn(ctypes.Structure):
     _fields_ = [*((name, Tensor) for name in ("q", "k", "v", "o", "mask", "lse")),
                 ("scale", ctypes.c_float), ("variant", ctypes.c_int), ("smooth_k", ctypes.c_bool),
-                ("smooth_v", ctypes.c_bool), ("causal", ctypes.c_bool), ("diagonal", ctypes.c_int),
+                ("smooth_v", ctypes.c_bool), ("rotate_qk", ctypes.c_bool),
+                ("causal", ctypes.c_bool), ("diagonal", ctypes.c_int),
                 ("window_left", ctypes.c_int64), ("window_right", ctypes.c_int64),
                 ("n_seqs", ctypes.c_int32), ("q_offsets", ctypes.c_void_p),
                 ("k_offsets", ctypes.c_void_p)]

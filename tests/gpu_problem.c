@@ -263,26 +263,46 @@ static void fill(struct problem *p, int which, const struct sage_tensor *t)
         }
 }
 
+/* A row of q or k before it becomes INT8; with rotate_qk turned, each 8 channels by an orthogonal
+ * matrix. */
+static void get_row(const struct problem *p, const struct sage_tensor *t, int64_t b, int64_t h,
+                    int64_t n, double *x)
+{
+    const uint16_t *row = (const uint16_t *)row_of(t, b, h, n);
+
+    for (int64_t c = 0; c < t->shape[3]; c += 8)
+        for (int i = 0; i < 8; i++) {
+            x[c + i] = 0;
+            for (int j = 0; j < 8; j++) {
+                const uint16_t bits = row[c + j];
+                const double y =
+                    (double)(t->dtype == SAGE_F16 ? f16_to_f32(bits) : bf16_to_f32(bits));
+
+                if (p->attn.rotate_qk)
+                    x[c + i] += (__builtin_parity((unsigned)(i & j)) ? -y : y) / sqrt(8);
+                else if (i == j)
+                    x[c + i] = y;
+            }
+        }
+}
+
 /* Largest range over the tokens of a channel; without smoothing, largest magnitude. */
 static double k_range(const struct problem *p, int64_t b, int64_t h)
 {
     const struct sage_tensor *k = &p->attn.k;
-    float low[SAGE_MAX_HEAD_DIM], high[SAGE_MAX_HEAD_DIM];
+    double x[SAGE_MAX_HEAD_DIM], low[SAGE_MAX_HEAD_DIM], high[SAGE_MAX_HEAD_DIM];
     double range = 0;
 
     for (int64_t n = 0; n < k->shape[2]; n++) {
-        const uint16_t *row = (const uint16_t *)row_of(k, b, h, n);
-
+        get_row(p, k, b, h, n, x);
         for (int64_t c = 0; c < k->shape[3]; c++) {
-            const float x = k->dtype == SAGE_F16 ? f16_to_f32(row[c]) : bf16_to_f32(row[c]);
-
-            low[c] = n == 0 || x < low[c] ? x : low[c];
-            high[c] = n == 0 || x > high[c] ? x : high[c];
+            low[c] = n == 0 || x[c] < low[c] ? x[c] : low[c];
+            high[c] = n == 0 || x[c] > high[c] ? x[c] : high[c];
         }
     }
     for (int64_t c = 0; c < k->shape[3] && k->shape[2]; c++)
-        range = fmax(range, p->attn.smooth_k ? (double)high[c] - (double)low[c]
-                                             : fmax(fabs((double)high[c]), fabs((double)low[c])));
+        range =
+            fmax(range, p->attn.smooth_k ? high[c] - low[c] : fmax(fabs(high[c]), fabs(low[c])));
     return range;
 }
 
@@ -296,13 +316,11 @@ void problem_find_flip(struct problem *p)
             range = fmax(range, k_range(p, b, h));
         for (int64_t h = 0; h < q->shape[1]; h++)
             for (int64_t n = 0; n < q->shape[2]; n++) {
-                const uint16_t *row = (const uint16_t *)row_of(q, b, h, n);
-                int top = 0;
+                double x[SAGE_MAX_HEAD_DIM];
 
+                get_row(p, q, b, h, n, x);
                 for (int64_t c = 0; c < q->shape[3]; c++)
-                    top = (row[c] & 0x7fff) > top ? row[c] & 0x7fff : top;
-                amax = fmax(amax, (double)(q->dtype == SAGE_F16 ? f16_to_f32((uint16_t)top)
-                                                                : bf16_to_f32((uint16_t)top)));
+                    amax = fmax(amax, fabs(x[c]));
             }
     }
     p->flip = (double)sage_attn_scale(&p->attn) * amax * range / 127;
@@ -547,6 +565,7 @@ static void random_options(struct problem *p, const struct sizes *s, bool fp8)
     a->variant = fp8 && rng_below(rng, 2) ? SAGE_INT8_FP8 : SAGE_INT8_FP16;
     a->smooth_k = rng_below(rng, 4) > 0;
     a->smooth_v = a->variant == SAGE_INT8_FP8 && rng_below(rng, 2);
+    a->rotate_qk = rng_below(rng, 3) == 0;
     a->scale = rng_below(rng, 4) ? 0 : (float)(0.02 + 0.2 * rng_uniform(rng));
     a->causal = rng_below(rng, 5) < 2;
     a->diagonal = (enum sage_diagonal)rng_below(rng, 2);
@@ -636,9 +655,10 @@ void problem_describe(const struct problem *p, char *text, size_t len)
     else
         fprintf(out, " %s,%s,%s,%s", layouts[p->layout[0]], layouts[p->layout[1]],
                 layouts[p->layout[2]], layouts[p->layout[3]]);
-    fprintf(out, "%s%s%s%s%s%s", a->smooth_k ? " smooth_k" : "", a->smooth_v ? " smooth_v" : "",
-            a->causal ? " causal" : "", a->diagonal == SAGE_BOTTOM_RIGHT ? " bottom-right" : "",
-            a->lse.dtype ? " lse" : "", p->cut ? " cut" : "");
+    fprintf(out, "%s%s%s%s%s%s%s", a->smooth_k ? " smooth_k" : "", a->smooth_v ? " smooth_v" : "",
+            a->rotate_qk ? " rotate_qk" : "", a->causal ? " causal" : "",
+            a->diagonal == SAGE_BOTTOM_RIGHT ? " bottom-right" : "", a->lse.dtype ? " lse" : "",
+            p->cut ? " cut" : "");
     if (a->window_left >= 0 || a->window_right >= 0)
         fprintf(out, " window=%lld,%lld", (long long)a->window_left, (long long)a->window_right);
     if (a->scale > 0)

@@ -61,8 +61,8 @@ C = """
 int main(void)
 {
     T(dtype) T(buffer) T(offset) T(data) T(shape) T(stride)
-    A(q) A(k) A(v) A(o) A(mask) A(lse) A(scale) A(variant) A(smooth_k) A(smooth_v) A(causal)
-    A(diagonal) A(window_left) A(window_right) A(n_seqs) A(q_offsets) A(k_offsets)
+    A(q) A(k) A(v) A(o) A(mask) A(lse) A(scale) A(variant) A(smooth_k) A(smooth_v) A(rotate_qk)
+    A(causal) A(diagonal) A(window_left) A(window_right) A(n_seqs) A(q_offsets) A(k_offsets)
     printf("size %zu %zu %zu %zu\\n", sizeof(struct sage_tensor), sizeof(struct sage_attn),
            sizeof(struct sage_connect_options), sizeof(struct sage_server));
     printf("numbers %d %d %d %d %d %d %d %d %d %d\\n", SAGE_F16, SAGE_BF16, SAGE_F32, SAGE_BOOL,
@@ -93,7 +93,7 @@ def test_structures():
     tensor = offsets(["i", "I", "Q", "P", "4q", "4q"])
     whole = [struct.calcsize("@" + i * _native.TENSOR + "0q") for i in range(6)]
     rest = offsets([6 * _native.TENSOR, *"fi???iqqiPP"])[1:]
-    assert _native.TENSOR == "iIQP4q4q" and _native.ATTN.format.endswith("fi???iqqiPP")
+    assert _native.TENSOR == "iIQP4q4q" and _native.ATTN.format.endswith("fi????iqqiPP")
     assert lines[:6] == [f"tensor {n}" for n in tensor], lines
     assert lines[6:23] == [f"attn {n}" for n in whole + rest], lines
     sizes = [struct.calcsize(_native.TENSOR), _native.ATTN.size,
@@ -136,7 +136,7 @@ def test_accuracy():
 def test_options():
     q, k, v = inputs(nq=60, nk=80)
     cases = (dict(sm_scale=0.3), dict(scale=0.3), dict(smooth_k=False),
-             dict(diagonal="bottom-right"), dict(window=(5, 9)), dict(window=(-1, 3)),
+             dict(rotate_qk=True),              dict(diagonal="bottom-right"), dict(window=(5, 9)), dict(window=(-1, 3)),
              dict(enable_gqa=True), dict(dropout_p=0.0))
     for case in cases:
         reference = {"scale": case.get("sm_scale") or case.get("scale") or 0.0,
@@ -415,7 +415,7 @@ def test_cost():
     q, k, v = inputs(b=1, hq=1, nq=16, d=8)
     problem = _native.pack(*map(sys.modules["sageattnd._numpy"]._describe, (q, k, v, q.copy())),
                            _native.ABSENT, _native.ABSENT,
-                           _native.Options(False, 0.35, 1, True, False, 0, -1, -1))
+                           _native.Options(False, 0.35, 1, True, False, False, 0, -1, -1))
     workspace = np.empty(1 << 20, np.uint8)
     address = workspace.ctypes.data + -workspace.ctypes.data % 64
 

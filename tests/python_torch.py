@@ -679,7 +679,7 @@ def test_cost():
     q, k, v = inputs(b=1, hq=1, nq=16, d=8)
     o = torch.empty_like(q)
     problem = _native.pack(*(_torch._describe(t, "HND") for t in (q, k, v, o)), _native.ABSENT,
-                           _native.ABSENT, _native.Options(False, 0.35, 1, True, False, 0, -1, -1))
+                           _native.ABSENT, _native.Options(False, 0.35, 1, True, False, False, 0, -1, -1))
 
     def median(work):
         times = []

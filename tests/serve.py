@@ -22,6 +22,7 @@ def test_results():
         dict(nq=70, d=48, variant=1),
         dict(nq=70, d=96, variant=2, smooth_v=True),
         dict(nq=65, d=256, smooth_k=False, scale=0.05),
+        dict(nq=65, d=40, rotate_qk=True),
         dict(nq=90, causal=True, lse=True),
         dict(nq=40, nk=90, causal=True, diagonal=1),
         dict(nq=90, nk=40, causal=True, diagonal=1, lse=True),  # the first rows see nothing

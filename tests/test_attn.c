@@ -257,6 +257,7 @@ static void random_problem(struct fixture *f, struct rng *rng)
     a->smooth_k = rng_below(rng, 3) > 0;
     a->variant = (enum sage_variant)rng_below(rng, 3);
     a->smooth_v = a->variant != SAGE_INT8_FP16 && rng_below(rng, 2);
+    a->rotate_qk = rng_below(rng, 2);
     a->scale = rng_below(rng, 4) ? 0 : 0.07f;
     a->n_seqs = rng_below(rng, 4) ? 0 : 1 + (int32_t)rng_below(rng, 6);
     a->causal = rng_below(rng, 2);
@@ -556,6 +557,54 @@ static void test_lse_exact(void **state)
     fixture_finish(&f);
 }
 
+/* Mean distance of o from the truth, over all rows. */
+static double mean_error(const struct fixture *f)
+{
+    const int64_t *shape = f->attn.o.shape;
+    double sum = 0;
+
+    for (int64_t h = 0; h < shape[1]; h++)
+        for (int64_t i = 0; i < shape[2]; i++) {
+            double r[SAGE_MAX_HEAD_DIM];
+
+            ref64_row(&f->attn, 0, h, i, r);
+            for (int64_t c = 0; c < shape[3]; c++)
+                sum += fabs(o_at(f, h, i, c) - r[c]);
+        }
+    return sum / (double)(shape[1] * shape[2] * shape[3]);
+}
+
+/* Channels of k that stick out: spread over eight they leave finer steps to the others. */
+static void rotation(enum sage_variant variant)
+{
+    struct fixture f;
+    struct rng rng;
+    double plainly;
+
+    rng_init(&rng, test_seed());
+    plain(&f, &rng, variant, 50, 300);
+    for (int64_t h = 0; h < f.attn.k.shape[1]; h++)
+        for (int64_t j = 0; j < 300; j++)
+            for (int64_t c = 3; c < 64; c += 16)
+                put(&f.attn.k, 0, h, j, c, 16 * rng_normal(&rng));
+    for (int64_t h = 0; h < f.attn.q.shape[1]; h++)
+        for (int64_t i = 0; i < 50; i++)
+            for (int64_t c = 3; c < 64; c += 16)
+                put(&f.attn.q, 0, h, i, c, rng_normal(&rng) / 16);
+    run(&f, NULL);
+    plainly = mean_error(&f);
+    f.attn.rotate_qk = true;
+    run(&f, NULL);
+    assert_true(mean_error(&f) < 0.7 * plainly);
+    fixture_finish(&f);
+}
+
+static void test_rotation(void **state)
+{
+    (void)state;
+    rotation(SAGE_INT8_FP16);
+}
+
 /* --- Inf and NaN --- */
 
 enum { NAN_NQ = 150, NAN_NK = 200, NAN_AT = 130 };
@@ -570,7 +619,7 @@ static void assert_same_heads(const struct fixture *f, const char *clean, int64_
 }
 
 /* Put x into one element of a tensor of kv head 1 (q: of head 3) and see who notices. */
-static void spoil(enum sage_variant variant, int which, double x, bool smooth_v)
+static void spoil(enum sage_variant variant, int which, double x, bool smooth_v, bool rotate_qk)
 {
     struct fixture f;
     struct rng rng;
@@ -578,6 +627,7 @@ static void spoil(enum sage_variant variant, int which, double x, bool smooth_v)
     rng_init(&rng, 5);
     plain(&f, &rng, variant, NAN_NQ, NAN_NK);
     f.attn.smooth_v = smooth_v;
+    f.attn.rotate_qk = rotate_qk;
     f.attn.causal = true;
     run(&f, NULL);
     char *clean = malloc(f.size);
@@ -613,9 +663,10 @@ static void spoils(enum sage_variant variant)
 
     for (int i = 0; i < 4; i++)
         for (int which = 0; which < 3; which++) {
-            spoil(variant, which, values[i], false);
+            spoil(variant, which, values[i], false, false);
+            spoil(variant, which, values[i], false, true);
             if (variant == SAGE_INT8_FP8)
-                spoil(variant, which, values[i], true);
+                spoil(variant, which, values[i], true, false);
         }
 }
 
@@ -800,6 +851,7 @@ int main(void)
         cmocka_unit_test(test_constants),
         cmocka_unit_test(test_few_keys),
         cmocka_unit_test(test_lse_exact),
+        cmocka_unit_test(test_rotation),
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_bad_mask),
         cmocka_unit_test(test_hidden_row),

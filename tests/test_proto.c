@@ -328,6 +328,7 @@ static void random_submit(struct rng *rng, struct msg_submit *m)
     a->diagonal = rng_below(rng, 1000);
     BOOL(a->smooth_k);
     BOOL(a->smooth_v);
+    BOOL(a->rotate_qk);
     BOOL(a->causal);
     a->window_left = (int64_t)rng_bits(rng);
     a->window_right = rng_below(rng, 300) - 150;

@@ -93,7 +93,7 @@ def _measure(connection: _client.Connection, device: int) -> tuple[float, float]
             qkvo = [torch.zeros((1, 1, tokens, 64), dtype=torch.float16, device=place)
                     for _ in range(4)]
         numbers = [(_native.F16, 0, 0, t.data_ptr(), *t.shape, *t.stride()) for t in qkvo]
-        options = _native.Options(False, 0.0, 1, True, False, 0, -1, -1)
+        options = _native.Options(False, 0.0, 1, True, False, False, 0, -1, -1)
         problem = _native.pack(*numbers, _native.ABSENT, _native.ABSENT, options)
         took = []
         for _ in range(TRIES):

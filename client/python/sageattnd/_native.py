@@ -20,7 +20,7 @@ BUNDLED = os.path.dirname(os.path.abspath(__file__))  # a wheel brings the libra
 
 # struct sage_attn of sageattn.h; tests/python_numpy.py compares it with the compiler's idea.
 TENSOR = "iIQP4q4q"  # dtype, buffer, offset, data, shape, stride
-ATTN = struct.Struct("@" + 6 * TENSOR + "fi???iqqiPP")
+ATTN = struct.Struct("@" + 6 * TENSOR + "fi????iqqiPP")
 ABSENT = (NONE,) + 11 * (0,)
 
 
@@ -51,6 +51,7 @@ class Options(NamedTuple):
     variant: int
     smooth_k: bool
     smooth_v: bool
+    rotate_qk: bool
     diagonal: int
     window_left: int
     window_right: int
@@ -67,8 +68,8 @@ def pack(q, k, v, o, mask, lse, options: Options, q_offsets=0, k_offsets=0, n_se
     """struct sage_attn. Tensors are twelve numbers each, see TENSOR; offsets are addresses."""
     p = options
     return ATTN.pack(*q, *k, *v, *o, *mask, *lse, p.scale, p.variant, p.smooth_k, p.smooth_v,
-                     p.causal, p.diagonal, p.window_left, p.window_right, n_seqs, q_offsets,
-                     k_offsets)
+                     p.rotate_qk, p.causal, p.diagonal, p.window_left, p.window_right, n_seqs,
+                     q_offsets, k_offsets)
 
 
 # --- loading ---

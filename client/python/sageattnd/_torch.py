@@ -106,8 +106,8 @@ def attention(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout: str, op
 
 SCHEMA = ("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? q_offsets, "
           "Tensor? k_offsets, int? max_q, int? max_k, str layout, bool causal, float scale, "
-          "int variant, bool smooth_k, bool smooth_v, int diagonal, int window_left, "
-          "int window_right, bool with_lse, str mode) -> (Tensor, Tensor)")
+          "int variant, bool smooth_k, bool smooth_v, bool rotate_qk, int diagonal, "
+          "int window_left, int window_right, bool with_lse, str mode) -> (Tensor, Tensor)")
 
 
 def _usable(t):
@@ -125,7 +125,7 @@ def _outputs(q, layout: str, with_lse: bool):
 
 
 def _fake(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout, causal, scale, variant,
-          smooth_k, smooth_v, diagonal, window_left, window_right, with_lse, mode):
+          smooth_k, smooth_v, rotate_qk, diagonal, window_left, window_right, with_lse, mode):
     return _outputs(_usable(q), layout, with_lse)
 
 
@@ -159,11 +159,11 @@ def _offsets(offsets, field: str, longest):
 
 
 def _run(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout, causal, scale, variant,
-         smooth_k, smooth_v, diagonal, window_left, window_right, with_lse, mode):
+         smooth_k, smooth_v, rotate_qk, diagonal, window_left, window_right, with_lse, mode):
     q, k, v = _usable(q), _usable(k), _usable(v)
     o, lse = _outputs(q, layout, with_lse)
-    options = Options(causal, scale, variant, smooth_k, smooth_v, diagonal, window_left,
-                      window_right)
+    options = Options(causal, scale, variant, smooth_k, smooth_v, rotate_qk, diagonal,
+                      window_left, window_right)
     more = ()
     if q_offsets is not None:
         q_offsets = _offsets(q_offsets, "cu_seqlens_q", max_q)
