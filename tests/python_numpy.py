@@ -92,15 +92,15 @@ def test_structures():
                 for i, code in enumerate(codes)]
     tensor = offsets(["i", "I", "Q", "P", "4q", "4q"])
     whole = [struct.calcsize("@" + i * _native.TENSOR + "0q") for i in range(6)]
-    rest = offsets([6 * _native.TENSOR, *"fi???iqqiPP"])[1:]
+    rest = offsets([6 * _native.TENSOR, *"fi????iqqiPP"])[1:]
     assert _native.TENSOR == "iIQP4q4q" and _native.ATTN.format.endswith("fi????iqqiPP")
     assert lines[:6] == [f"tensor {n}" for n in tensor], lines
-    assert lines[6:23] == [f"attn {n}" for n in whole + rest], lines
+    assert lines[6:24] == [f"attn {n}" for n in whole + rest], lines
     sizes = [struct.calcsize(_native.TENSOR), _native.ATTN.size,
              ctypes.sizeof(_native.ConnectOptions), ctypes.sizeof(_native.Server)]
-    assert lines[23] == "size {} {} {} {}".format(*sizes), lines
+    assert lines[24] == "size {} {} {} {}".format(*sizes), lines
     n = _native
-    assert lines[24].split()[1:] == [str(i) for i in (
+    assert lines[25].split()[1:] == [str(i) for i in (
         n.F16, n.BF16, n.F32, n.BOOL, n.VARIANTS["int8_fp16"], n.VARIANTS["int8_fp8"],
         n.DIAGONALS["bottom-right"], n.EUNSUPPORTED, n.ECAPTURE, n.MAX_SEQS)], lines
 
