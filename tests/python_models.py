@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import common  # noqa: F401: it says where the libraries are
-from attention import Probe, attention, in_dtype, rotated, sdpa
+from attention import Probe, attention, in_dtype, sdpa
 from minilm import MiniLM, batch
 from smollm2 import SmolLM2
 from weights import Weights
@@ -106,7 +106,7 @@ def test_sdpa_window():
 # --- the programs ---
 
 def test_rotation():
-    """The same scores; with one large channel a much smaller error."""
+    """With channels that stick out a much smaller error."""
     q, k, v = torch.randn(3, 1, 2, 300, 64, generator=torch.Generator().manual_seed(1)).half()
     q[..., 5] *= 30
     k[..., 6] *= 30
@@ -114,7 +114,6 @@ def test_rotation():
 
     def error(attend, *args):
         return float((attend(*args).double() - exact).abs().sum() / exact.abs().sum())
-    assert error(rotated(sdpa()), q.double(), k.double(), v.double()) < 1e-6
     plain, turned = (error(attention(name), q, k, v) for name in ("int8_fp16", "int8_fp16_rotated"))
     assert turned < plain / 2, (plain, turned)
 

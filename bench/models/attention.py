@@ -51,25 +51,6 @@ def sdpa(backend=None):
     return attend
 
 
-@functools.cache
-def hadamard(d, device):
-    """Orthogonal [d, d] of entries 1 and -1 by sqrt(d), d a power of two (Sylvester, 1867)."""
-    h = torch.ones(1, 1)
-    while len(h) < d:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return (h / d**0.5).to(device)
-
-
-def rotated(attend):
-    """q and k in a turned basis: the same scores, but a channel that sticks out is spread over all
-    of them, which a scale for each row of INT8 is grateful for (QuaRot: arXiv:2404.00456)."""
-    def turned(q, k, v, **keys):
-        h = hadamard(q.shape[-1], q.device)
-        q, k = ((x.float() @ h).to(x.dtype) for x in (q, k))
-        return attend(q, k, v, **keys)
-    return turned
-
-
 def attention(name, mode="inproc"):
     """name: of SDPA or of VARIANTS, the latter also with ROTATED behind; mode: for VARIANTS,
     "inproc" or "daemon" ($SAGEATTND_SOCKET).
@@ -86,9 +67,10 @@ def attention(name, mode="inproc"):
 
     def attend(q, k, v, causal=False, window=0, mask=None, key_lengths=None, scale=None):
         return sageattn(q, k, v, is_causal=causal, sm_scale=scale, variant=variant,
+                        rotate_qk=name.endswith(ROTATED),
                         attn_mask=mask if key_lengths is None else None, key_lengths=key_lengths,
                         window=(window - 1, 0) if window else None, mode=mode)
-    return rotated(attend) if name.endswith(ROTATED) else attend
+    return attend
 
 
 def settle():

@@ -146,8 +146,8 @@ def sageattn(q: T, k: T, v: T, tensor_layout: str = "HND", is_causal: bool = Fal
                          "sageattnd.scaled_dot_product_attention takes it)")
     if key_lengths is not None:
         return _of_lengths(key_lengths, q, k, v, tensor_layout, is_causal, sm_scale, return_lse,
-                           smooth_k, attn_mask, dropout_p, scale, enable_gqa, smooth_v, variant,
-                           window, diagonal, mode)
+                           smooth_k, attn_mask, dropout_p, scale, enable_gqa, smooth_v, rotate_qk,
+                           variant, window, diagonal, mode)
     return _attention(q, k, v, tensor_layout, is_causal, sm_scale, return_lse, smooth_k, attn_mask,
                       dropout_p, scale, enable_gqa, smooth_v, rotate_qk, variant, window, diagonal,
                       mode)

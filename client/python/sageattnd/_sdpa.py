@@ -90,14 +90,15 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
                                  attn_mask: Optional[torch.Tensor] = None, dropout_p: float = 0.0,
                                  is_causal: bool = False, scale: Optional[float] = None,
                                  enable_gqa: bool = False, *, strict: bool = False,
-                                 variant: str = "auto", mode: Optional[str] = None,
+                                 rotate_qk: bool = False, variant: str = "auto",
+                                 mode: Optional[str] = None,
                                  key_lengths: Optional[Sequence[int]] = None) -> torch.Tensor:
     """F.scaled_dot_product_attention: its arguments, its meaning, its result up to the error of
     the quantisation (and a row that sees no key is 0).
 
     query [B, Hq, Nq, D] or [Hq, Nq, D], key and value [.., Hkv, Nk, D]; attn_mask broadcastable to
-    [B, Hq, Nq, Nk]; see sageattn() for variant and mode. key_lengths, for a query of four
-    dimensions: how many keys each batch sees, as sageattn() has it, where attn_mask says just that;
+    [B, Hq, Nq, Nk]; see sageattn() for rotate_qk, variant and mode. key_lengths, for a query
+    of four dimensions: how many keys each batch sees, as sageattn() has it, where attn_mask says just that;
     the kernels then do without the mask, and PyTorch's function has it. Returns o like query.
 
     What the kernels cannot do is left to PyTorch, with a warning for each reason, and counted:
@@ -124,18 +125,18 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
         return pytorch(query, key, value, attn_mask, dropout_p, is_causal, **more)
     from ._api import sageattn
     if key_lengths is not None:
-        return sageattn(query, key, value, "HND", is_causal, scale, variant=variant, mode=mode,
-                        key_lengths=key_lengths)
+        return sageattn(query, key, value, "HND", is_causal, scale, rotate_qk=rotate_qk,
+                        variant=variant, mode=mode, key_lengths=key_lengths)
     if query.dim() == 4:
         return sageattn(query, key, value, "HND", is_causal, scale, attn_mask=attn_mask,
-                        variant=variant, mode=mode)
+                        rotate_qk=rotate_qk, variant=variant, mode=mode)
     return sageattn(query[None], key[None], value[None], "HND", is_causal, scale,
-                    attn_mask=attn_mask, variant=variant, mode=mode)[0]
+                    attn_mask=attn_mask, rotate_qk=rotate_qk, variant=variant, mode=mode)[0]
 
 
 @contextlib.contextmanager
-def sdpa(strict: bool = False, variant: str = "auto", mode: Optional[str] = None
-         ) -> Iterator[None]:
+def sdpa(strict: bool = False, variant: str = "auto", mode: Optional[str] = None,
+         rotate_qk: bool = False) -> Iterator[None]:
     """Within the block, of all threads, F.scaled_dot_product_attention is ours.
 
         with sageattnd.sdpa():
@@ -148,8 +149,8 @@ def sdpa(strict: bool = False, variant: str = "auto", mode: Optional[str] = None
     def ours(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
              enable_gqa=False) -> Any:
         return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal,
-                                            scale, enable_gqa, strict=strict, variant=variant,
-                                            mode=mode)
+                                            scale, enable_gqa, strict=strict,
+                                            rotate_qk=rotate_qk, variant=variant, mode=mode)
 
     global _before
     with _lock:

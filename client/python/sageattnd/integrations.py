@@ -5,15 +5,15 @@ import sys
 from typing import Any, Callable, Optional
 
 
-def transformers(name: str = "sageattnd", *, strict: bool = False, variant: str = "auto",
-                 mode: Optional[str] = None) -> None:
+def transformers(name: str = "sageattnd", *, strict: bool = False, rotate_qk: bool = True,
+                 variant: str = "auto", mode: Optional[str] = None) -> None:
     """Register the attention under `name`:
 
         sageattnd.integrations.transformers()
         model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="sageattnd")
 
-    It is scaled_dot_product_attention(), with its fallbacks and arguments, and takes the masks
-    that transformers makes for "sdpa". Of an encoder's batch whose sentences are filled up at their
+    It is scaled_dot_product_attention(), with its fallbacks and arguments, but q and k are rotated:
+    in language models channels stick out. It takes the masks that transformers makes for "sdpa". Of an encoder's batch whose sentences are filled up at their
     ends it takes the lengths instead (transformers 5.0 and newer). Models whose attention is more
     than that (softcap, s_aux, position_bias) get a ValueError that names it. Wants a transformers
     that has AttentionInterface.
@@ -37,7 +37,8 @@ def transformers(name: str = "sageattnd", *, strict: bool = False, variant: str 
         is_causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
         o = scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal,
                                          scaling, query.shape[1] != key.shape[1], strict=strict,
-                                         variant=variant, mode=mode, key_lengths=lengths)
+                                         rotate_qk=rotate_qk, variant=variant, mode=mode,
+                                         key_lengths=lengths)
         return o.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(name, forward)
