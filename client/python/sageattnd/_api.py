@@ -110,7 +110,7 @@ def sageattn(q: T, k: T, v: T, tensor_layout: str = "HND", is_causal: bool = Fal
       smooth_v      "int8_fp8" only: subtract V's mean and add it back
       rotate_qk     multiply each 8 channels of q and k by a Hadamard matrix before they become
                     INT8 (QuaRot, arXiv:2404.00456): the same scores, and smaller errors where
-                    channels stick out, as they do in language models. Costs 1 to 3 % of the time.
+                    channels stick out, as they do in language models. Takes 0.3 to 2 % more time.
       variant       "int8_fp16", "int8_fp8", or "auto": the former, unless smooth_v asks for the
                     latter
       window        (left, right): query i sees keys i - left .. i + right; -1: unlimited
