@@ -355,6 +355,8 @@ def test_sdpa():
         wanted = F.scaled_dot_product_attention(*(t.double() for t in tensors), **exact)
         o = ours(*tensors, strict=True, **case)
         assert o.shape == wanted.shape and error(o, wanted) < BOUNDS["auto"], case
+    turned = ours(q, k, v, strict=True, rotate_qk=True)
+    assert same(turned, sageattn(q, k, v, rotate_qk=True)) and not same(turned, sageattn(q, k, v))
     assert sageattnd.fallbacks() == before
 
 
@@ -412,7 +414,8 @@ def test_sdpa_context():
     before = F.scaled_dot_product_attention
     with sageattnd.sdpa(variant="int8_fp8"):
         assert same(F.scaled_dot_product_attention(q, k, v), sageattn(q, k, v, variant="int8_fp8"))
-        with sageattnd.sdpa(strict=True):
+        with sageattnd.sdpa(strict=True, rotate_qk=True):
+            assert same(F.scaled_dot_product_attention(q, k, v), sageattn(q, k, v, rotate_qk=True))
             with raises(ValueError, "dtype float32"):
                 F.scaled_dot_product_attention(q.float(), k.float(), v.float())
         f = [t.float() for t in (q, k, v)]
@@ -554,6 +557,10 @@ def test_transformers():
     rel = error(logits["sageattnd"], logits["sdpa"].double())
     assert not torch.equal(logits["sageattnd"], logits["sdpa"]) and rel < 0.02, rel
     assert answers["sageattnd"].shape == answers["sdpa"].shape
+    q, k, v = inputs()
+    forward = transformers.AttentionInterface()["sageattnd"]
+    o = forward(torch.nn.Module(), q, k, v, None, is_causal=False)[0]
+    assert same(o.transpose(1, 2), sageattn(q, k, v, rotate_qk=True))
 
 
 def test_transformers_lengths():
