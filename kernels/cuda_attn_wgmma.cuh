@@ -601,8 +601,8 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
 
     /*
      * Integers to P before rounding, relative to `top`; done(n) is called for each tile of 8 keys,
-     * in order, when its P is there. Exponentials take longest, so they are to be among all else; the
-     * assembler would put them last. Therefore `top` follows from the last tile's P, times zero.
+     * in order, when its P is there. Exponentials take longest, so they are to be among all else;
+     * the assembler would put them last. So `top` follows from the last tile's P, times zero.
      */
     template <typename Done>
     __device__ void exponentiate(scores &x, const factors &c, float (&top)[2], Done done)
