@@ -117,36 +117,20 @@ static void measure(struct set *s, struct sage_cpu *cpu, const char *label)
     fflush(stdout);
 }
 
-/* All variants of one set: as they are, without smoothing K, with smoothing V. */
+/* All variants and settings of one set. */
 static void variants(struct set *s, struct sage_cpu *cpu, const struct options *opt,
                      enum inputs kind)
 {
-    static const struct {
-        enum sage_variant variant;
-        bool smooth_k, smooth_v, rotate_qk;
-        const char *smoothing;
-    } rows[] = {
-        {SAGE_INT8_FP16, true, false, false, "k"},
-        {SAGE_INT8_FP16, true, false, true, "k, rotated"},
-        {SAGE_INT8_FP16, false, false, false, "none"},
-        {SAGE_INT8_FP8, true, false, false, "k"},
-        {SAGE_INT8_FP8, true, false, true, "k, rotated"},
-        {SAGE_INT8_FP8, false, false, false, "none"},
-        {SAGE_INT8_FP8, true, true, false, "k+v"},
-    };
+    const char *setting;
     char label[128];
 
-    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
-        const char *name = sage_variant_name(rows[i].variant);
+    for (int i = 0; (setting = accuracy_setting(i, &s->attn)); i++) {
+        const char *name = sage_variant_name(s->attn.variant);
 
         if (opt->variant && strcmp(opt->variant, name))
             continue;
-        s->attn.variant = rows[i].variant;
-        s->attn.smooth_k = rows[i].smooth_k;
-        s->attn.smooth_v = rows[i].smooth_v;
-        s->attn.rotate_qk = rows[i].rotate_qk;
         snprintf(label, sizeof label, "%lld\t%s\t%s\t%s\t%s", (long long)s->d, inputs_name(kind),
-                 s->attn.causal ? "yes" : "no", name, rows[i].smoothing);
+                 s->attn.causal ? "yes" : "no", name, setting);
         measure(s, cpu, label);
     }
 }

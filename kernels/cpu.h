@@ -36,22 +36,6 @@ enum {
 /* Magnitudes below count as zero: 256 divided by this is still finite. */
 #define QUANT_MIN 0x1p-117f
 
-/*
- * Eight channels times the Hadamard matrix of entries 1 and -1. What that scales products by, 8, is
- * taken out of Q's scales. Additions in the order in which GPUs do them: the numbers are the same.
- */
-static inline void rotate_8(float *x)
-{
-    for (int step = 1; step < 8; step *= 2)
-        for (int i = 0; i < 8; i++)
-            if (!(i & step)) {
-                const float a = x[i], b = x[i + step];
-
-                x[i] = a + b;
-                x[i + step] = a - b;
-            }
-}
-
 /* Where things lie in the workspace: offsets from its start, sizes of one element. */
 struct cpu_layout {
     /* int64_t[n_groups + 1] each: first block, chunk, tile of each group */

@@ -7,6 +7,7 @@
 #include <math.h>
 
 #include "half.h"
+#include "rotate.h"
 
 /* Unroll loops whose bounds are constants, at any optimisation level. */
 #define UNROLL _Pragma("GCC unroll 16")
@@ -98,7 +99,7 @@ static void quantise_q(struct work *w, struct cpu_tile *t, int r)
     for (int i = 0; i < t->d; i++)
         t->q[r][i] = up > 0 ? rintf(x[i] * up) : 0;
     t->q_scale[r] =
-        isfinite(amax) ? amax / 127 * (scale * log2_e * (a->rotate_qk ? 0.125f : 1)) : NAN;
+        isfinite(amax) ? amax / 127 * (scale * log2_e * (a->rotate_qk ? ROTATE_SCALE : 1)) : NAN;
     w->q_mean[r] = dot * scale;
 }
 

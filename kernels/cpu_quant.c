@@ -8,6 +8,7 @@
 #include <math.h>
 
 #include "half.h"
+#include "rotate.h"
 
 /* One row of K or V as floats. */
 static void load(float *x, const struct sage_tensor *t, const struct cpu_group *g, int64_t key)

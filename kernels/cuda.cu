@@ -12,6 +12,7 @@
 
 extern "C" {
 #include "problem.h"
+#include "rotate.h"
 }
 
 namespace
@@ -475,7 +476,7 @@ void fill(const struct sage_attn *attn, const struct layout *at, char *workspace
     a->mask_dtype = attn->mask.dtype;
     a->mask_key = static_cast<int64_t>(sage_dtype_size(attn->mask.dtype));
     a->scale_lse = sage_attn_scale(attn);
-    a->scale = a->scale_lse * 1.44269504f * (a->rotate_qk ? 0.125f : 1);
+    a->scale = a->scale_lse * 1.44269504f * (a->rotate_qk ? ROTATE_SCALE : 1);
     a->low = attn->window_left < 0 ? bound(INT64_MIN) : bound(-attn->window_left);
     a->high = right < 0 ? bound(INT64_MAX) : bound(right);
     a->bottom_right = attn->diagonal == SAGE_BOTTOM_RIGHT;

@@ -11,6 +11,7 @@
 
 #include "cuda_args.h"
 #include "cuda_mma.cuh"
+#include "rotate.h"
 #include "sageattn.h"
 
 namespace sage

@@ -192,19 +192,6 @@ __device__ __forceinline__ float divide(float x, float y, float up)
 }
 
 /* 127 / amax for QUANT_MIN <= amax < Inf, and 0 for all others. */
-__device__ __forceinline__ void rotate_8(float *x)
-{
-#pragma unroll
-    for (int step = 1; step < 8; step *= 2)
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            if (!(i & step)) {
-                const float a = x[i], b = x[i + step];
-                x[i] = a + b;
-                x[i + step] = a - b;
-            }
-}
-
 __device__ __forceinline__ float quant_up(float amax)
 {
     const float y = amax * 0x1p-7f;

@@ -8,6 +8,7 @@
 
 #include "cuda_args.h"
 #include "cuda_mma.cuh"
+#include "rotate.h"
 
 namespace sage
 {

@@ -206,38 +206,22 @@ static void print_errors(const struct set *s)
            worst[2]);
 }
 
-static int measure(struct gpu *gpu, struct set *s)
+static int measure(struct gpu *gpu, struct set *s, bool causal)
 {
-    static const struct {
-        enum sage_variant variant;
-        bool smooth_k, smooth_v, rotate_qk;
-        const char *smoothing;
-    } rows[] = {
-        {SAGE_INT8_FP16, true, false, false, "k"},
-        {SAGE_INT8_FP16, true, false, true, "k, rotated"},
-        {SAGE_INT8_FP16, false, false, false, "none"},
-        {SAGE_INT8_FP8, true, false, false, "k"},
-        {SAGE_INT8_FP8, true, false, true, "k, rotated"},
-        {SAGE_INT8_FP8, false, false, false, "none"},
-        {SAGE_INT8_FP8, true, true, false, "k+v"},
-    };
-    const size_t n = gpu->fp8 ? sizeof rows / sizeof rows[0] : 3;
+    const char *setting;
 
-    for (size_t i = 0; i < 2 * n; i++) {
-        s->device.causal = i / n;
-        s->device.variant = rows[i % n].variant;
-        s->device.smooth_k = rows[i % n].smooth_k;
-        s->device.smooth_v = rows[i % n].smooth_v;
-        s->device.rotate_qk = rows[i % n].rotate_qk;
+    s->device.causal = causal;
+    for (int i = 0; (setting = accuracy_setting(i, &s->device)); i++) {
+        if (s->device.variant == SAGE_INT8_FP8 && !gpu->fp8)
+            continue;
         if (run(gpu, s))
             return 1;
         printf("%lld\t%s\t%s\t%s\t%s\t", (long long)s->d, inputs_name(s->kind),
-               s->device.causal ? "yes" : "no", sage_variant_name(s->device.variant),
-               rows[i % n].smoothing);
+               causal ? "yes" : "no", sage_variant_name(s->device.variant), setting);
         print_errors(s);
-        printf("\t%s", peer(s, s->device.causal, "fa2"));
-        printf("\t%s", peer(s, s->device.causal, "sa1"));
-        printf("\t%s\n", peer(s, s->device.causal, "sa2"));
+        printf("\t%s", peer(s, causal, "fa2"));
+        printf("\t%s", peer(s, causal, "sa1"));
+        printf("\t%s\n", peer(s, causal, "sa2"));
         fflush(stdout);
     }
     return 0;
@@ -261,7 +245,7 @@ int gpu_accuracy(struct gpu *gpu, int64_t tokens, const char *distribution)
            "worst_relL1\tworst_relL2\tfa2\tsa1\tsa2\n");
     for (int i = 0; i < n; i++) {
         ready(&sets[i]);
-        failures += measure(gpu, &sets[i]);
+        failures += measure(gpu, &sets[i], false) || measure(gpu, &sets[i], true);
         finish(&sets[i]);
     }
     return failures + (n == 0);

@@ -263,27 +263,23 @@ static void fill(struct problem *p, int which, const struct sage_tensor *t)
         }
 }
 
-/* A row of q or k before it becomes INT8; with rotate_qk turned, each 8 channels by an orthogonal
- * matrix. */
+/* A row of q or k before it becomes INT8: rotated by an orthogonal matrix, if it is to be. */
 static void get_row(const struct problem *p, const struct sage_tensor *t, int64_t b, int64_t h,
                     int64_t n, double *x)
 {
     const uint16_t *row = (const uint16_t *)row_of(t, b, h, n);
+    double y[SAGE_MAX_HEAD_DIM];
 
-    for (int64_t c = 0; c < t->shape[3]; c += 8)
-        for (int i = 0; i < 8; i++) {
-            x[c + i] = 0;
-            for (int j = 0; j < 8; j++) {
-                const uint16_t bits = row[c + j];
-                const double y =
-                    (double)(t->dtype == SAGE_F16 ? f16_to_f32(bits) : bf16_to_f32(bits));
+    for (int64_t c = 0; c < t->shape[3]; c++)
+        x[c] = y[c] = (double)(t->dtype == SAGE_F16 ? f16_to_f32(row[c]) : bf16_to_f32(row[c]));
+    for (int64_t c = 0; p->attn.rotate_qk && c < t->shape[3]; c++) {
+        x[c] = 0;
+        for (int j = 0; j < 8; j++) {
+            const double part = y[c / 8 * 8 + j] / sqrt(8);
 
-                if (p->attn.rotate_qk)
-                    x[c + i] += (__builtin_parity((unsigned)(i & j)) ? -y : y) / sqrt(8);
-                else if (i == j)
-                    x[c + i] = y;
-            }
+            x[c] += __builtin_parity((unsigned)(c % 8 & j)) ? -part : part;
         }
+    }
 }
 
 /* Largest range over the tokens of a channel; without smoothing, largest magnitude. */

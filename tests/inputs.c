@@ -177,6 +177,31 @@ static void channels(struct rng *rng, enum inputs kind, int64_t d, struct channe
     }
 }
 
+const char *accuracy_setting(int i, struct sage_attn *attn)
+{
+    static const struct {
+        enum sage_variant variant;
+        bool smooth_k, smooth_v, rotate_qk;
+        const char *name;
+    } rows[] = {
+        {SAGE_INT8_FP16, true, false, false, "k"},
+        {SAGE_INT8_FP16, true, false, true, "k, rotated"},
+        {SAGE_INT8_FP16, false, false, false, "none"},
+        {SAGE_INT8_FP8, true, false, false, "k"},
+        {SAGE_INT8_FP8, true, false, true, "k, rotated"},
+        {SAGE_INT8_FP8, false, false, false, "none"},
+        {SAGE_INT8_FP8, true, true, false, "k+v"},
+    };
+
+    if (i >= (int)(sizeof rows / sizeof rows[0]))
+        return NULL;
+    attn->variant = rows[i].variant;
+    attn->smooth_k = rows[i].smooth_k;
+    attn->smooth_v = rows[i].smooth_v;
+    attn->rotate_qk = rows[i].rotate_qk;
+    return rows[i].name;
+}
+
 void make_inputs(struct rng *rng, enum inputs kind, enum sage_dtype dtype, int64_t h, int64_t n,
                  int64_t d, void *q, void *k, void *v)
 {

@@ -48,6 +48,12 @@ const char *inputs_name(enum inputs kind);
 const char *inputs_what(enum inputs kind);
 bool inputs_have_peers(enum inputs kind);
 
+/*
+ * Number i of what accuracy is stated of: sets the variant and what is done to q, k and v before,
+ * and returns a name of the latter; NULL behind the last.
+ */
+const char *accuracy_setting(int i, struct sage_attn *attn);
+
 /* Write x as element i of an array of F16 or BF16, rounded to nearest even from double. */
 void put_half(void *array, int64_t i, enum sage_dtype dtype, double x);
 

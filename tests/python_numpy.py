@@ -136,8 +136,8 @@ def test_accuracy():
 def test_options():
     q, k, v = inputs(nq=60, nk=80)
     cases = (dict(sm_scale=0.3), dict(scale=0.3), dict(smooth_k=False),
-             dict(rotate_qk=True),              dict(diagonal="bottom-right"), dict(window=(5, 9)), dict(window=(-1, 3)),
-             dict(enable_gqa=True), dict(dropout_p=0.0))
+             dict(rotate_qk=True), dict(diagonal="bottom-right"), dict(window=(5, 9)),
+             dict(window=(-1, 3)), dict(enable_gqa=True), dict(dropout_p=0.0))
     for case in cases:
         reference = {"scale": case.get("sm_scale") or case.get("scale") or 0.0,
                      "diagonal": int(case.get("diagonal") == "bottom-right"),

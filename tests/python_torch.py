@@ -292,8 +292,8 @@ def test_opcheck():
         raise sage.Skip("PyTorch before 2.4 has no torch.library.opcheck")
     q, k, v = inputs()
     torch.library.opcheck(torch.ops.sageattnd.attention.default, (
-        q, k, v, None, None, None, None, None, "HND", True, 0.1, 1, True, False, 0, -1, -1, True,
-        "inproc"))
+        q, k, v, None, None, None, None, None, "HND", True, 0.1, 1, True, False, True, 0, -1, -1,
+        True, "inproc"))
 
 
 def test_threads():
@@ -686,7 +686,8 @@ def test_cost():
     q, k, v = inputs(b=1, hq=1, nq=16, d=8)
     o = torch.empty_like(q)
     problem = _native.pack(*(_torch._describe(t, "HND") for t in (q, k, v, o)), _native.ABSENT,
-                           _native.ABSENT, _native.Options(False, 0.35, 1, True, False, False, 0, -1, -1))
+                           _native.ABSENT,
+                           _native.Options(False, 0.35, 1, True, False, False, 0, -1, -1))
 
     def median(work):
         times = []

@@ -97,9 +97,10 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
     the quantisation (and a row that sees no key is 0).
 
     query [B, Hq, Nq, D] or [Hq, Nq, D], key and value [.., Hkv, Nk, D]; attn_mask broadcastable to
-    [B, Hq, Nq, Nk]; see sageattn() for rotate_qk, variant and mode. key_lengths, for a query
-    of four dimensions: how many keys each batch sees, as sageattn() has it, where attn_mask says just that;
-    the kernels then do without the mask, and PyTorch's function has it. Returns o like query.
+    [B, Hq, Nq, Nk]; see sageattn() for rotate_qk, variant and mode. key_lengths, for a
+    query of four dimensions: how many keys each batch sees, as sageattn() has it, where attn_mask
+    says just that; the kernels then do without the mask, and PyTorch's function has it. Returns o
+    like query.
 
     What the kernels cannot do is left to PyTorch, with a warning for each reason, and counted:
     see fallbacks(). That is dropout, gradients, dtypes other than float16 and bfloat16, D above

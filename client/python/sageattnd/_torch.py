@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -44,13 +45,24 @@ def cut(key_lengths, b: int, nq: int, nk: int):
     if lengths.shape != (b,) or b and lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"key_lengths: {lengths.dtype} {tuple(lengths.shape)}: must be {b} "
                          "integers, one for each batch")
-    if b and lengths.device.type == "cpu" and not compiling():  # else the library sees it
-        least, most = int(lengths.min()), int(lengths.max())
-        if least < 0 or most > nk:
-            raise ValueError(f"key_lengths: from {least} to {most}: must be between 0 and {nk}")
+    if lengths.device.type == "cpu" and not compiling():
+        return _cut_here(tuple(lengths.tolist()), nq, nk)
+    return _cut(lengths, nq, nk)  # the library sees where they are out of range
 
+
+@functools.lru_cache(16)
+def _cut_here(lengths, nq: int, nk: int):
+    """The same for every layer of a model, so it is kept."""
+    if lengths and (min(lengths) < 0 or max(lengths) > nk):
+        raise ValueError(f"key_lengths: from {min(lengths)} to {max(lengths)}: must be between 0 "
+                         f"and {nk}")
+    with torch.inference_mode(False):
+        return _cut(torch.tensor(lengths, dtype=torch.int64, device="cpu"), nq, nk)
+
+
+def _cut(lengths, nq: int, nk: int):
     def offsets(first, n):
-        start = torch.arange(b + 1, device=lengths.device) * n
+        start = torch.arange(len(lengths) + 1, device=lengths.device) * n
         return torch.cat((torch.stack((start[:-1], start[:-1] + first), 1).flatten(), start[-1:]))
     return offsets(nq, nq), offsets(lengths.long(), nk)
 

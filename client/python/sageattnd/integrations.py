@@ -13,10 +13,10 @@ def transformers(name: str = "sageattnd", *, strict: bool = False, rotate_qk: bo
         model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="sageattnd")
 
     It is scaled_dot_product_attention(), with its fallbacks and arguments, but q and k are rotated:
-    in language models channels stick out. It takes the masks that transformers makes for "sdpa". Of an encoder's batch whose sentences are filled up at their
-    ends it takes the lengths instead (transformers 5.0 and newer). Models whose attention is more
-    than that (softcap, s_aux, position_bias) get a ValueError that names it. Wants a transformers
-    that has AttentionInterface.
+    in language models channels stick out. It takes the masks that transformers makes for "sdpa".
+    Of an encoder's batch whose sentences are filled up at their ends it takes the lengths instead
+    (transformers 5.0 and newer). Models whose attention is more than that (softcap, s_aux,
+    position_bias) get a ValueError that names it. Wants a transformers that has AttentionInterface.
     """
     from transformers import AttentionInterface
 
