@@ -231,10 +231,8 @@ int64_t group_rows(const struct sage_attn *attn)
 /* The kernel for few rows, or -1. It follows from the whole problem: parts are computed alike. */
 int find_few(const struct sage_attn *attn)
 {
-    return attn->mask.dtype != SAGE_NONE
-               ? -1
-               : sage_kernel_find_few(static_cast<int>(attn->q.shape[3]),
-                                      attn->q.dtype == SAGE_BF16, group_rows(attn));
+    return sage_kernel_find_few(static_cast<int>(attn->q.shape[3]), attn->q.dtype == SAGE_BF16,
+                                group_rows(attn));
 }
 
 /* Causal and window leave no key that none of these rows sees. */

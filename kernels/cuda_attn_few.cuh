@@ -250,6 +250,8 @@ template <int D, bool BF16, int ROWS> struct few_attention {
                 const float x = p[n][e] * a.scale;
                 p[n][e] = fmaf(x, 0, x);
             }
+        if (a.mask_dtype != SAGE_NONE)
+            add_mask(p, key0);
         if (key0 >= all_first && key0 + KEYS - 1 <= all_last)
             return;
         const int key = key0 + lane % 4 * 2;
@@ -259,6 +261,35 @@ template <int D, bool BF16, int ROWS> struct few_attention {
             for (int e = 0; e < 4; e++)
                 if (key + 8 * n + e % 2 < first[e / 2] || key + 8 * n + e % 2 > last[e / 2])
                     p[n][e] = -INFINITY;
+    }
+
+    /* A key that is masked out is not seen, whatever it holds. */
+    __device__ void add_mask(float (&p)[KEY_TILES][4], int key0) const
+    {
+        const int key = key0 + lane % 4 * 2;
+
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int r = slab * 16 + lane / 4 + 8 * half;
+            const unsigned head = static_cast<unsigned>(r) / t.n_queries;
+            if (r >= t.rows)
+                continue;
+            const char *const line =
+                a.mask.data + t.seq.batch * a.mask.stride[0] +
+                (t.kv_head * a.gqa + a.q_head + head) * a.mask.stride[1] +
+                (t.query + r - static_cast<int>(head) * t.n_queries) * a.mask.stride[2];
+#pragma unroll
+            for (int n = 0; n < KEY_TILES; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    if (key + 8 * n + e >= t.end)
+                        continue;
+                    const float bias =
+                        mask_bias(line + (key + 8 * n + e) * a.mask_key, a.mask_dtype);
+                    float &x = p[n][2 * half + e];
+                    x = bias == -INFINITY ? bias : x + bias;
+                }
+        }
     }
 
     /* Scores to P, relative to the largest score so far, which O follows. */

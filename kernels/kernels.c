@@ -34,7 +34,7 @@
      d,                                                                                            \
      #dtype,                                                                                       \
      "any",                                                                                        \
-     "causal,window,varlen,lse",                                                                   \
+     "causal,window,varlen,lse,mask",                                                              \
      rows,                                                                                         \
      FEW_TILE_K(d, rows),                                                                          \
      32 * FEW_WARPS,                                                                               \

@@ -60,8 +60,8 @@
     X(128, bf16, fp8, band)
 
 /*
- * X(d, f16|bf16, rows), for any device: where the rows of all query heads of a kv head are so few,
- * and there is no mask tensor. Of both variants: nothing is quantised. They come last.
+ * X(d, f16|bf16, rows), for any device: where the rows of all query heads of a kv head are so few.
+ * Of both variants: nothing is quantised. They come last.
  */
 #define SAGE_KERNELS_FEW(X)                                                                        \
     X(64, f16, 16)                                                                                 \

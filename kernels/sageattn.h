@@ -213,10 +213,10 @@ SAGE_API int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn,
 
 /* --- on a GPU ---
  *
- * Few query rows (of all Hq/Hkv query heads of a kv head together at most 64, in every sequence; no
- * mask tensor) are computed without quantisation, whatever the variant and in whatever parts: Q K^T
- * and P V in the tensors' 16-bit type, accumulated in fp32. That reads K and V once and is bound by
- * it; quantising K would read it twice. smooth_k, smooth_v and rotate_qk then change nothing.
+ * Few query rows (of all Hq/Hkv query heads of a kv head together at most 64, in every sequence)
+ * are computed without quantisation, whatever the variant and in whatever parts: Q K^T and P V in
+ * the tensors' 16-bit type, accumulated in fp32. That reads K and V once and is bound by it;
+ * quantising K would read it twice. smooth_k, smooth_v and rotate_qk then change nothing.
  *
  * Compute capability 8.0 or newer; int8_fp8 wants 8.9. A build without CUDA has these functions
  * too: they return SAGE_EUNSUPPORTED and say so. Errors come with a text in why[len], which may be

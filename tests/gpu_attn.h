@@ -144,7 +144,7 @@ struct sage_attn gpu_attn(const struct problem *p);
 void gpu_download(struct gpu *gpu, struct problem *p);
 void gpu_release(struct gpu *gpu, struct problem *p);
 
-/* No mask, few rows: the GPU computes them without quantisation. Double precision judges them. */
+/* Few rows: the GPU computes them without quantisation. Double precision judges them. */
 bool problem_is_few(const struct problem *p);
 
 /* How far GPU and CPU are apart: worst and mean head, worst element of o, worst lse. */

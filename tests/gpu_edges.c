@@ -298,15 +298,16 @@ static void bad_masks(struct edges *e)
 {
     const uint32_t bits[] = {0x7fc00000, 0x7fffffff, 0xffffffff, 0x7f800001, 0x7f800000};
 
-    for (int i = 0; i < 6; i++) {
-        struct sage_attn *a = begin(e, KIND_NORMAL, 4, 150, 64);
+    for (int i = 0; i < 6 * 2; i++) {
+        const int64_t rows = i < 6 ? 4 : 100;
+        struct sage_attn *a = begin(e, KIND_NORMAL, rows, 150, 64);
 
-        a->mask = problem_take(e->p, SAGE_F32, HND, 0, 1, 1, 4, 150);
+        a->mask = problem_take(e->p, SAGE_F32, HND, 0, 1, 1, rows, 150);
         put_all(&a->mask, 0);
         for (int64_t j = 0; j < 150; j++)
             put(&a->mask, 0, 0, 1, j, (double)-FLT_MAX);
-        if (i < 5)
-            memcpy((float *)a->mask.data + 2 * 150 + 31 * i, &bits[i], 4);
+        if (i % 6 < 5)
+            memcpy((float *)a->mask.data + 2 * 150 + 31 * (i % 6), &bits[i % 6], 4);
         check(e, "NaN and Inf in a mask");
     }
 }
@@ -314,21 +315,22 @@ static void bad_masks(struct edges *e)
 /* A row from which the mask hides every key sees nothing, even of a NaN in a key or in itself. */
 static void hidden_rows(struct edges *e)
 {
-    for (int i = 0; i < 6; i++) {
-        struct sage_attn *a = begin(e, KIND_NORMAL, 100, 150, i % 2 ? 64 : 128);
-        const enum sage_dtype dtype = i < 2 ? SAGE_BOOL : i < 4 ? SAGE_F32 : e->dtype;
+    for (int i = 0; i < 6 * 2; i++) {
+        const int64_t rows = i < 6 ? 100 : 30, hidden = rows - 4;
+        const enum sage_dtype dtype = i % 6 < 2 ? SAGE_BOOL : i % 6 < 4 ? SAGE_F32 : e->dtype;
+        struct sage_attn *a = begin(e, KIND_NORMAL, rows, 150, i % 2 ? 64 : 128);
 
-        a->smooth_k = i >= 3;
-        a->mask = problem_take(e->p, dtype, HND, 0, 1, 1, 100, 150);
+        a->smooth_k = i % 6 >= 3;
+        a->mask = problem_take(e->p, dtype, HND, 0, 1, 1, rows, 150);
         put_all(&a->mask, dtype == SAGE_BOOL);
         for (int64_t j = 0; j < 150; j++)
-            put(&a->mask, 0, 0, 66, j, dtype == SAGE_BOOL ? 0 : -INFINITY);
+            put(&a->mask, 0, 0, hidden, j, dtype == SAGE_BOOL ? 0 : -INFINITY);
         e->p->spoil = (struct spoil){1, NAN, 0, 0, 70, 3};
         put(&a->k, 0, 0, 70, 3, NAN);
         check(e, "hidden row and a NaN in a key");
-        e->p->spoil = (struct spoil){0, NAN, 0, 2, 66, 3};
+        e->p->spoil = (struct spoil){0, NAN, 0, 2, hidden, 3};
         put(&a->k, 0, 0, 70, 3, 0);
-        put(&a->q, 0, 2, 66, 3, NAN);
+        put(&a->q, 0, 2, hidden, 3, NAN);
         check(e, "hidden row that is NaN itself");
     }
 }
@@ -391,6 +393,26 @@ static void few_bands(struct edges *e)
     }
 }
 
+/* Keys that the mask hides from all rows, or from one head's, whole splits of them, too. */
+static void few_masks(struct edges *e)
+{
+    for (int i = 0; i < 2 * N_FEW; i++) {
+        const struct few *few = &fews[i % N_FEW];
+        const int64_t nk = i / N_FEW ? 5000 : 150;
+        struct sage_attn *a =
+            begin_gqa(e, i % 3 ? KIND_NORMAL : KIND_ONES, few->gqa, few->nq, nk, i % 2 ? 64 : 128);
+        const int64_t heads = i / 2 % 2 ? a->q.shape[1] : 1, rows = i / 4 % 2 ? few->nq : 1;
+
+        a->mask = problem_take(e->p, i % 3 ? SAGE_BOOL : SAGE_F32, HND, 0, 1, heads, rows, nk);
+        put_all(&a->mask, i % 3 ? 1 : 0);
+        for (int64_t j = 0; j < nk; j++)
+            if (j % 1000 > 100)
+                put(&a->mask, 0, heads - 1, rows - 1, j, i % 3 ? 0 : -INFINITY);
+        e->p->cut = i % 4 == 1;
+        check(e, "few rows, masks");
+    }
+}
+
 static void few_sequences(struct edges *e)
 {
     for (int i = 0; i < 12; i++) {
@@ -445,6 +467,7 @@ static void few_rows(struct edges *e)
     few_sizes(e);
     few_long(e);
     few_bands(e);
+    few_masks(e);
     few_sequences(e);
     few_far_mean(e);
     few_spoils(e);

@@ -356,7 +356,7 @@ bool problem_is_few(const struct problem *p)
 
         most = n > most ? n : most;
     }
-    return !a->mask.dtype && most * (a->q.shape[1] / a->k.shape[1]) <= few;
+    return most * (a->q.shape[1] / a->k.shape[1]) <= few;
 }
 
 /* --- random parameters --- */

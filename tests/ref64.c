@@ -3,6 +3,7 @@
  */
 #include "ref64.h"
 
+#include <float.h>
 #include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -74,16 +75,20 @@ bool ref64_sees(const struct sage_attn *attn, int64_t nq, int64_t nk, int64_t i,
     return attn->window_right == SAGE_UNLIMITED || j - d <= attn->window_right;
 }
 
+/* A large finite number stays finite in base 2, and ends there at binary32's range. */
 static double mask_of(const struct sage_attn *attn, int64_t b, int64_t h, int64_t i, int64_t j)
 {
     const int64_t *shape = attn->mask.shape;
+    const double lowest = -FLT_MAX * M_LN2;
     double x;
 
     if (attn->mask.dtype == SAGE_NONE)
         return 0;
     x = ref64_get(&attn->mask, shape[0] == 1 ? 0 : b, shape[1] == 1 ? 0 : h, shape[2] == 1 ? 0 : i,
                   j);
-    return attn->mask.dtype != SAGE_BOOL ? x : x != 0 ? 0 : -INFINITY;
+    if (attn->mask.dtype == SAGE_BOOL)
+        return x != 0 ? 0 : -INFINITY;
+    return x < lowest && isfinite(x) ? lowest : x;
 }
 
 double ref64_row(const struct sage_attn *attn, int64_t b, int64_t head, int64_t row, double *o)
@@ -102,14 +107,16 @@ double ref64_row(const struct sage_attn *attn, int64_t b, int64_t head, int64_t 
     for (int64_t x = 0; x < d; x++)
         q[x] = ref64_get(&attn->q, batch, head, q0 + row, x);
     for (int64_t j = 0; j < nk; j++) {
-        s[j] = -INFINITY;
-        if (!ref64_sees(attn, nq, nk, row, j))
-            continue;
+        const double bias = mask_of(attn, batch, head, row, j);
         double dot = 0;
+
+        s[j] = -INFINITY;
+        if (!ref64_sees(attn, nq, nk, row, j) || bias == -INFINITY)
+            continue;
 
         for (int64_t x = 0; x < d; x++)
             dot += q[x] * ref64_get(&attn->k, batch, kv, k0 + j, x);
-        s[j] = dot * scale + mask_of(attn, batch, head, row, j);
+        s[j] = dot * scale + bias;
         max = s[j] > max || isnan(s[j]) ? s[j] : max; /* a NaN stays */
     }
     for (int64_t j = 0; j < nk && max != -INFINITY; j++) {
