@@ -85,7 +85,13 @@ std::atomic<PFN_cuTensorMapEncodeTiled_v12000> encode_tiled;
 /* For few rows: it wants nothing prepared. */
 bool is_few(int index)
 {
-    return index >= sage_kernel_first_few();
+    return index >= sage_kernel_first_few() && index < sage_kernel_first_exact();
+}
+
+/* Nothing is quantised, on Hopper: neither. */
+bool is_exact(int index)
+{
+    return index >= sage_kernel_first_exact();
 }
 
 const struct cuda_kernel *kernel(int index)
@@ -98,6 +104,8 @@ const struct cuda_kernel *kernel(int index)
         return &cuda_attn_sm90[index];
     if (is_few(index))
         return &cuda_attn_few[index - sage_kernel_first_few()];
+    if (is_exact(index))
+        return &cuda_attn_exact[index - sage_kernel_first_exact()];
     for (const auto *table : tables)
         if (table[index - SM90].function)
             return &table[index - SM90];
@@ -235,6 +243,22 @@ int find_few(const struct sage_attn *attn)
                                 group_rows(attn));
 }
 
+/* The kernel that quantises nothing, or -1. That, too, follows from the whole problem. */
+int find_exact(const struct sage_attn *attn, int sm)
+{
+    int64_t most = attn->n_seqs > 0 ? 0 : attn->k.shape[2];
+
+    for (int64_t s = 0; s < attn->n_seqs; s++) {
+        const int64_t keys = attn->k_offsets[s + 1] - attn->k_offsets[s];
+        most = keys > most ? keys : most;
+    }
+    const int index = sm != 90 || attn->mask.dtype != SAGE_NONE
+                          ? -1
+                          : sage_kernel_find_exact(static_cast<int>(attn->q.shape[3]),
+                                                   attn->q.dtype == SAGE_BF16, most);
+    return index >= 0 && kernel(index)->function ? index : -1;
+}
+
 /* Causal and window leave no key that none of these rows sees. */
 bool see_all_keys(const struct sage_attn *attn, int64_t first_row, int64_t rows)
 {
@@ -329,7 +353,7 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
     a->fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8;
     a->smooth_k = attn->smooth_k;
     a->smooth_v = attn->smooth_v;
-    a->rotate_qk = attn->rotate_qk && !is_few(index);
+    a->rotate_qk = attn->rotate_qk && !is_few(index) && !is_exact(index);
     a->gqa = static_cast<int>(attn->q.shape[1] / kv_heads);
     a->kv_heads = kv_heads;
     a->group = part->group;
@@ -364,8 +388,9 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
                    ? space(a, q_offsets, a->nq, tile_q)
                    : cuda_space{ceil_div(part->n_rows, tile_q), ceil_div(part->n_rows, tile_q)};
     a->n_splits = 1;
+    a->exact = is_exact(index);
     const int64_t rows = part->n_rows < 0 ? a->nq : part->n_rows;
-    if (processors && is_wgmma(index) && !k_offsets && see_all_keys(attn, part->row, rows))
+    if (processors && is_wgmma(index) && !a->exact && !k_offsets && see_all_keys(attn, part->row, rows))
         split(a, rows, tile_q, sage_kernels[index].tile_k);
 }
 
@@ -389,6 +414,11 @@ bool lay_out(const struct sage_attn *attn, const struct cuda_args *a, struct lay
     if (a->rows)
         return lay_out_few(attn, a, at);
     const int64_t offsets = attn->n_seqs > 0 ? 2 * (attn->n_seqs + 1) : 0;
+    if (a->exact) {
+        *at = layout{};
+        return place(at, &at->offsets, offsets, sizeof(int32_t)) &&
+               place(at, &at->arrived, 1, sizeof(unsigned long long));
+    }
     const size_t row = sizeof(float) * static_cast<size_t>(a->d);
     const size_t block = static_cast<size_t>(KERNEL_TILE_K) * static_cast<size_t>(a->d_padded);
     const size_t part = sizeof(float) * 32 * (static_cast<size_t>(a->d_padded) / 2 + 8);
@@ -499,31 +529,54 @@ void fill(const struct sage_attn *attn, const struct layout *at, char *workspace
 }
 
 /*
- * V as wgmma kernels fetch it: tile_k keys of 64 channels, zeros beyond the end. False where it
- * cannot be described so.
+ * A tensor as wgmma kernels fetch it: `rows` tokens of 64 channels, zeros beyond the end. False
+ * where it cannot be described so.
  */
-bool map_v(const struct sage_attn *attn, int tile_k, CUtensorMap *map)
+bool map_rows(const struct sage_tensor *t, int rows, CUtensorMap *map)
 {
-    const struct cuda_tensor v = tensor(&attn->v, 16);
+    const struct cuda_tensor x = tensor(t, 16);
     const auto encode = encode_tiled.load(std::memory_order_relaxed);
     cuuint64_t dims[4], strides[3];
-    const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(tile_k), 1, 1}, steps[4] = {1, 1, 1, 1};
+    const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(rows), 1, 1}, steps[4] = {1, 1, 1, 1};
 
-    if (!encode || !v.aligned)
+    if (!encode || !x.aligned)
         return false;
     for (int i = 0; i < 4; i++)
-        dims[i] = static_cast<cuuint64_t>(attn->v.shape[3 - i]);
+        dims[i] = static_cast<cuuint64_t>(t->shape[3 - i]);
     for (int i = 0; i < 3; i++) { /* there is no step along a dimension of one element */
-        strides[i] = dims[i + 1] > 1 ? static_cast<cuuint64_t>(v.stride[2 - i]) : 16;
+        strides[i] = dims[i + 1] > 1 ? static_cast<cuuint64_t>(x.stride[2 - i]) : 16;
         if (strides[i] == 0)
             return false;
     }
     return encode(map,
-                  attn->v.dtype == SAGE_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                  t->dtype == SAGE_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                              : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                  4, v.data, dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  4, x.data, dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+struct maps {
+    CUtensorMap q, k, v;
+};
+
+/* The kernel for a problem whose tensors are on a device of compute capability `sm`. */
+int choose(const struct sage_attn *attn, int sm, struct maps *maps)
+{
+    const int few = find_few(attn), exact = find_exact(attn, sm), special = find_kernel(attn, sm);
+    const bool fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8;
+
+    *maps = {};
+    if (few >= 0)
+        return few;
+    if (exact >= 0 && map_rows(&attn->q, sage_kernels[exact].tile_q, &maps->q) &&
+        map_rows(&attn->k, sage_kernels[exact].tile_k, &maps->k) &&
+        map_rows(&attn->v, sage_kernels[exact].tile_k, &maps->v))
+        return exact;
+    if (is_wgmma(special) && kernel(special)->function &&
+        (fp8 || map_rows(&attn->v, sage_kernels[special].tile_k, &maps->v)))
+        return special;
+    return find_kernel(attn, 0);
 }
 
 /* The offsets are the caller's: of pageable memory, copied before the call returns. */
@@ -564,12 +617,15 @@ int prepare(struct cuda_args *a, int64_t chunks, bool wgmma, cudaStream_t stream
     return SAGE_OK;
 }
 
-/* A number that no other call has, of 48 bits that memory does not hold by chance; and 16 zeros. */
+/*
+ * A number that no other call has, of 40 bits that memory does not hold by chance; and 24 zeros.
+ * Multiples of 2^64 by the golden ratio are far apart: the next 2^38 differ in their first 40 bits.
+ */
 unsigned long long next_call()
 {
     static std::atomic<unsigned long long> calls;
 
-    return ++calls * 0x9e3779b97f4a7c15 & ~0xffffull;
+    return ++calls * 0x9e3779b97f4a7c15 & ~CALL_COUNT;
 }
 
 } // namespace
@@ -605,6 +661,16 @@ size_t sage_attn_cuda_workspace(const struct sage_attn *attn, const struct sage_
     return most;
 }
 
+int sage_cuda_kernel(const struct sage_attn *attn)
+{
+    struct gpu gpu;
+    struct maps maps;
+    char why[256];
+    const int status = ready(&gpu, why, sizeof why);
+
+    return status ? status : choose(attn, gpu.sm, &maps);
+}
+
 int sage_attn_cuda(const struct sage_attn *attn, const struct sage_part *part, void *workspace,
                    size_t bytes, struct CUstream_st *stream, char *why, size_t len)
 {
@@ -629,21 +695,18 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
         return status;
     if (p.n_groups == 0)
         return SAGE_OK;
-    const bool fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8;
-    CUtensorMap v_map = {};
-    int index = find_kernel(attn, 0);
-    if (gpu.code < sage_kernels[index].min_sm)
+    const int any = find_kernel(attn, 0);
+    if (gpu.code < sage_kernels[any].min_sm)
         return refuse(why, len, SAGE_EUNSUPPORTED,
                       "variant: %s wants compute capability %d.%d, the device has %d.%d, with code "
                       "for %d.%d",
-                      sage_kernels[index].variant, sage_kernels[index].min_sm / 10,
-                      sage_kernels[index].min_sm % 10, gpu.sm / 10, gpu.sm % 10, gpu.code / 10,
+                      sage_kernels[any].variant, sage_kernels[any].min_sm / 10,
+                      sage_kernels[any].min_sm % 10, gpu.sm / 10, gpu.sm % 10, gpu.code / 10,
                       gpu.code % 10);
-    const int few = find_few(attn), special = few >= 0 ? few : find_kernel(attn, gpu.sm);
-    const bool wgmma = is_wgmma(special) && kernel(special)->function &&
-                       (fp8 || map_v(attn, sage_kernels[special].tile_k, &v_map));
-    if (few >= 0 || wgmma)
-        index = special;
+    struct maps maps;
+    const int index = choose(attn, gpu.sm, &maps);
+    const bool wgmma = is_wgmma(index), quantises = !is_few(index) && !is_exact(index);
+    const bool prepares = quantises && !p.prepared;
     describe(attn, &p, index, gpu.processors, &a);
     bool fits = lay_out(attn, &a, &at);
     if (fits && bytes < at.total && a.n_splits > 1) { /* enough for the group, not for splits */
@@ -658,10 +721,12 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
     fill(attn, &at, static_cast<char *>(workspace), &a);
     a.start_ns = start_ns;
     a.swizzled = wgmma;
-    a.v_map = v_map;
+    a.q_map = maps.q;
+    a.k_map = maps.k;
+    a.v_map = maps.v;
     a.processors = static_cast<unsigned>(gpu.processors);
     a.starts_early = gpu.code >= 90;
-    if (few < 0 && gpu.cluster > 0)
+    if (quantises && gpu.cluster > 0)
         a.cluster = cuda_cluster_blocks(&a, static_cast<unsigned>(gpu.cluster));
     /* numbers of rows and keys are int, to the end of a tile */
     if (a.nq > INT_MAX - MAX_TILE || a.nk > INT_MAX - MAX_TILE)
@@ -675,9 +740,9 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
     a.n_tiles = static_cast<unsigned>(tiles);
     if (a.q_offsets && !p.prepared && (status = copy_offsets(attn, &a, stream, why, len)))
         return status;
-    if (few < 0 && !p.prepared && (status = prepare(&a, chunks, wgmma, stream, why, len)))
+    if (prepares && (status = prepare(&a, chunks, wgmma, stream, why, len)))
         return status;
-    const int64_t blocks = few < 0 ? tiles : p.n_rows == 0 ? 0 : chunks;
+    const int64_t blocks = !is_few(index) ? tiles : p.n_rows == 0 ? 0 : chunks;
     if (blocks == 0)
         return SAGE_OK;
     a.call = next_call();

@@ -78,11 +78,13 @@ struct cuda_args {
     float scale_lse;                         /* without */
     int swizzled;                            /* k8 and v8, as wgmma wants them */
     CUtensorMap v_map;                       /* v, for wgmma */
+    CUtensorMap q_map, k_map;                /* exact: q and k, too */
     uint64_t *start_ns;                      /* where the first kernel writes its time; NULL */
     unsigned n_tiles, processors;            /* in all; multiprocessors of the device */
     unsigned n_splits, split_keys;           /* parts of each tile's keys: see split() */
     unsigned slabs;                          /* of 16 rows in a tile, at most */
     int rows;                                /* few rows: that a tile has room for; else 0 */
+    int exact;                               /* the kernel is one of those */
     unsigned starts_early;                   /* the code can: see launch_early() */
     int64_t low, high;                       /* row i sees keys i + low ... i + high */
     int bottom_right;                        /* and then both are nk - nq higher */
@@ -90,8 +92,9 @@ struct cuda_args {
     /* the workspace */
     unsigned *ticket; /* splits that blocks have taken, beyond each one's first; 0 between calls */
     unsigned *done;   /* [n_tiles][slabs]: splits that are over; 0 between calls */
-    unsigned long long *arrived; /* few rows: [n_seqs][n_heads]: see open_counter() */
-    unsigned long long call;     /* its number; the low 16 bits are of no interest */
+    /* few rows: [n_seqs][n_heads], exact: one, of tiles that are taken: see open_counter() */
+    unsigned long long *arrived;
+    unsigned long long call; /* its number; CALL_COUNT is 0 */
     /*
      * [n_tiles][slabs][n_splits][4 * (d_padded / 8) + 8][32]: their O, m and sums;
      * few rows: [n_heads][chunks.total][rows * (d_padded + 4)]: O, then m and sums
@@ -104,6 +107,9 @@ struct cuda_args {
     float *k_scale; /* [n_heads][blocks.total][4][4]: of (key / 2) % 4, of run key / 16 */
     uint8_t *v8;    /* [n_heads][blocks.total][d_padded][KERNEL_TILE_K], keys in v8_place() order */
 };
+
+/* What of a counter is the count. */
+#define CALL_COUNT 0xffffffull
 
 /* Rows of a chunk's sums; without e4m3 only the first is there. */
 enum { SUM_K, SUM_V, MIN_V, MAX_V, N_SUMS };
@@ -118,7 +124,7 @@ struct cuda_kernel {
 };
 extern "C" {
 extern const struct cuda_kernel cuda_attn_sm90[], cuda_attn_f16[], cuda_attn_bf16[],
-    cuda_attn_fp8[], cuda_attn_few[];
+    cuda_attn_fp8[], cuda_attn_few[], cuda_attn_exact[];
 /* cuda_quant.cu: functions to be loaded, ended by NULL; both launches. */
 extern const void *const cuda_quant_functions[];
 cudaError_t cuda_quant_launch(struct cuda_args *args, unsigned blocks, cudaStream_t stream);

@@ -43,6 +43,19 @@ template <bool BF16> __device__ __forceinline__ uint32_t sound_pair(float x, flo
     return pack_finite_16<BF16>(fmaf(x, 0, x), fmaf(y, 0, y));
 }
 
+/*
+ * A counter in the workspace that nobody has to clear before: one word, the call's number and a
+ * count. What else it may hold is of no call that is under way, so each block, by one thread, first
+ * sees to it that the word is this call's; where the exchange fails another block was faster.
+ */
+__device__ inline void open_counter(const cuda_args &a, unsigned long long *word)
+{
+    const unsigned long long seen = *static_cast<volatile unsigned long long *>(word);
+
+    if ((seen & ~CALL_COUNT) != a.call)
+        atomicCAS(word, seen, a.call);
+}
+
 /* A tile's place in the problem. */
 struct tile {
     cuda_seq seq;

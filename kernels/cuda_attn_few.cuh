@@ -62,22 +62,6 @@ __device__ inline void find_few(const cuda_args &a, unsigned index, few_tile &t)
     t.end = keys ? static_cast<int>(min(last, t.begin + static_cast<int64_t>(each))) : 0;
 }
 
-/*
- * A counter of blocks that are done is one word: the call's number, and how many have come. What
- * else a word may hold is of no call that is under way. So each block first sees to it that the
- * word is this call's, and nobody has to clear it before: where the exchange fails another block
- * was faster. By one thread.
- */
-__device__ inline void open_counter(const cuda_args &a, const few_tile &t)
-{
-    constexpr unsigned long long COUNT = 0xffff;
-    unsigned long long *const word = a.arrived + t.group;
-    const unsigned long long seen = *static_cast<volatile unsigned long long *>(word);
-
-    if ((seen & ~COUNT) != a.call)
-        atomicCAS(word, seen, a.call);
-}
-
 /* Is this the last block of its tile? Then a replay of the call finds the word as it wants it. */
 __device__ inline bool is_last(const cuda_args &a, const few_tile &t)
 {
@@ -538,7 +522,7 @@ template <int D, bool BF16, int ROWS> struct few_attention {
             copy_commit();
         }
         if (threadIdx.x == 0 && t.n_chunks > 1)
-            open_counter(a, t);
+            open_counter(a, a.arrived + t.group);
         load_q();
         __syncthreads();
         begin();

@@ -78,7 +78,24 @@ __device__ inline void fill_words(char *to, int bytes, uint32_t word)
         reinterpret_cast<uint32_t *>(to)[i] = word;
 }
 
+/* The same of products alone: one lane tells it, without a branch while others are under way. */
+__device__ __forceinline__ void leave_warp(uint64_t &barrier)
+{
+    asm volatile("{\n"
+                 ".reg .pred first;\n"
+                 "setp.eq.u32 first, %1, 0;\n"
+                 "@first mbarrier.arrive.shared::cta.b64 _, [%0];\n"
+                 "}" ::"r"(shared_address(&barrier)),
+                 "r"(threadIdx.x % 32)
+                 : "memory");
+}
+
 constexpr int WGMMA_TILES = 3; /* that are found: the one that is worked on, and what comes then */
+
+/*
+ * What differs between kernels: e4m3 or 16 bits for P V; `EXACT`: Q K^T in 16 bits as well. Then
+ * nothing is quantised and the workspace has a counter only: Q and K come by tensor maps, too.
+ */
 
 /*
  * Shared memory: the stages of K and V, Q in INT8 and as it came, and ones. All but the last Q is
@@ -91,7 +108,7 @@ constexpr int WGMMA_TILES = 3; /* that are found: the one that is worked on, and
  * D = 256: no product has all columns, so V has a lower half, without ones, of its own. Q is in
  * units 0 to 11, K in 12 13 and 14 15, V's two stages in 19 20, 22 23 and 16 17, 18 21, ones in 24.
  */
-template <int D, bool FP8> struct wgmma_layout {
+template <int D, bool FP8, bool EXACT> struct wgmma_layout {
     static constexpr int UNIT = 128 * WGMMA_TILE_K(D), STAGES = WGMMA_STAGES(D, false);
     static constexpr int K_BYTES = WGMMA_TILE_K(D) * D, K_STEP = D == 64 ? K_BYTES : 2 * UNIT;
     static constexpr int V_STEP = D == 64 ? UNIT : 2 * UNIT;
@@ -123,7 +140,7 @@ template <int D, bool FP8> struct wgmma_layout {
     }
 };
 
-template <> struct wgmma_layout<256, false> {
+template <> struct wgmma_layout<256, false, false> {
     static constexpr int UNIT = 128 * WGMMA_TILE_K(256), STAGES = WGMMA_STAGES(256, false);
     static constexpr int Q8 = 0, Q16 = 4 * UNIT, ONES = 24 * UNIT, BYTES = 25 * UNIT;
 
@@ -155,7 +172,7 @@ template <> struct wgmma_layout<256, false> {
 };
 
 /* e4m3: V by halves of a tile's keys, [D + 8][64], the last 8 rows of ones. */
-template <int D> struct wgmma_layout<D, true> {
+template <int D> struct wgmma_layout<D, true, false> {
     static constexpr int STAGES = WGMMA_STAGES(D, true), V_HALF = KERNEL_TILE_K * (D + 8);
     static constexpr int K = STAGES * 2 * V_HALF, K_STEP = WGMMA_TILE_K(D) * D;
     static constexpr int Q8 = K + STAGES * K_STEP, Q16 = Q8 + WGMMA_TILE_Q(D) * D;
@@ -179,18 +196,63 @@ template <int D> struct wgmma_layout<D, true> {
     }
 };
 
-template <int D, bool FP8> struct wgmma_memory {
-    static constexpr int STAGES = WGMMA_STAGES(D, FP8), TILE_Q = WGMMA_TILE_Q(D);
-    using layout = wgmma_layout<D, FP8>;
+/*
+ * Exact: K and V in units of 64 channels, Q twice. D = 128 has V's two stages in units 0 3 and 2 4,
+ * K's in 1 5 and 7 8, ones in 6, Q in 9 to 12.
+ */
+template <int D> struct wgmma_layout<D, false, true> {
+    static constexpr int UNIT = 128 * WGMMA_TILE_K(D), STAGES = EXACT_STAGES(D);
+    static constexpr int Q = D == 64 ? 2 * STAGES * UNIT : 9 * UNIT, Q_STEP = WGMMA_TILE_Q(D) * 2 * D;
+    static constexpr int ONES = D == 64 ? Q + 2 * Q_STEP : 6 * UNIT;
+    static constexpr int BYTES = D == 64 ? ONES + UNIT : Q + 2 * Q_STEP;
+
+    __device__ static int v(int stage)
+    {
+        return stage * (D == 64 ? UNIT : 2 * UNIT);
+    }
+    __device__ static int v_step(int stage)
+    {
+        return (ONES - v(stage)) / (D / 64);
+    }
+    __device__ static int k(int stage)
+    {
+        return D == 64 ? (STAGES + stage) * UNIT : (1 + 6 * stage) * UNIT;
+    }
+    __device__ static int k_unit(int stage, int unit)
+    {
+        return k(stage) + unit * (stage ? UNIT : 4 * UNIT);
+    }
+    __device__ static int v_unit(int stage, int unit)
+    {
+        return v(stage) + unit * v_step(stage);
+    }
+    __device__ static int q(int place)
+    {
+        return Q + place * Q_STEP;
+    }
+    __device__ static void fill_ones(char *memory, bool bf16)
+    {
+        fill_words(memory + ONES, UNIT, bf16 ? 0x3f803f80u : 0x3c003c00u);
+    }
+};
+
+#ifndef E_ONE
+#define E_ONE true
+#endif
+template <int D, bool FP8, bool EXACT> struct wgmma_memory {
+    using layout = wgmma_layout<D, FP8, EXACT>;
+    static constexpr int STAGES = layout::STAGES, TILE_Q = WGMMA_TILE_Q(D);
+    static constexpr int QUERIES = EXACT ? 2 : 1; /* tiles that have a Q */
 
     char tensors[layout::BYTES];
-    float k_scale[STAGES][WGMMA_TILE_K(D) / 4];
+    float k_scale[EXACT ? 1 : STAGES][EXACT ? 4 : WGMMA_TILE_K(D) / 4];
     query queries[TILE_Q];
     tile tiles[WGMMA_TILES];
     /* of the tiles: K's mean; V's scales, then its means */
-    float k_mean[WGMMA_TILES][D], v_means[WGMMA_TILES][FP8 ? 2 * D : 1];
+    float k_mean[EXACT ? 1 : WGMMA_TILES][EXACT ? 4 : D], v_means[WGMMA_TILES][FP8 ? 2 * D : 1];
     uint64_t k_full[STAGES], v_full[STAGES], k_empty[STAGES], v_empty[STAGES];
-    uint64_t tile_full[WGMMA_TILES], tile_empty[WGMMA_TILES], q_full, q_empty, tail;
+    uint64_t tile_full[WGMMA_TILES], tile_empty[WGMMA_TILES], tail;
+    uint64_t q_full[QUERIES], q_empty[QUERIES];
 
     __device__ int8_t *q8(int row)
     {
@@ -209,15 +271,17 @@ template <int D, bool FP8> struct wgmma_memory {
         for (int i = 0; i < STAGES; i++) {
             init(k_full[i], 1);
             init(v_full[i], 1);
-            init(k_empty[i], 32 * WARPS); /* see leave() */
+            init(k_empty[i], EXACT && E_ONE ? WARPS : 32 * WARPS); /* see leave() */
             init(v_empty[i], WARPS);
         }
         for (int i = 0; i < WGMMA_TILES; i++) {
             init(tile_full[i], 1);
             init(tile_empty[i], 32 * (WARPS + 2));
         }
-        init(q_full, 32);
-        init(q_empty, 32 * WARPS);
+        for (int i = 0; i < QUERIES; i++) {
+            init(q_full[i], EXACT ? 1 : 32);
+            init(q_empty[i], EXACT ? WARPS : 32 * WARPS);
+        }
         init(tail, 1);
         cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
     }
@@ -225,12 +289,12 @@ template <int D, bool FP8> struct wgmma_memory {
 
 /* --- the warps that fetch --- */
 
-template <int D, bool FP8> struct wgmma_fetch {
+template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K, SCALES = HALF / 4;
     static constexpr int HALVES = KEYS / HALF;
-    static constexpr int STAGES = WGMMA_STAGES(D, FP8);
-    using memory = wgmma_memory<D, FP8>;
-    using layout = wgmma_layout<D, FP8>;
+    using memory = wgmma_memory<D, FP8, EXACT>;
+    using layout = wgmma_layout<D, FP8, EXACT>;
+    static constexpr int STAGES = memory::STAGES;
 
     /*
      * The number of the next split of a tile. Each block's first is its own; the last number that
@@ -238,11 +302,19 @@ template <int D, bool FP8> struct wgmma_fetch {
      */
     __device__ static unsigned next_ticket(const cuda_args &a)
     {
-        const unsigned n = atomicAdd(a.ticket, 1);
+        if constexpr (EXACT) {
+            const auto n = static_cast<unsigned>(atomicAdd(a.arrived, 1) - a.call);
 
-        if (n == a.n_tiles * a.n_splits - 1)
-            *a.ticket = 0;
-        return gridDim.x + n;
+            if (n == a.n_tiles - 1)
+                *a.arrived = a.call;
+            return gridDim.x + n;
+        } else {
+            const unsigned n = atomicAdd(a.ticket, 1);
+
+            if (n == a.n_tiles * a.n_splits - 1)
+                *a.ticket = 0;
+            return gridDim.x + n;
+        }
     }
 
     /* Of a tile's keys those that belong to one split. */
@@ -268,6 +340,8 @@ template <int D, bool FP8> struct wgmma_fetch {
         ring_place<WGMMA_TILES> slot;
         bool there = true;
 
+        if (EXACT && first_lane)
+            open_counter(a, a.arrived);
         for (bool first = true; there; first = false, slot.next()) {
             tile &t = m.tiles[slot.stage];
             wait(m.tile_empty[slot.stage], slot.parity ^ 1);
@@ -286,7 +360,7 @@ template <int D, bool FP8> struct wgmma_fetch {
             }
             __syncwarp();
             there = __any_sync(~0u, t.there);
-            if (there) {
+            if (there && !EXACT) {
                 const float k_max = largest_scale(a, t);
                 if (first_lane)
                     t.k_max = k_max;
@@ -350,6 +424,41 @@ template <int D, bool FP8> struct wgmma_fetch {
         }
     }
 
+    /* Exact: K, or Q. */
+    __device__ static void fetch_unit(memory &m, const CUtensorMap &map, int to, int unit,
+                                      int64_t row, int64_t head, int64_t batch, uint64_t *full)
+    {
+        using namespace cuda::ptx;
+        const int32_t where[4] = {64 * unit, static_cast<int32_t>(row), static_cast<int32_t>(head),
+                                  static_cast<int32_t>(batch)};
+
+        cp_async_bulk_tensor(space_cluster, space_global, m.tensors + to, &map, where, full);
+    }
+    __device__ static void fetch_k16(const cuda_args &a, memory &m, const tile &t, int block,
+                                     int stage)
+    {
+        using namespace cuda::ptx;
+        uint64_t *const full = &m.k_full[stage];
+
+        mbarrier_arrive_expect_tx(sem_release, scope_cta, space_shared, full, 2 * KEYS * D);
+#pragma unroll
+        for (int unit = 0; unit < D / 64; unit++)
+            fetch_unit(m, a.k_map, layout::k_unit(stage, unit), unit,
+                       t.seq.k0 + int64_t{block} * KEYS, t.kv_head, t.seq.batch, full);
+    }
+    __device__ static void fetch_q16(const cuda_args &a, memory &m, const tile &t, int place)
+    {
+        using namespace cuda::ptx;
+        constexpr int ROWS = WGMMA_TILE_Q(D);
+        uint64_t *const full = &m.q_full[place];
+
+        mbarrier_arrive_expect_tx(sem_release, scope_cta, space_shared, full, 2 * ROWS * D);
+#pragma unroll
+        for (int unit = 0; unit < D / 64; unit++)
+            fetch_unit(m, a.q_map, layout::q(place) + unit * ROWS * 128, unit, t.seq.q0 + t.row,
+                       t.q_head, t.seq.batch, full);
+    }
+
     /* What is beyond the last key becomes zero, for P is zero there, but 0 * NaN would be NaN. */
     __device__ static void clear(char *from, int bytes)
     {
@@ -376,8 +485,12 @@ template <int D, bool FP8> struct wgmma_fetch {
             for (int block = first_block(t); block < end; block++, at.next()) {
                 __syncwarp();
                 wait(m.k_empty[at.stage], at.parity ^ 1);
-                if (first_lane)
-                    fetch_k(a, m, t, block, halves, at.stage);
+                if (first_lane) {
+                    if constexpr (EXACT)
+                        fetch_k16(a, m, t, block, at.stage);
+                    else
+                        fetch_k(a, m, t, block, halves, at.stage);
+                }
                 wait(m.v_empty[at.stage], at.parity ^ 1);
                 if constexpr (FP8) {
                     if (halves - 2 * block == 1)
@@ -404,37 +517,47 @@ template <int D, bool FP8> struct wgmma_fetch {
         }
     }
 
-    /* A third: Q as it is, 16 bytes a lane, zeros beyond the last row and channel. */
-    __device__ static void queries(const cuda_args &a, memory &m)
+    /* Q as it is, 16 bytes a lane, zeros beyond the last row and channel. */
+    __device__ static void fetch_q(const cuda_args &a, memory &m, const tile &t)
     {
         constexpr int EACH = D / 8; /* of a row */
         const int lane = threadIdx.x % 32, vector = lane % EACH;
+        const int end = 8 * vector < a.d ? t.end - t.row : 0;
+        const char *from = q_row(a, t, t.row + lane / EACH) + 16 * vector;
+        char *to = m.q16(lane / EACH) + 16 * vector;
+
+#pragma unroll 4
+        for (int r = lane / EACH; r < WGMMA_TILE_Q(D); r += 32 / EACH) {
+            if (a.q.aligned)
+                copy_async(shared_address(to), from, r < end);
+            else
+                *reinterpret_cast<uint4 *>(to) =
+                    r < end ? load_8(from, false) : make_uint4(0, 0, 0, 0);
+            from += 32 / EACH * a.q.stride[2];
+            to += 32 / EACH * 2 * D;
+        }
+        if (a.q.aligned)
+            copy_arrive(shared_address(&m.q_full[0]));
+        else
+            cuda::ptx::mbarrier_arrive(&m.q_full[0]);
+    }
+
+    /* A third: Q of all tiles. */
+    __device__ static void queries(const cuda_args &a, memory &m)
+    {
         ring_place<WGMMA_TILES> slot;
-        ring_place<1> q;
+        ring_place<memory::QUERIES> q;
 
         for (;; slot.next(), q.next()) {
             const tile &t = m.tiles[slot.stage];
             wait(m.tile_full[slot.stage], slot.parity);
             if (!__any_sync(~0u, t.there))
                 return;
-            const int end = 8 * vector < a.d ? t.end - t.row : 0;
-            const char *from = q_row(a, t, t.row + lane / EACH) + 16 * vector;
-            char *to = m.q16(lane / EACH) + 16 * vector;
-            wait(m.q_empty, q.parity ^ 1);
-#pragma unroll 4
-            for (int r = lane / EACH; r < WGMMA_TILE_Q(D); r += 32 / EACH) {
-                if (a.q.aligned)
-                    copy_async(shared_address(to), from, r < end);
-                else
-                    *reinterpret_cast<uint4 *>(to) =
-                        r < end ? load_8(from, false) : make_uint4(0, 0, 0, 0);
-                from += 32 / EACH * a.q.stride[2];
-                to += 32 / EACH * 2 * D;
-            }
-            if (a.q.aligned)
-                copy_arrive(shared_address(&m.q_full));
-            else
-                cuda::ptx::mbarrier_arrive(&m.q_full);
+            wait(m.q_empty[q.stage], q.parity ^ 1);
+            if constexpr (!EXACT)
+                fetch_q(a, m, t);
+            else if (threadIdx.x % 32 == 0)
+                fetch_q16(a, m, t, q.stage);
             leave(m.tile_empty[slot.stage]);
         }
     }
@@ -452,15 +575,24 @@ template <int D, bool FP8> struct wgmma_fetch {
 
 /* --- those that compute --- */
 
-template <int D, bool BF16, bool FP8> struct wgmma_attention {
-    static constexpr int STAGES = WGMMA_STAGES(D, FP8), GROUPS = WGMMA_GROUPS(D);
+template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
+    static constexpr int GROUPS = WGMMA_GROUPS(D);
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K;
-    static constexpr bool TURNS = FP8 && D > 64; /* elsewhere they wait more than they gain */
-    using memory = wgmma_memory<D, FP8>;
-    using layout = wgmma_layout<D, FP8>;
-    using fetch = wgmma_fetch<D, FP8>;
+    static constexpr float MOST = 15; /* above m: binary16 ends at 2^16 */
+#ifndef E_TURNS
+#define E_TURNS (D > 64)
+#endif
+#ifndef E_INT
+#define E_INT true
+#endif
+    /* elsewhere they wait more than they gain */
+    static constexpr bool TURNS = (FP8 && D > 64) || (EXACT && E_TURNS);
+    using memory = wgmma_memory<D, FP8, EXACT>;
+    using layout = wgmma_layout<D, FP8, EXACT>;
+    using fetch = wgmma_fetch<D, FP8, EXACT>;
+    static constexpr int STAGES = memory::STAGES;
 
-    /* Of a tile of keys: integers, then relative to m. In place. */
+    /* Of a tile of keys: integers, or what they would stand for, then relative to m. In place. */
     union scores {
         int s[KEYS / 8][4];
         float p[1][KEYS / 8][4];
@@ -478,19 +610,34 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
     {
     }
 
-    /* S begins. */
-    __device__ void begin_scores(scores &x, int stage) const
+    /* S begins. `q_place`: exact: where Q is. */
+    __device__ void begin_scores(scores &x, int stage, int q_place) const
     {
-        constexpr int ROW = SWIZZLED_ROW<D>, STEPS = ROW / 32; /* of a panel */
-        const uint64_t q = matrix_at(shared_address(m.q8(64 * group)), ROW, 8 * ROW, 0);
-        const uint64_t k = matrix_at(shared_address(m.tensors) + layout::k(stage), ROW, 8 * ROW, 0);
+        if constexpr (EXACT) {
+            const uint32_t at = shared_address(m.tensors);
+            const uint64_t q = matrix_at(at + layout::q(q_place) + 64 * 128 * group, 128, 1024, 0);
+            const uint64_t k = matrix_at(at + layout::k(stage), 128, 1024, 0);
+            const int k_step = (layout::k_unit(stage, 1) - layout::k(stage)) / 16;
 
-        wgmma_fence();
-        wgmma_s8(x.s, q, k);
+            wgmma_fence();
+            wgmma_16<BF16, false>(x.p[0], q, k);
 #pragma unroll
-        for (int i = 1; i < D / 32; i++)
-            wgmma_s8_add(x.s, q + i / STEPS * (64 * GROUPS * ROW / 16) + i % STEPS * 2,
-                         k + i / STEPS * (KEYS * ROW / 16) + i % STEPS * 2);
+            for (int i = 1; i < D / 16; i++)
+                wgmma_16<BF16, true>(x.p[0], q + i / 4 * (WGMMA_TILE_Q(D) * 128 / 16) + i % 4 * 2,
+                                     k + i / 4 * k_step + i % 4 * 2);
+        } else {
+            constexpr int ROW = SWIZZLED_ROW<D>, STEPS = ROW / 32; /* of a panel */
+            const uint64_t q = matrix_at(shared_address(m.q8(64 * group)), ROW, 8 * ROW, 0);
+            const uint64_t k =
+                matrix_at(shared_address(m.tensors) + layout::k(stage), ROW, 8 * ROW, 0);
+
+            wgmma_fence();
+            wgmma_s8(x.s, q, k);
+#pragma unroll
+            for (int i = 1; i < D / 32; i++)
+                wgmma_s8_add(x.s, q + i / STEPS * (64 * GROUPS * ROW / 16) + i % STEPS * 2,
+                             k + i / STEPS * (KEYS * ROW / 16) + i % STEPS * 2);
+        }
         wgmma_commit();
     }
 
@@ -556,6 +703,14 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
 
     /* --- softmax --- */
 
+    __device__ static void hold_scores(scores &x)
+    {
+        if constexpr (EXACT)
+            hold(x.p[0]);
+        else
+            hold(x.s);
+    }
+
     /* What the tile's integers stand for, by row and run of keys, relative to nothing. */
     using factors = float[2][KEYS / 16];
 
@@ -578,18 +733,31 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
     }
 
     /* A tile of 8 keys: integers to scores in base 2, relative to `top`. */
-    __device__ static void scale(scores &x, int n, const factors &c, const float (&top)[2])
+    __device__ void scale(scores &x, int n, const factors &c, const float (&top)[2]) const
     {
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            x.p[0][n][e] = fmaf(static_cast<float>(x.s[n][e]), c[e / 2][n / 2], -top[e / 2]);
+            x.p[0][n][e] = EXACT ? fmaf(x.p[0][n][e], r.a.scale, -top[e / 2])
+                                 : fmaf(static_cast<float>(x.s[n][e]), c[e / 2][n / 2], -top[e / 2]);
     }
 
-    __device__ static void scale(scores &x, const factors &c, const float (&top)[2])
+    __device__ void scale(scores &x, const factors &c, const float (&top)[2]) const
     {
+        if constexpr (EXACT)
+            spoil(x);
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++)
             scale(x, n, c, top);
+    }
+
+    /* Exact: scores that are or become infinite are NaN, for -inf is a key that is not seen. */
+    __device__ void spoil(scores &x) const
+    {
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                x.p[0][n][e] = fmaf(x.p[0][n][e] * r.a.scale, 0, x.p[0][n][e]);
     }
 
     __device__ static void exponentiate(scores &x, int n)
@@ -675,14 +843,22 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         r.raise(most, decay[0]);
     }
 
+    /* Exact; what is not finite becomes NaN. */
+    __device__ void follow(scores &x)
+    {
+        spoil(x);
+        const float most[2] = {r.largest(x.p[0], 0) * r.a.scale, r.largest(x.p[0], 1) * r.a.scale};
+        r.raise(most, decay[0]);
+    }
+
     /*
      * None of this lane's scores is above m by more than P has room for, going by the largest
      * integer and the largest scale. For tiles of which all rows see all keys.
      */
     __device__ bool near(const scores &x, const factors &c) const
     {
-        constexpr float MOST = 15; /* binary16 ends at 2^16 */
         bool is = true;
+
 
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -701,6 +877,38 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
     }
 
     /*
+     * The same of exact scores, and that they are finite. Positive floats are ordered like their
+     * bits; of all bits, as unsigned numbers, -inf's are the largest but those of NaN.
+     */
+    __device__ bool near(const scores &x) const
+    {
+        bool is = true;
+
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int top[2] = {0, 0};
+            unsigned last = 0;
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) {
+                const int even = x.s[n][2 * half], odd = x.s[n][2 * half + 1];
+                top[n % 2] = max(max(top[n % 2], even), odd);
+                last = max(max(last, static_cast<unsigned>(even)), static_cast<unsigned>(odd));
+            }
+            const float most = __int_as_float(max(top[0], top[1])) * r.a.scale;
+            is &= most - r.top[0][half] <= MOST && isfinite(__uint_as_float(last) * r.a.scale);
+        }
+        return is;
+    }
+
+    __device__ void leave_k(int stage) const
+    {
+        if constexpr (EXACT && E_ONE)
+            leave_warp(m.k_empty[stage]);
+        else
+            leave(m.k_empty[stage]);
+    }
+
+    /*
      * S to P, 16 bits; true if m moved: O has to be rescaled by `decay`, which is 1 otherwise.
      * before_pack() is called before P takes the place of the last one. `INTEGERS`: where all rows
      * see all keys it is these that tell whether m moves, so that exponentials can begin at once.
@@ -711,13 +919,17 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         factors c;
         bool moved;
 
-        load_factors(c, stage);
-        leave(m.k_empty[stage]);
+        if constexpr (!EXACT)
+            load_factors(c, stage);
+        leave_k(stage);
         decay[0][0] = decay[0][1] = 1;
         if (INTEGERS && __all_sync(~0u, !coarse && r.all_see(key0))) {
-            moved = !__all_sync(~0u, !r.moves && near(x, c));
+            moved = !__all_sync(~0u, !r.moves && (EXACT ? near(x) : near(x, c)));
             if (moved) {
-                follow(x, c);
+                if constexpr (EXACT)
+                    follow(x);
+                else
+                    follow(x, c);
                 r.settle();
             }
             float top[2] = {r.reference(r.top[0][0]), r.reference(r.top[0][1])};
@@ -792,15 +1004,19 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
      * beside the softmax. e4m3: P V first, so that its sums are added up beside S, if there are
      * registers for both.
      */
-    __device__ void steps(ring_place<STAGES> &at, int key0, int end)
+    __device__ void steps(ring_place<STAGES> &at, int key0, int end, int q_place)
     {
         scores x;
         products pv;
 
         wait(m.k_full[at.stage], at.parity);
-        begin_scores(x, at.stage);
+        if constexpr (EXACT)
+            turn_wait(group);
+        begin_scores(x, at.stage, q_place);
+        if constexpr (EXACT)
+            turn_over(group);
         wgmma_wait<0>();
-        hold(x.s);
+        hold_scores(x);
         if constexpr (FP8)
             softmax_8(x, at.stage, key0);
         else
@@ -815,25 +1031,29 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
                 begin_values(pv, before.stage);
                 wait(m.k_full[at.stage], at.parity);
                 if constexpr (D > 64) {
-                    begin_scores(x, at.stage);
+                    begin_scores(x, at.stage, q_place);
                     wgmma_wait<1>();
                     end_values(pv, before.stage);
                 } else {
                     wgmma_wait<0>();
                     end_values(pv, before.stage);
-                    begin_scores(x, at.stage);
+                    begin_scores(x, at.stage, q_place);
                 }
                 wgmma_wait<0>();
-                hold(x.s);
+                hold_scores(x);
                 softmax_8(x, at.stage, key0);
             } else {
                 wait(m.k_full[at.stage], at.parity);
-                begin_scores(x, at.stage);
+                if constexpr (EXACT)
+                    turn_wait(group);
+                begin_scores(x, at.stage, q_place);
                 wait(m.v_full[before.stage], before.parity);
                 begin_values(pv, before.stage);
+                if constexpr (EXACT)
+                    turn_over(group);
                 wgmma_wait<1>();
-                hold(x.s);
-                const bool moved = softmax_16<(D > 64)>(x, at.stage, key0, [&] {
+                hold_scores(x);
+                const bool moved = softmax_16<(D > 64 || (EXACT && E_INT))>(x, at.stage, key0, [&] {
                     wgmma_wait<0>();
                     end_values(pv, before.stage);
                 });
@@ -855,7 +1075,7 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
             turn_wait(group);
             turn_over(group);
             wait(m.k_full[at.stage], at.parity);
-            leave(m.k_empty[at.stage]);
+            leave_k(at.stage);
             wait(m.v_full[at.stage], at.parity);
             release(m.v_empty[at.stage]);
         }
@@ -942,47 +1162,66 @@ template <int D, bool BF16, bool FP8> struct wgmma_attention {
         return uniform(static_cast<int>(end));
     }
 
-    /* `slot`: the tile's place. */
-    __device__ void run(ring_place<STAGES> &at, int slot, uint32_t q_parity)
+    /* Q to INT8, and what that tells. */
+    __device__ void prepare_q(int slot, uint32_t q_parity)
     {
-        const int first = r.first_row(), block = fetch::first_block(r.t);
-        const int all = fetch::last_block(r.t) - block; /* there may be none, whatever a row sees */
-        const int end = min(end_key(), (block + all) * KEYS);
-        const int n = end > block * KEYS ? (end + KEYS - 1) / KEYS - block : 0;
+        const int first = r.first_row();
 
         barrier_wait(1 + group, 128); /* nobody needs the Q before */
-        wait(m.q_full, q_parity);
+        wait(m.q_full[0], q_parity);
         quantise_q<D, BF16, true>(r.a, r.t, r.row(), m.q16(first), 2 * D,
                                   k_mean_of(r.a, r.t) ? m.k_mean[slot] : nullptr, m.q8(first),
                                   m.queries + first, r.t.k_max);
         async_fence();
-        leave(m.q_empty);
+        leave(m.q_empty[0]);
         barrier_wait(1 + group, 128);
+    }
+
+    /* `slot`: the tile's place; `q`: Q's. */
+    __device__ void run(ring_place<STAGES> &at, int slot,
+                        const ring_place<memory::QUERIES> &q)
+    {
+        const int block = fetch::first_block(r.t);
+        const int all = fetch::last_block(r.t) - block; /* there may be none, whatever a row sees */
+        const int end = min(end_key(), (block + all) * KEYS);
+        const int n = end > block * KEYS ? (end + KEYS - 1) / KEYS - block : 0;
+
+        if constexpr (EXACT)
+            wait(m.q_full[q.stage], q.parity);
+        else
+            prepare_q(slot, q.parity);
         r.begin();
-        coarse = __any_sync(~0u, r.query_of(0, 0).scale * r.t.k_max >= 1 ||
-                                     r.query_of(0, 2).scale * r.t.k_max >= 1);
+        coarse = !EXACT && __any_sync(~0u, r.query_of(0, 0).scale * r.t.k_max >= 1 ||
+                                               r.query_of(0, 2).scale * r.t.k_max >= 1);
         at.stage = uniform(at.stage);
         at.parity = uniform(at.parity);
         if (n > 0)
-            steps(at, block * KEYS, end);
+            steps(at, block * KEYS, end, uniform(q.stage));
+        if constexpr (EXACT)
+            release(m.q_empty[q.stage]);
         pass(at, all - n);
         if (r.a.n_splits == 1 || gather())
             r.finish(m.v_means[slot]);
     }
 };
 
-template <int D, bool BF16, bool FP8, bool MASK>
+template <int D, bool BF16, bool FP8, bool EXACT>
 __global__ void __launch_bounds__(WGMMA_THREADS(D), 1)
     wgmma_kernel(const __grid_constant__ cuda_args args)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    using memory = wgmma_memory<D, FP8>;
-    static_assert(sizeof(memory) <= WGMMA_SMEM(D, FP8) - WGMMA_ALIGN, "WGMMA_SMEM");
+    using memory = wgmma_memory<D, FP8, EXACT>;
+    using fetch = wgmma_fetch<D, FP8, EXACT>;
+    using attention = wgmma_attention<D, BF16, FP8, EXACT>;
+    constexpr int SMEM = EXACT ? EXACT_SMEM(D) : WGMMA_SMEM(D, FP8);
+    static_assert(sizeof(memory) <= SMEM - WGMMA_ALIGN, "shared memory");
     extern __shared__ char shared[];
     auto &m = *reinterpret_cast<memory *>(shared + (-shared_address(shared) & (WGMMA_ALIGN - 1)));
 
     memory::layout::fill_ones(m.tensors, BF16);
     async_fence();
+    for (int i = threadIdx.x; EXACT && i < WGMMA_TILE_Q(D); i += blockDim.x)
+        m.queries[i] = {};
     if (threadIdx.x == 0)
         m.init_barriers();
     __syncthreads();
@@ -992,40 +1231,40 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D), 1)
         registers_less<WGMMA_FETCH_REGISTERS(D)>();
         const int warp = threadIdx.x / 32 % 4;
         if (warp == 0)
-            wgmma_fetch<D, FP8>::tiles(args, m);
+            fetch::tiles(args, m);
         else if (warp == 1)
-            wgmma_fetch<D, FP8>::keys_and_values(args, m);
+            fetch::keys_and_values(args, m);
         else if (warp == 2)
-            wgmma_fetch<D, FP8>::queries(args, m);
+            fetch::queries(args, m);
     } else {
         ring_place<memory::STAGES> at;
         ring_place<WGMMA_TILES> slot;
-        ring_place<1> q;
+        ring_place<memory::QUERIES> q;
 
         registers_more<WGMMA_REGISTERS(D)>();
         if (threadIdx.x / 128 == WGMMA_GROUPS(D) - 1)
-            wgmma_attention<D, BF16, FP8>::turn_over(WGMMA_GROUPS(D) - 1);
+            attention::turn_over(WGMMA_GROUPS(D) - 1);
         for (;; slot.next(), q.next()) {
             const tile &t = m.tiles[slot.stage];
             wait(m.tile_full[slot.stage], slot.parity);
             if (!__any_sync(~0u, t.there))
                 break;
-            wgmma_attention<D, BF16, FP8>(args, m, t).run(at, slot.stage, q.parity);
+            attention(args, m, t).run(at, slot.stage, q);
             leave(m.tile_empty[slot.stage]);
         }
         if (threadIdx.x < 128)
-            wgmma_attention<D, BF16, FP8>::turn_wait(0); /* no barrier is left half counted */
+            attention::turn_wait(0); /* no barrier is left half counted */
     }
 #endif
 }
 
-template <int D, bool BF16, bool FP8, bool MASK>
+template <int D, bool BF16, bool FP8, bool EXACT>
 cudaError_t wgmma_launch(const cuda_args *args, unsigned blocks, cudaStream_t stream)
 {
     blocks *= args->n_splits;
-    return launch_early(wgmma_kernel<D, BF16, FP8, MASK>,
+    return launch_early(wgmma_kernel<D, BF16, FP8, EXACT>,
                         blocks < args->processors ? blocks : args->processors, WGMMA_THREADS(D),
-                        WGMMA_SMEM(D, FP8), stream, *args);
+                        EXACT ? EXACT_SMEM(D) : WGMMA_SMEM(D, FP8), stream, *args);
 }
 
 } // namespace sage

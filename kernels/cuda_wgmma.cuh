@@ -113,6 +113,29 @@ template <int N> __device__ __forceinline__ void hold(int (&x)[N][4])
 WGMMA_S8_FUNCTIONS(8, 32, 64)
 WGMMA_S8_FUNCTIONS(16, 64, 128)
 
+/* d = a b (+ d), 16 bits: 64 x 16, 128 x 16; both have their 16 side by side, in shared memory. */
+#define WGMMA_QK(type, add, c)                                                                     \
+    asm volatile("{\n"                                                                             \
+                 ".reg .pred add;\n"                                                               \
+                 "setp.ne.b32 add, 0, " #add ";\n"                                                 \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" WGMMA_64        \
+                 "}, " WGMMA_AB_64 "add, 1, 1, 0, 0;\n"                                            \
+                 "}"                                                                               \
+                 : WGMMA_REGS_64(c)                                                                \
+                 : "l"(a), "l"(b))
+template <bool BF16, bool ADD>
+__device__ __forceinline__ void wgmma_16(float (&d)[16][4], uint64_t a, uint64_t b)
+{
+    if constexpr (BF16 && ADD)
+        WGMMA_QK("bf16", 1, "+f");
+    else if constexpr (BF16)
+        WGMMA_QK("bf16", 0, "=f");
+    else if constexpr (ADD)
+        WGMMA_QK("f16", 1, "+f");
+    else
+        WGMMA_QK("f16", 0, "=f");
+}
+
 /*
  * d = a b (+ d), 64 x 72, 128 or 136; a in registers. 16 bits: a is 64 x 16, b transposed: it has
  * its columns side by side. e4m3: a is 64 x 32, b has its 32 side by side.

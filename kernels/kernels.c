@@ -40,8 +40,21 @@
      32 * FEW_WARPS,                                                                               \
      FEW_SMEM(d, rows)},
 
+#define EXACT_ROW(d, dtype)                                                                        \
+    {"exact " #dtype " d" #d,                                                                      \
+     90,                                                                                           \
+     90,                                                                                           \
+     d,                                                                                            \
+     #dtype,                                                                                       \
+     "any",                                                                                        \
+     "causal,window,varlen,lse",                                                                   \
+     WGMMA_TILE_Q(d),                                                                              \
+     WGMMA_TILE_K(d),                                                                              \
+     WGMMA_THREADS(d),                                                                             \
+     EXACT_SMEM(d)},
+
 const struct sage_kernel sage_kernels[] = {SAGE_KERNELS_SM90(WGMMA_ROW) SAGE_KERNELS(MMA_ROW)
-                                               SAGE_KERNELS_FEW(FEW_ROW)};
+                                               SAGE_KERNELS_FEW(FEW_ROW) SAGE_KERNELS_EXACT(EXACT_ROW)};
 const int sage_n_kernels = sizeof(sage_kernels) / sizeof(sage_kernels[0]);
 
 int sage_kernel_find(int sm, int head_dim, int bf16, int fp8, int mask)
@@ -73,9 +86,31 @@ int sage_kernel_find_few(int head_dim, int bf16, int64_t rows)
     static const int of_bf16[] = {SAGE_KERNELS_FEW(FEW_KEY)};
     const int first = sage_kernel_first_few();
 
-    for (int i = first; i < sage_n_kernels; i++)
+    for (int i = first; i < sage_kernel_first_exact(); i++)
         if (head_dim <= sage_kernels[i].max_head_dim && rows <= sage_kernels[i].tile_q &&
             bf16 == of_bf16[i - first])
             return i;
+    return -1;
+}
+
+int64_t sage_exact_keys = 4096;
+#include <stdlib.h>
+__attribute__((constructor)) static void dev(void) { if (getenv("XK")) sage_exact_keys = atoll(getenv("XK")); }
+
+int sage_kernel_first_exact(void)
+{
+#define FEW_COUNT(d, dtype, rows) +1
+    return sage_kernel_first_few() SAGE_KERNELS_FEW(FEW_COUNT);
+}
+
+int sage_kernel_find_exact(int head_dim, int bf16, int64_t nk)
+{
+#define EXACT_KEY(d, dtype) SAGE_KERNEL_##dtype,
+    static const int of_bf16[] = {SAGE_KERNELS_EXACT(EXACT_KEY)};
+    const int first = sage_kernel_first_exact();
+
+    for (int i = first; i < sage_n_kernels; i++)
+        if (head_dim <= sage_kernels[i].max_head_dim && bf16 == of_bf16[i - first])
+            return nk <= sage_exact_keys ? i : -1;
     return -1;
 }

@@ -83,6 +83,16 @@
     X(256, bf16, 32)                                                                               \
     X(256, bf16, 64)
 
+/*
+ * X(d, f16|bf16), Hopper's for both variants: sequences so short that quantising them takes longer
+ * than it saves. Nothing is quantised. After all others.
+ */
+#define SAGE_KERNELS_EXACT(X)                                                                      \
+    X(64, f16)                                                                                     \
+    X(128, f16)                                                                                    \
+    X(64, bf16)                                                                                    \
+    X(128, bf16)
+
 /* What the words of the list stand for, as conditions. */
 #define SAGE_KERNEL_f16 0
 #define SAGE_KERNEL_bf16 1
@@ -133,6 +143,12 @@ enum {
     (WGMMA_ALIGN + WGMMA_TENSORS(d, fp8) + WGMMA_STAGES(d, fp8) * WGMMA_TILE_K(d) +                \
      WGMMA_TILE_Q(d) * 8 + ((fp8) ? 36 : 12) * (d) + 896)
 
+/* Nothing quantised: K and V, ones, Q twice; what belongs to Q's rows, barriers, places. */
+#define EXACT_STAGES(d) ((d) <= 64 ? 4 : 2)
+#define EXACT_SMEM(d)                                                                              \
+    (WGMMA_ALIGN + WGMMA_TILE_K(d) * (EXACT_STAGES(d) * 4 * (d) + 128) +                           \
+     WGMMA_TILE_Q(d) * (4 * (d) + 8) + 1024)
+
 /*
  * Few rows: warps, keys of a stage, stages of K or V in shared memory, and Q. About 64 KiB of
  * stages, all but one of which are on their way, and no more with Q than the 99 KiB that a block
@@ -145,6 +161,8 @@ enum {
 #define FEW_TENSORS(d, rows)                                                                       \
     ((FEW_STAGES(d, rows) * FEW_TILE_K(d, rows) + (rows)) * KERNEL_PITCH(2 * (d)))
 #define FEW_SMEM(d, rows) (FEW_TENSORS(d, rows) > 76 * 1024 ? FEW_TENSORS(d, rows) : 76 * 1024)
+
+struct sage_attn;
 
 struct sage_kernel {
     const char *name;
@@ -169,6 +187,13 @@ int sage_kernel_find(int sm, int head_dim, int bf16, int fp8, int mask);
 int sage_kernel_find_few(int head_dim, int bf16, int64_t rows);
 /* Of sage_kernels, the first one for few rows. */
 int sage_kernel_first_few(void);
+/* Up to so many keys nothing is quantised where there is a kernel; tests change it. */
+extern int64_t sage_exact_keys;
+/* The kernel of which nothing is quantised, for the longest sequence's tokens; -1: too many. */
+int sage_kernel_find_exact(int head_dim, int bf16, int64_t nk);
+int sage_kernel_first_exact(void);
+/* The kernel for the whole problem on the current device, whose tensors are there; < 0: an error. */
+int sage_cuda_kernel(const struct sage_attn *attn);
 
 #ifdef __cplusplus
 }

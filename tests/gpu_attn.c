@@ -29,7 +29,7 @@ struct options {
     int list, edges, big, accuracy, separate;
 };
 
-enum { FEW = 2, N_ROWS }; /* after the variants: what is the same in both */
+enum { EXACT = 2, N_ROWS }; /* after the variants: what is the same in both */
 
 /* The worst of what has been seen of a variant and a dtype; and in which problem. */
 struct row {
@@ -58,7 +58,7 @@ static void worse(double *worst, double now, int64_t *where, int64_t k)
 static void note(struct row rows[N_ROWS][2], const struct problem *p, const struct distance *far,
                  int64_t k)
 {
-    const int variant = problem_is_few(p) ? FEW : p->attn.variant == SAGE_INT8_FP8;
+    const int variant = p->exact ? EXACT : p->attn.variant == SAGE_INT8_FP8;
     struct row *r = &rows[variant][p->attn.q.dtype == SAGE_BF16];
 
     r->problems++;
@@ -72,7 +72,7 @@ static void note(struct row rows[N_ROWS][2], const struct problem *p, const stru
 
 static void print_table(struct row rows[N_ROWS][2])
 {
-    static const char *const names[] = {"int8_fp16", "int8_fp8", "few rows"};
+    static const char *const names[] = {"int8_fp16", "int8_fp8", "exact"};
 
     printf("variant\tdtype\tproblems\theads\tmean_relL1\tworst_relL1\tof_bound\tin\t"
            "element_of_bound\tin\tlse\tin\n");

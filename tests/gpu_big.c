@@ -141,6 +141,7 @@ static int strided(struct gpu *gpu, struct problem *p, uint64_t seed)
         copy(&image.lse, &a.lse, cudaMemcpyDeviceToHost);
         if (good) {
             why[0] = 0;
+            p->exact = gpu_is_exact(&a);
             good = gpu_compare(gpu, p, 1, &far, why, sizeof why);
         }
         snprintf(what, sizeof what, "stride of a %s %lld bytes", axes[axis], (long long)period);

@@ -345,20 +345,6 @@ void problem_plain(struct problem *p, enum sage_dtype dtype, enum sage_variant v
     problem_fill(p);
 }
 
-bool problem_is_few(const struct problem *p)
-{
-    const struct sage_attn *a = &p->attn;
-    const int64_t batches = a->n_seqs ? a->n_seqs : 1, few = 64; /* of sageattn.h */
-    int64_t most = 0;
-
-    for (int64_t b = 0; b < batches; b++) {
-        const int64_t n = sage_attn_seq(a, b).nq;
-
-        most = n > most ? n : most;
-    }
-    return most * (a->q.shape[1] / a->k.shape[1]) <= few;
-}
-
 /* --- random parameters --- */
 
 struct sizes {

@@ -11,6 +11,7 @@
 
 #include "gpu_attn.h"
 #include "kernels/half.h"
+#include "kernels/kernels.h"
 #include "ref64.h"
 
 /* --- the GPU --- */
@@ -258,7 +259,7 @@ static void run_cpu(struct gpu *gpu, struct problem *p)
     const struct sage_attn a = attn_in_image(p, p->cpu);
 
     memcpy(p->cpu, p->host, p->used);
-    if (problem_is_few(p))
+    if (p->exact)
         return;
     const size_t bytes = sage_attn_workspace(&a, NULL);
     void *workspace = aligned_alloc(64, bytes + 64);
@@ -290,7 +291,7 @@ static struct bounds bounds_of(const struct problem *p)
 {
     const struct sage_attn *a = &p->attn;
 
-    if (problem_is_few(p))
+    if (p->exact)
         return a->q.dtype == SAGE_F16 ? (struct bounds){6e-4, 1.2e-3, 1, 1}
                                       : (struct bounds){4e-3, 9e-3, 1, 1};
     if (sage_attn_variant(a) == SAGE_INT8_FP8)
@@ -595,7 +596,7 @@ static bool judge_batch(struct head *t, int rows64)
     bool good = true;
 
     t->seq = sage_attn_seq(&t->p->attn, t->b);
-    if (problem_is_few(t->p))
+    if (t->p->exact)
         in_fp64(t, &o, &lse);
     for (t->h = 0; t->h < t->p->attn.q.shape[1] && good; t->h++)
         good = check_head(t) && (o || t->p->spoil.which >= 0 || check64(t, rows64));
@@ -622,6 +623,13 @@ static bool judge(struct problem *p, int rows64, struct distance *far, char *why
     return true;
 }
 
+bool gpu_is_exact(const struct sage_attn *on_device)
+{
+    const int kernel = sage_cuda_kernel(on_device);
+
+    return kernel >= 0 && !strcmp(sage_kernels[kernel].variant, "any");
+}
+
 bool gpu_compare(struct gpu *gpu, struct problem *p, int rows64, struct distance *far, char *why,
                  size_t len)
 {
@@ -633,6 +641,9 @@ bool gpu_compare(struct gpu *gpu, struct problem *p, int rows64, struct distance
 bool gpu_judge(struct gpu *gpu, struct problem *p, int rows64, struct distance *far, char *why,
                size_t len)
 {
+    const struct sage_attn a = gpu_attn(p);
+
+    p->exact = gpu_is_exact(&a);
     gpu_download(gpu, p);
     gpu_release(gpu, p);
     return gpu_compare(gpu, p, rows64, far, why, len);
