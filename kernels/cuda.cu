@@ -246,16 +246,13 @@ int find_few(const struct sage_attn *attn)
 /* The kernel that quantises nothing, or -1. That, too, follows from the whole problem. */
 int find_exact(const struct sage_attn *attn, int sm)
 {
-    int64_t most = attn->n_seqs > 0 ? 0 : attn->k.shape[2];
-
-    for (int64_t s = 0; s < attn->n_seqs; s++) {
-        const int64_t keys = attn->k_offsets[s + 1] - attn->k_offsets[s];
-        most = keys > most ? keys : most;
-    }
-    const int index = sm != 90 || attn->mask.dtype != SAGE_NONE
+    const int64_t *const k = attn->k.shape;
+    const double pairs = sage_attn_ops(attn, nullptr) / (4 * static_cast<double>(k[3]));
+    const double keys = static_cast<double>(k[0]) * static_cast<double>(k[1] * k[2]);
+    const int index = sm != 90 || attn->mask.dtype != SAGE_NONE || pairs == 0
                           ? -1
-                          : sage_kernel_find_exact(static_cast<int>(attn->q.shape[3]),
-                                                   attn->q.dtype == SAGE_BF16, most);
+                          : sage_kernel_find_exact(static_cast<int>(k[3]),
+                                                   attn->q.dtype == SAGE_BF16, pairs / keys);
     return index >= 0 && kernel(index)->function ? index : -1;
 }
 
@@ -390,7 +387,8 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
     a->n_splits = 1;
     a->exact = is_exact(index);
     const int64_t rows = part->n_rows < 0 ? a->nq : part->n_rows;
-    if (processors && is_wgmma(index) && !a->exact && !k_offsets && see_all_keys(attn, part->row, rows))
+    if (processors && is_wgmma(index) && !a->exact && !k_offsets &&
+        see_all_keys(attn, part->row, rows))
         split(a, rows, tile_q, sage_kernels[index].tile_k);
 }
 
@@ -550,7 +548,7 @@ bool map_rows(const struct sage_tensor *t, int rows, CUtensorMap *map)
     }
     return encode(map,
                   t->dtype == SAGE_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                                        : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
                   4, x.data, dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;

@@ -202,7 +202,8 @@ template <int D> struct wgmma_layout<D, true, false> {
  */
 template <int D> struct wgmma_layout<D, false, true> {
     static constexpr int UNIT = 128 * WGMMA_TILE_K(D), STAGES = EXACT_STAGES(D);
-    static constexpr int Q = D == 64 ? 2 * STAGES * UNIT : 9 * UNIT, Q_STEP = WGMMA_TILE_Q(D) * 2 * D;
+    static constexpr int Q = D == 64 ? 2 * STAGES * UNIT : 9 * UNIT,
+                         Q_STEP = WGMMA_TILE_Q(D) * 2 * D;
     static constexpr int ONES = D == 64 ? Q + 2 * Q_STEP : 6 * UNIT;
     static constexpr int BYTES = D == 64 ? ONES + UNIT : Q + 2 * Q_STEP;
 
@@ -236,9 +237,6 @@ template <int D> struct wgmma_layout<D, false, true> {
     }
 };
 
-#ifndef E_ONE
-#define E_ONE true
-#endif
 template <int D, bool FP8, bool EXACT> struct wgmma_memory {
     using layout = wgmma_layout<D, FP8, EXACT>;
     static constexpr int STAGES = layout::STAGES, TILE_Q = WGMMA_TILE_Q(D);
@@ -271,7 +269,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_memory {
         for (int i = 0; i < STAGES; i++) {
             init(k_full[i], 1);
             init(v_full[i], 1);
-            init(k_empty[i], EXACT && E_ONE ? WARPS : 32 * WARPS); /* see leave() */
+            init(k_empty[i], EXACT ? WARPS : 32 * WARPS); /* see leave() */
             init(v_empty[i], WARPS);
         }
         for (int i = 0; i < WGMMA_TILES; i++) {
@@ -579,14 +577,8 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     static constexpr int GROUPS = WGMMA_GROUPS(D);
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K;
     static constexpr float MOST = 15; /* above m: binary16 ends at 2^16 */
-#ifndef E_TURNS
-#define E_TURNS (D > 64)
-#endif
-#ifndef E_INT
-#define E_INT true
-#endif
     /* elsewhere they wait more than they gain */
-    static constexpr bool TURNS = (FP8 && D > 64) || (EXACT && E_TURNS);
+    static constexpr bool TURNS = (FP8 || EXACT) && D > 64;
     using memory = wgmma_memory<D, FP8, EXACT>;
     using layout = wgmma_layout<D, FP8, EXACT>;
     using fetch = wgmma_fetch<D, FP8, EXACT>;
@@ -737,8 +729,9 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     {
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            x.p[0][n][e] = EXACT ? fmaf(x.p[0][n][e], r.a.scale, -top[e / 2])
-                                 : fmaf(static_cast<float>(x.s[n][e]), c[e / 2][n / 2], -top[e / 2]);
+            x.p[0][n][e] = EXACT
+                               ? fmaf(x.p[0][n][e], r.a.scale, -top[e / 2])
+                               : fmaf(static_cast<float>(x.s[n][e]), c[e / 2][n / 2], -top[e / 2]);
     }
 
     __device__ void scale(scores &x, const factors &c, const float (&top)[2]) const
@@ -859,7 +852,6 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     {
         bool is = true;
 
-
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int top[2] = {0, 0}; /* two: no long chain */
@@ -902,7 +894,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
 
     __device__ void leave_k(int stage) const
     {
-        if constexpr (EXACT && E_ONE)
+        if constexpr (EXACT)
             leave_warp(m.k_empty[stage]);
         else
             leave(m.k_empty[stage]);
@@ -1053,7 +1045,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
                     turn_over(group);
                 wgmma_wait<1>();
                 hold_scores(x);
-                const bool moved = softmax_16<(D > 64 || (EXACT && E_INT))>(x, at.stage, key0, [&] {
+                const bool moved = softmax_16<(D > 64 || EXACT)>(x, at.stage, key0, [&] {
                     wgmma_wait<0>();
                     end_values(pv, before.stage);
                 });
@@ -1178,8 +1170,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     }
 
     /* `slot`: the tile's place; `q`: Q's. */
-    __device__ void run(ring_place<STAGES> &at, int slot,
-                        const ring_place<memory::QUERIES> &q)
+    __device__ void run(ring_place<STAGES> &at, int slot, const ring_place<memory::QUERIES> &q)
     {
         const int block = fetch::first_block(r.t);
         const int all = fetch::last_block(r.t) - block; /* there may be none, whatever a row sees */

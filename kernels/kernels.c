@@ -53,8 +53,8 @@
      WGMMA_THREADS(d),                                                                             \
      EXACT_SMEM(d)},
 
-const struct sage_kernel sage_kernels[] = {SAGE_KERNELS_SM90(WGMMA_ROW) SAGE_KERNELS(MMA_ROW)
-                                               SAGE_KERNELS_FEW(FEW_ROW) SAGE_KERNELS_EXACT(EXACT_ROW)};
+const struct sage_kernel sage_kernels[] = {SAGE_KERNELS_SM90(WGMMA_ROW) SAGE_KERNELS(
+    MMA_ROW) SAGE_KERNELS_FEW(FEW_ROW) SAGE_KERNELS_EXACT(EXACT_ROW)};
 const int sage_n_kernels = sizeof(sage_kernels) / sizeof(sage_kernels[0]);
 
 int sage_kernel_find(int sm, int head_dim, int bf16, int fp8, int mask)
@@ -93,24 +93,22 @@ int sage_kernel_find_few(int head_dim, int bf16, int64_t rows)
     return -1;
 }
 
-int64_t sage_exact_keys = 4096;
-#include <stdlib.h>
-__attribute__((constructor)) static void dev(void) { if (getenv("XK")) sage_exact_keys = atoll(getenv("XK")); }
-
 int sage_kernel_first_exact(void)
 {
 #define FEW_COUNT(d, dtype, rows) +1
     return sage_kernel_first_few() SAGE_KERNELS_FEW(FEW_COUNT);
 }
 
-int sage_kernel_find_exact(int head_dim, int bf16, int64_t nk)
+double sage_exact_pairs = 1280;
+
+int sage_kernel_find_exact(int head_dim, int bf16, double pairs)
 {
 #define EXACT_KEY(d, dtype) SAGE_KERNEL_##dtype,
     static const int of_bf16[] = {SAGE_KERNELS_EXACT(EXACT_KEY)};
     const int first = sage_kernel_first_exact();
 
-    for (int i = first; i < sage_n_kernels; i++)
+    for (int i = first; i < sage_n_kernels && pairs <= sage_exact_pairs; i++)
         if (head_dim <= sage_kernels[i].max_head_dim && bf16 == of_bf16[i - first])
-            return nk <= sage_exact_keys ? i : -1;
+            return i;
     return -1;
 }

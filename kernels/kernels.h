@@ -84,8 +84,8 @@
     X(256, bf16, 64)
 
 /*
- * X(d, f16|bf16), Hopper's for both variants: sequences so short that quantising them takes longer
- * than it saves. Nothing is quantised. After all others.
+ * X(d, f16|bf16), Hopper's for both variants: where keys have so few scores that quantising them
+ * takes longer than it saves, as in short sequences. Nothing is quantised. After all others.
  */
 #define SAGE_KERNELS_EXACT(X)                                                                      \
     X(64, f16)                                                                                     \
@@ -187,10 +187,13 @@ int sage_kernel_find(int sm, int head_dim, int bf16, int fp8, int mask);
 int sage_kernel_find_few(int head_dim, int bf16, int64_t rows);
 /* Of sage_kernels, the first one for few rows. */
 int sage_kernel_first_few(void);
-/* Up to so many keys nothing is quantised where there is a kernel; tests change it. */
-extern int64_t sage_exact_keys;
-/* The kernel of which nothing is quantised, for the longest sequence's tokens; -1: too many. */
-int sage_kernel_find_exact(int head_dim, int bf16, int64_t nk);
+/*
+ * The kernel that quantises nothing, for so many scores for each key of a kv head, on average; -1:
+ * quantising saves more than it takes. Up to sage_exact_pairs of them; tests change that.
+ */
+int sage_kernel_find_exact(int head_dim, int bf16, double pairs);
+extern double sage_exact_pairs;
+/* Of sage_kernels, the first one of those. */
 int sage_kernel_first_exact(void);
 /* The kernel for the whole problem on the current device, whose tensors are there; < 0: an error. */
 int sage_cuda_kernel(const struct sage_attn *attn);

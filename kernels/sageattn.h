@@ -218,6 +218,10 @@ SAGE_API int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn,
  * the tensors' 16-bit type, accumulated in fp32. That reads K and V once and is bound by it;
  * quantising K would read it twice. smooth_k, smooth_v and rotate_qk then change nothing.
  *
+ * On compute capability 9.0 so are short sequences, where quantising takes longer than it saves: of
+ * D up to 128, without a mask tensor, with at most 1280 scores for each key of a kv head on average
+ * (Nq * Hq/Hkv, half of it if causal), if rows of q, k and v start at multiples of 16 bytes.
+ *
  * Compute capability 8.0 or newer; int8_fp8 wants 8.9. A build without CUDA has these functions
  * too: they return SAGE_EUNSUPPORTED and say so. Errors come with a text in why[len], which may be
  * NULL. `why` says what a CUDA error was: SAGE_EDEVICE, where the context is unusable from then on,

@@ -525,6 +525,28 @@ static void test_kernels(void **state)
     assert_int_equal(sage_kernel_find(90, 264, 0, 0, 0), -1);
 }
 
+/* Those that quantise nothing: Hopper's, up to D = 128. */
+static void test_exact_kernels(void **state)
+{
+    (void)state;
+    for (int d = 8; d <= 136; d += 8)
+        for (int bf16 = 0; bf16 < 2; bf16++) {
+            const int i = sage_kernel_find_exact(d, bf16, sage_exact_pairs);
+
+            assert_int_equal(sage_kernel_find_exact(d, bf16, sage_exact_pairs + 1), -1);
+            if (d > 128) {
+                assert_int_equal(i, -1);
+                continue;
+            }
+            assert_true(i >= sage_kernel_first_exact() && i < sage_n_kernels);
+            const struct sage_kernel *k = &sage_kernels[i];
+            assert_int_equal(k->max_head_dim, d <= 64 ? 64 : 128);
+            assert_string_equal(k->dtype, bf16 ? "bf16" : "f16");
+            assert_true(k->min_sm == 90 && k->max_sm == 90);
+            assert_true(k->smem_bytes <= 227 * 1024);
+        }
+}
+
 /* Those for few rows: as many as there are, in 99 KiB of shared memory. */
 static void test_few_kernels(void **state)
 {
@@ -534,7 +556,7 @@ static void test_few_kernels(void **state)
             for (int64_t rows = 1; rows <= 64; rows++) {
                 const int i = sage_kernel_find_few(d, bf16, rows);
 
-                assert_true(i >= sage_kernel_first_few() && i < sage_n_kernels);
+                assert_true(i >= sage_kernel_first_few() && i < sage_kernel_first_exact());
                 const struct sage_kernel *k = &sage_kernels[i];
                 assert_int_equal(k->tile_q, rows <= 16 ? 16 : rows <= 32 ? 32 : 64);
                 assert_int_equal(k->max_head_dim, d <= 64 ? 64 : d <= 128 ? 128 : 256);
@@ -559,7 +581,7 @@ int main(void)
         cmocka_unit_test(test_garbage),     cmocka_unit_test(test_bytes),
         cmocka_unit_test(test_bands),       cmocka_unit_test(test_resolved),
         cmocka_unit_test(test_errors),      cmocka_unit_test(test_kernels),
-        cmocka_unit_test(test_few_kernels),
+        cmocka_unit_test(test_few_kernels), cmocka_unit_test(test_exact_kernels),
     };
 
     return cmocka_run_group_tests(tests, NULL, NULL);
