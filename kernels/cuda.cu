@@ -249,10 +249,13 @@ int find_exact(const struct sage_attn *attn, int sm)
     const int64_t *const k = attn->k.shape;
     const double pairs = sage_attn_ops(attn, nullptr) / (4 * static_cast<double>(k[3]));
     const double keys = static_cast<double>(k[0]) * static_cast<double>(k[1] * k[2]);
-    const int index = sm != 90 || attn->mask.dtype != SAGE_NONE || pairs == 0
-                          ? -1
-                          : sage_kernel_find_exact(static_cast<int>(k[3]),
-                                                   attn->q.dtype == SAGE_BF16, pairs / keys);
+    const int64_t *const q = attn->q.shape;
+    const double tiles = static_cast<double>(q[0] * q[1]) * static_cast<double>(q[2] / 64 + 1) +
+                         static_cast<double>(attn->n_seqs * q[1]);
+    if (sm != 90 || attn->mask.dtype != SAGE_NONE || pairs == 0 || tiles > CALL_COUNT)
+        return -1;
+    const int index =
+        sage_kernel_find_exact(static_cast<int>(k[3]), attn->q.dtype == SAGE_BF16, pairs / keys);
     return index >= 0 && kernel(index)->function ? index : -1;
 }
 
