@@ -243,22 +243,6 @@ int find_few(const struct sage_attn *attn)
                                 group_rows(attn));
 }
 
-/* The kernel that quantises nothing, or -1. That, too, follows from the whole problem. */
-int find_exact(const struct sage_attn *attn, int sm)
-{
-    const int64_t *const k = attn->k.shape;
-    const double pairs = sage_attn_ops(attn, nullptr) / (4 * static_cast<double>(k[3]));
-    const double keys = static_cast<double>(k[0]) * static_cast<double>(k[1] * k[2]);
-    const int64_t *const q = attn->q.shape;
-    const double tiles = static_cast<double>(q[0] * q[1]) * static_cast<double>(q[2] / 64 + 1) +
-                         static_cast<double>(attn->n_seqs * q[1]);
-    if (sm != 90 || attn->mask.dtype != SAGE_NONE || pairs == 0 || tiles > CALL_COUNT)
-        return -1;
-    const int index =
-        sage_kernel_find_exact(static_cast<int>(k[3]), attn->q.dtype == SAGE_BF16, pairs / keys);
-    return index >= 0 && kernel(index)->function ? index : -1;
-}
-
 /* Causal and window leave no key that none of these rows sees. */
 bool see_all_keys(const struct sage_attn *attn, int64_t first_row, int64_t rows)
 {
@@ -268,6 +252,34 @@ bool see_all_keys(const struct sage_attn *attn, int64_t first_row, int64_t rows)
 
     return (attn->window_left < 0 || attn->window_left >= first) &&
            (right < 0 || right >= nk - first - rows);
+}
+
+/*
+ * The kernel that quantises nothing, or -1. That, too, follows from the whole problem. Not where
+ * there are so few tiles that the keys of each would be split.
+ */
+int find_exact(const struct sage_attn *attn, int sm)
+{
+    const int64_t *const q = attn->q.shape, *const k = attn->k.shape;
+    const int index =
+        sm != 90 || attn->mask.dtype != SAGE_NONE
+            ? -1
+            : sage_kernel_find_exact(static_cast<int>(q[3]), attn->q.dtype == SAGE_BF16);
+
+    if (index < 0 || !kernel(index)->function)
+        return -1;
+    const struct sage_kernel *const x = &sage_kernels[index];
+    const double tiles =
+        static_cast<double>(q[0] * q[1]) * static_cast<double>(ceil_div(q[2], x->tile_q));
+    if (attn->n_seqs == 0 && tiles <= SPLIT_UNITS / 2 && k[2] >= 4 * x->tile_k &&
+        see_all_keys(attn, 0, q[2]))
+        return -1;
+    const double keys = static_cast<double>(k[0] * k[1]) * static_cast<double>(k[2]);
+    const double pairs = sage_attn_ops(attn, nullptr) / (4 * static_cast<double>(q[3]));
+    return pairs > 0 && pairs <= sage_exact_pairs * keys &&
+                   tiles + static_cast<double>(attn->n_seqs * q[1]) < CALL_COUNT
+               ? index
+               : -1;
 }
 
 /*
@@ -564,12 +576,13 @@ struct maps {
 /* The kernel for a problem whose tensors are on a device of compute capability `sm`. */
 int choose(const struct sage_attn *attn, int sm, struct maps *maps)
 {
-    const int few = find_few(attn), exact = find_exact(attn, sm), special = find_kernel(attn, sm);
+    const int few = find_few(attn);
     const bool fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8;
 
     *maps = {};
     if (few >= 0)
         return few;
+    const int exact = find_exact(attn, sm), special = find_kernel(attn, sm);
     if (exact >= 0 && map_rows(&attn->q, sage_kernels[exact].tile_q, &maps->q) &&
         map_rows(&attn->k, sage_kernels[exact].tile_k, &maps->k) &&
         map_rows(&attn->v, sage_kernels[exact].tile_k, &maps->v))

@@ -13,7 +13,7 @@
  *
  * Numerics are those of cpu.h but for three things: the maximum m that a row subtracts may lag
  * behind the true one by up to MAX_LAG (16-bit P V), sums are added up in another order, and for
- * few rows nothing is quantised.
+ * few rows, and in short sequences on Hopper, nothing is quantised.
  */
 #ifndef SAGE_CUDA_ARGS_H
 #define SAGE_CUDA_ARGS_H

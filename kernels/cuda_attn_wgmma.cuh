@@ -593,7 +593,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     memory &m;
     rows<D, 1, KEYS, BF16, FP8, false> r;
     int group;
-    bool coarse; /* a step of the integers may be a factor of 2: no sums of roundings then */
+    bool coarse; /* a step of the scores may be a factor of 2: no sums of roundings then */
     uint32_t p_packed[FP8 ? KEYS / 32 : KEYS / 16][4]; /* A of P V */
     float decay[1][2];                                 /* of O, by this tile */
 
@@ -869,12 +869,14 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     }
 
     /*
-     * The same of exact scores, and that they are finite. Positive floats are ordered like their
-     * bits; of all bits, as unsigned numbers, -inf's are the largest but those of NaN.
+     * The same of exact scores; sets `coarse` where one is infinite or so large that its last digit
+     * counts. Positive floats are ordered like their bits; of all bits, as unsigned numbers, those
+     * of the largest negative float are the largest but NaN's.
      */
-    __device__ bool near(const scores &x) const
+    __device__ bool near(const scores &x)
     {
-        bool is = true;
+        constexpr float LARGE = 0x1p22f;
+        bool is = true, large = false;
 
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -887,8 +889,10 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
                 last = max(max(last, static_cast<unsigned>(even)), static_cast<unsigned>(odd));
             }
             const float most = __int_as_float(max(top[0], top[1])) * r.a.scale;
-            is &= most - r.top[0][half] <= MOST && isfinite(__uint_as_float(last) * r.a.scale);
+            is &= most - r.top[0][half] <= MOST;
+            large |= most >= LARGE || __uint_as_float(last) * r.a.scale <= -LARGE;
         }
+        coarse = __any_sync(~0u, coarse || large);
         return is;
     }
 
@@ -915,8 +919,9 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
             load_factors(c, stage);
         leave_k(stage);
         decay[0][0] = decay[0][1] = 1;
+        const bool is_near = EXACT && near(x);
         if (INTEGERS && __all_sync(~0u, !coarse && r.all_see(key0))) {
-            moved = !__all_sync(~0u, !r.moves && (EXACT ? near(x) : near(x, c)));
+            moved = !__all_sync(~0u, !r.moves && (EXACT ? is_near : near(x, c)));
             if (moved) {
                 if constexpr (EXACT)
                     follow(x);
@@ -1067,7 +1072,10 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
             turn_wait(group);
             turn_over(group);
             wait(m.k_full[at.stage], at.parity);
-            leave_k(at.stage);
+            if constexpr (EXACT)
+                release(m.k_empty[at.stage]); /* all lanes have seen it */
+            else
+                leave(m.k_empty[at.stage]);
             wait(m.v_full[at.stage], at.parity);
             release(m.v_empty[at.stage]);
         }

@@ -101,13 +101,13 @@ int sage_kernel_first_exact(void)
 
 double sage_exact_pairs = 1280;
 
-int sage_kernel_find_exact(int head_dim, int bf16, double pairs)
+int sage_kernel_find_exact(int head_dim, int bf16)
 {
 #define EXACT_KEY(d, dtype) SAGE_KERNEL_##dtype,
     static const int of_bf16[] = {SAGE_KERNELS_EXACT(EXACT_KEY)};
     const int first = sage_kernel_first_exact();
 
-    for (int i = first; i < sage_n_kernels && pairs <= sage_exact_pairs; i++)
+    for (int i = first; i < sage_n_kernels; i++)
         if (head_dim <= sage_kernels[i].max_head_dim && bf16 == of_bf16[i - first])
             return i;
     return -1;

@@ -187,11 +187,9 @@ int sage_kernel_find(int sm, int head_dim, int bf16, int fp8, int mask);
 int sage_kernel_find_few(int head_dim, int bf16, int64_t rows);
 /* Of sage_kernels, the first one for few rows. */
 int sage_kernel_first_few(void);
-/*
- * The kernel that quantises nothing, for so many scores for each key of a kv head, on average; -1:
- * quantising saves more than it takes. Up to sage_exact_pairs of them; tests change that.
- */
-int sage_kernel_find_exact(int head_dim, int bf16, double pairs);
+/* The kernel that quantises nothing; -1: there is none. */
+int sage_kernel_find_exact(int head_dim, int bf16);
+/* Scores for each key of a kv head, on average, up to which it is taken; tests change that. */
 extern double sage_exact_pairs;
 /* Of sage_kernels, the first one of those. */
 int sage_kernel_first_exact(void);

@@ -216,11 +216,11 @@ SAGE_API int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn,
  * Few query rows (of all Hq/Hkv query heads of a kv head together at most 64, in every sequence)
  * are computed without quantisation, whatever the variant and in whatever parts: Q K^T and P V in
  * the tensors' 16-bit type, accumulated in fp32. That reads K and V once and is bound by it;
- * quantising K would read it twice. smooth_k, smooth_v and rotate_qk then change nothing.
- *
- * On compute capability 9.0 so are short sequences, where quantising takes longer than it saves: of
- * D up to 128, without a mask tensor, with at most 1280 scores for each key of a kv head on average
- * (Nq * Hq/Hkv, half of it if causal), if rows of q, k and v start at multiples of 16 bytes.
+ * quantising K would read it twice. On compute capability 9.0 so are short sequences, where
+ * quantising takes longer than it saves: of D up to 128, without a mask tensor, with at most 1280
+ * scores for each key of a kv head on average (Nq * Hq/Hkv, half of it if causal), more than 66
+ * tiles of rows or few keys, rows of q, k and v at multiples of 16 bytes and below 2^40 bytes
+ * apart, none expanded. smooth_k, smooth_v and rotate_qk then change nothing.
  *
  * Compute capability 8.0 or newer; int8_fp8 wants 8.9. A build without CUDA has these functions
  * too: they return SAGE_EUNSUPPORTED and say so. Errors come with a text in why[len], which may be
@@ -248,7 +248,7 @@ SAGE_API size_t sage_attn_cuda_workspace(const struct sage_attn *attn,
 
 /*
  * Enqueue a part (NULL: all) of a problem that has passed sage_attn_check() on a stream of the
- * current device, and return: at most two kernels that prepare K and V (none for few rows), then
+ * current device, and return: at most two kernels that prepare K and V (none where nothing is quantised), then
  * attention. Allocates nothing and waits for nothing. Tensors and workspace are memory that the
  * device can access and the offsets are in host memory, of no interest once this returns.
  * workspace: at least sage_attn_cuda_workspace() bytes, 256-byte aligned, contents of no interest,

@@ -217,6 +217,23 @@ static void put_integers(const struct sage_tensor *t, struct rng *rng)
 }
 
 /* A step of the integers is a factor of many: m moves by thousands, and a few keys have it all. */
+/* A score's last digit is more than P has room for. */
+static void huge_scores(struct edges *e)
+{
+    const double values[] = {4000, 8000, 10000, 20000, -30000};
+
+    for (int i = 0; i < 5 * 4; i++) {
+        struct sage_attn *a = begin(e, KIND_NORMAL, 150, 200, i / 5 % 2 ? 64 : 128);
+
+        a->causal = i / 10;
+        a->smooth_k = false;
+        put_all(&a->q, fabs(values[i % 5]));
+        put_all(&a->k, values[i % 5]);
+        e->p->flip = 0;
+        check(e, "equal scores of billions");
+    }
+}
+
 static void steep(struct edges *e)
 {
     for (int64_t d = 64; d <= 128; d += 64) {
@@ -736,15 +753,44 @@ static void threads(struct edges *e)
 
 static void values(struct edges *e)
 {
-    void (*const tests[])(struct edges *) = {ones,      constants, empty,       head_dims, chunks,
-                                             bands,     far_mean,  largest,     overflow,  steep,
-                                             both_ways, bad_masks, hidden_rows, spoils};
+    void (*const tests[])(struct edges *) = {
+        ones,     constants, empty,       head_dims, chunks,    bands,       far_mean, largest,
+        overflow, steep,     huge_scores, both_ways, bad_masks, hidden_rows, spoils};
 
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++)
         tests[i](e);
     /* the same in both variants */
     if (!e->gpu->fp8 || (e->variant == SAGE_INT8_FP8) == (e->dtype == SAGE_BF16))
         few_rows(e);
+}
+
+/* On Hopper short sequences are exact, others are not. */
+static void chosen(struct edges *e)
+{
+    const struct {
+        int64_t nq, nk, d;
+        bool exact;
+    } cases[] = {{300, 300, 64, true},   {300, 300, 128, true},  {300, 300, 136, false},
+                 {3000, 300, 64, false}, {100, 5000, 64, false}, {2000, 1200, 64, false},
+                 {600, 400, 64, true}};
+
+    int major, minor;
+
+    MUST(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+    MUST(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0));
+#ifdef HAVE_SM_90A
+    if (major != 9 || minor != 0)
+#endif
+        return;
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        begin(e, KIND_NORMAL, cases[i].nq, cases[i].nk, cases[i].d);
+        gpu_upload(e->gpu, e->p);
+        const struct sage_attn a = gpu_attn(e->p);
+        const bool exact = sage_cuda_kernel(&a) >= sage_kernel_first_exact();
+
+        expect(e, exact == cases[i].exact, "which kernel", exact ? "exact" : "not exact");
+        gpu_release(e->gpu, e->p);
+    }
 }
 
 int gpu_edges(struct gpu *gpu, uint64_t seed)
@@ -765,11 +811,16 @@ int gpu_edges(struct gpu *gpu, uint64_t seed)
     }
     e.variant = SAGE_INT8_FP16;
     refused(&e);
-    asynchronous(&e);
-    legacy_stream(&e);
-    replayed(&e, 300, 300);
-    replayed(&e, 1, 300);
-    replayed(&e, 3, 5000);
+    for (int i = 0; i < 2; i++) {
+        sage_exact_pairs = i ? exact_pairs : 0;
+        asynchronous(&e);
+        legacy_stream(&e);
+        replayed(&e, 300, 300);
+        replayed(&e, 100, 5000); /* split keys */
+        replayed(&e, 1, 300);
+        replayed(&e, 3, 5000);
+    }
+    chosen(&e);
     not_captured(&e);
     threads(&e);
     if (!gpu->fp8)
