@@ -133,13 +133,6 @@ static void drop_overdue(struct daemon *d, uint64_t now)
     }
 }
 
-static void on_tick(uv_timer_t *timer);
-
-static void start_tick(struct daemon *d)
-{
-    uv_timer_start(&d->tick, on_tick, d->n_live ? TICK_MS : IDLE_TICK_MS, 0);
-}
-
 static void on_tick(uv_timer_t *timer)
 {
     struct daemon *d = timer->data;
@@ -159,7 +152,7 @@ static void on_tick(uv_timer_t *timer)
     }
     if (d->on_tick)
         d->on_tick(d);
-    start_tick(d);
+    uv_timer_start(timer, on_tick, d->n_live ? TICK_MS : IDLE_TICK_MS, 0);
 }
 
 void daemon_drain(struct daemon *d)
@@ -311,7 +304,7 @@ static void start_handles(struct daemon *d)
     uv_check_start(&d->turn, on_turn);
     uv_timer_init(&d->loop, &d->tick);
     d->tick.data = d;
-    start_tick(d);
+    uv_timer_start(&d->tick, on_tick, IDLE_TICK_MS, 0);
     uv_timer_init(&d->loop, &d->report);
     d->report.data = d;
 }
