@@ -420,7 +420,7 @@ void job_next_piece(struct job *job, const struct backend *backend, double quant
     job->piece.remote = job->piece.lane && s->remote ? &s->remote->lane[job->lane] : NULL;
     job->piece.start_ns = job->piece.end_ns = 0;
     job->piece.done = 0;
-    job->made_for_ns = quantum_ns;
+    job->made = true;
 }
 
 /* Does a piece end the rows and heads of its (last) group? */
@@ -450,7 +450,7 @@ void job_advance(struct job *job)
 {
     const struct sage_part *part = &job->piece.part;
 
-    job->made_for_ns = 0;
+    job->made = false;
     if (!ends_heads(job)) {
         job->head = part->head + part->n_heads;
         return;

@@ -44,7 +44,7 @@ struct job {
     uint64_t watched_ns; /* since when */
     uint64_t ready_ns, start_ns, run_ns;
     struct piece piece; /* the one in a slot, or made up for the next one */
-    double made_for_ns; /* the quantum that it is made up for; 0: it is not */
+    bool made;          /* it is made up */
     double piece_ops, piece_est_ns;
     TAILQ_ENTRY(job) lane_link;  /* lane.jobs, or daemon.spare */
     TAILQ_ENTRY(job) ready_link; /* session.ready */

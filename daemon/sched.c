@@ -62,31 +62,6 @@ void sched_finish(struct daemon *d)
     sc->n_slots = 0;
 }
 
-/* --- pieces --- */
-
-/*
- * How long the next piece of the session's may be. Each cut costs time, and where nothing else runs
- * or could run, a piece that is as long as those which other slots would have delays nobody for
- * longer.
- */
-static double quantum(const struct session *s)
-{
-    const struct sched *sc = &s->daemon->sched;
-    bool alone = sc->n_active == s->active && sched_slots_used(s->daemon) == 0;
-
-    return alone && sc->n_slots > 2 ? (sc->n_slots - 1) * sc->quantum_ns : sc->quantum_ns;
-}
-
-/* As it may be now, unless that was done. */
-static void make_piece(struct daemon *d, struct job *job)
-{
-    struct sched *sc = &d->sched;
-    double quantum_ns = quantum(job->session);
-
-    if (job->made_for_ns != quantum_ns)
-        job_next_piece(job, d->backend, quantum_ns, sc->workspace, sc->ns_per_op);
-}
-
 /* --- who is runnable --- */
 
 void sched_ready(struct job *job)
@@ -158,12 +133,10 @@ void sched_lane(struct session *s, uint32_t lane)
 
     if (!job || job->state != JOB_WAITING || job->watched)
         return;
-    if (!job->event && job_is_ready(job)) { /* an event is asked for in watch_turn() */
+    if (!job->event && job_is_ready(job)) /* an event is asked for in watch_turn() */
         sched_ready(job);
-        return;
-    }
-    make_piece(s->daemon, job); /* not when its inputs are ready: the client's stream waits then */
-    watch_add(s->daemon, job);
+    else
+        watch_add(s->daemon, job);
 }
 
 /* --- slots --- */
@@ -323,6 +296,26 @@ uint64_t sched_look_in(const struct daemon *d, uint64_t now)
 }
 
 /* --- turns --- */
+
+/*
+ * How long the job's next piece may be. Each cut costs time, and where nothing else runs or could
+ * run, a piece that is as long as those which other slots would have delays nobody for longer.
+ */
+static double quantum(const struct daemon *d)
+{
+    const struct sched *sc = &d->sched;
+    bool alone = sc->n_active == 1 && sched_slots_used(d) == 0;
+
+    return alone && sc->n_slots > 2 ? (sc->n_slots - 1) * sc->quantum_ns : sc->quantum_ns;
+}
+
+static void make_piece(struct daemon *d, struct job *job)
+{
+    struct sched *sc = &d->sched;
+
+    if (!job->made)
+        job_next_piece(job, d->backend, quantum(d), sc->workspace, sc->ns_per_op);
+}
 
 /* Make up the job's piece, unless that was done; may it start? Not if it needs a slot to hold. */
 static bool may_start(struct daemon *d, struct job *job)
