@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -324,10 +325,14 @@ int sage_buffer_alloc(struct sage_client *client, size_t bytes, struct sage_buff
         return error_set(SAGE_ENOMEM, "memfd_create: %s", strerror(errno));
     /*
      * All pages now: they are ours then, and not charged to the daemon, which may be first to
-     * write.
+     * write. A signal would undo it.
      */
-    if (fallocate(fd, 0, 0, (off_t)bytes) < 0 ||
-        fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int status = fallocate(fd, 0, 0, (off_t)bytes);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (status < 0 || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) < 0) {
         int rc = error_set(SAGE_ENOMEM, "memfd of %zu bytes: %s", bytes, strerror(errno));
         close(fd);
         return rc;

@@ -241,7 +241,7 @@ static int run_clients(struct run *run)
 
 /* What the table and the JSON say of one client, or of all. */
 struct figures {
-    uint64_t jobs;
+    uint64_t jobs, counted;             /* those that the daemon counted; for all of them */
     double seconds, ops, share, run_ns; /* share of the device's time; mean run time of a job */
     const struct laps *job, *submit;
 };
@@ -299,6 +299,7 @@ static void add_up(const struct run *run, struct figures *all, struct laps *job,
     }
     for (int i = 0; i < n; i++)
         all[i].share = all_ns > 0 ? all[i].share / all_ns : 0;
+    all[n].counted = all_jobs;
     all[n].run_ns = all_jobs ? all_ns / (double)all_jobs : 0;
 }
 
@@ -308,7 +309,7 @@ static uint64_t others(const struct run *run, const struct figures *all)
     const struct msg_stats *a = &run->before.stats, *b = &run->after.stats;
     uint64_t done = sample_seconds(&run->after, &run->before) > 0 ? b->done - a->done : 0;
 
-    return done > all->jobs ? done - all->jobs : 0;
+    return done > all->counted ? done - all->counted : 0;
 }
 
 static const char *mode(const struct run *run)

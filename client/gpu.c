@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -53,6 +54,8 @@ static int set_cap(struct gpu *gpu, uint64_t bytes)
         return 0;
     errno = 0;
     gpu->cap = strtoull(text, &end, 10);
+    if (gpu->cap == 0)
+        gpu->cap = 1; /* 0 is an eighth of the device */
     if (errno || *end || *text < '0' || *text > '9')
         return error_set(SAGE_EINVAL, "$SAGE_CACHE_BYTES: %s, must be a number of bytes", text);
     return 0;
@@ -101,15 +104,26 @@ static bool current_uuid(char uuid[UUID_TEXT])
     return cu && cu->cuCtxGetDevice(&device) == CU_OK && !driver_uuid(cu, device, uuid);
 }
 
-/* Among several sockets: the first whose daemon has this GPU. false: none has. */
-static bool find_path(struct sage_client *c, const char *uuid, char *path, size_t size)
+/*
+ * Among several sockets: the first whose daemon has this GPU. If none has, why one could not be
+ * asked, or SAGE_ENODAEMON.
+ */
+static int find_path(struct sage_client *c, const char *uuid, char *path, size_t size)
 {
-    char found[PROTO_NAME_MAX];
+    char found[PROTO_NAME_MAX], why[512] = "";
+    int first = SAGE_ENODAEMON;
 
-    for (int i = 0; conn_default(i, path, size); i++)
-        if (!ask_uuid(c, path, found) && !strcmp(found, uuid))
-            return true;
-    return false;
+    for (int i = 0; conn_default(i, path, size); i++) {
+        int rc = ask_uuid(c, path, found);
+        if (!rc && !strcmp(found, uuid))
+            return 0;
+        if (rc && rc != SAGE_ENODAEMON && first == SAGE_ENODAEMON) {
+            first = rc;
+            snprintf(why, sizeof(why), "%s", sage_last_error());
+        }
+    }
+    return why[0] ? error_set(first, "%s", why)
+                  : error_set(first, "gpu: no daemon has %s: start one for it", uuid);
 }
 
 static int choose_path(struct sage_client *c, const struct sage_connect_options *options,
@@ -129,11 +143,8 @@ static int choose_path(struct sage_client *c, const struct sage_connect_options 
                          uuid[0] ? uuid : "none");
     }
     if (options->gpu)
-        return find_path(c, options->gpu, path, size)
-                   ? 0
-                   : error_set(SAGE_ENODAEMON, "gpu: no daemon has %s: start one for it",
-                               options->gpu);
-    if (conn_default(1, path, size) && current_uuid(here) && find_path(c, here, path, size))
+        return find_path(c, options->gpu, path, size);
+    if (conn_default(1, path, size) && current_uuid(here) && !find_path(c, here, path, size))
         return 0;
     conn_path(NULL, path, size);
     return 0;

@@ -15,6 +15,7 @@
 
 enum {
     TICK_MS = 500,
+    IDLE_TICK_MS = 1000, /* while nobody is connected: half of what the loop then costs */
     COMPLAINTS_MAX = 10, /* logged in a tick */
     /* of warm-up jobs */
     HEADS = 2,
@@ -151,6 +152,7 @@ static void on_tick(uv_timer_t *timer)
     }
     if (d->on_tick)
         d->on_tick(d);
+    uv_timer_start(timer, on_tick, d->n_live ? TICK_MS : IDLE_TICK_MS, 0);
 }
 
 void daemon_drain(struct daemon *d)
@@ -302,7 +304,7 @@ static void start_handles(struct daemon *d)
     uv_check_start(&d->turn, on_turn);
     uv_timer_init(&d->loop, &d->tick);
     d->tick.data = d;
-    uv_timer_start(&d->tick, on_tick, TICK_MS, TICK_MS);
+    uv_timer_start(&d->tick, on_tick, IDLE_TICK_MS, 0);
     uv_timer_init(&d->loop, &d->report);
     d->report.data = d;
 }

@@ -42,7 +42,7 @@ struct daemon {
 
     uv_check_t turn;      /* after the callbacks of each turn: reap, start, report */
     uv_async_t completed; /* a stream has finished a piece */
-    uv_timer_t tick;      /* every TICK_MS: what has taken too long? */
+    uv_timer_t tick;      /* what has taken too long, is the device there? */
     uv_timer_t report;    /* DONE_DELAY_MS after a turn that left jobs to report */
     uint64_t idle_since_ns;
     uint64_t last_tick_ns,

@@ -150,13 +150,23 @@ static int bind_tensors(struct session *s, struct job *job, char *why)
     return 0;
 }
 
-/* The largest group has to fit a slot, since nothing smaller can be computed alone. */
+/*
+ * The largest group has to fit a slot, since nothing smaller can be computed alone: one of the
+ * sequence with the most keys, or with the most rows.
+ */
 static int check_workspace(const struct daemon *d, const struct sage_attn *attn, char *why)
 {
-    int64_t n = attn->n_seqs > 0 ? attn->n_seqs : 1, heads = attn->k.shape[1];
+    int64_t heads = attn->k.shape[1], most_keys = 0, most_rows = 0;
 
-    for (int64_t i = 0; i < n && sage_attn_groups(attn) > 0; i++) {
-        struct sage_part part = {.group = i * heads, .n_groups = 1, .n_rows = -1};
+    for (int64_t i = 1; i < attn->n_seqs; i++) {
+        if (sage_attn_seq(attn, i).nk > sage_attn_seq(attn, most_keys).nk)
+            most_keys = i;
+        if (sage_attn_seq(attn, i).nq > sage_attn_seq(attn, most_rows).nq)
+            most_rows = i;
+    }
+    for (int i = 0; i < 2 && sage_attn_groups(attn) > 0; i++) {
+        struct sage_part part = {
+            .group = (i ? most_rows : most_keys) * heads, .n_groups = 1, .n_rows = -1};
         size_t bytes = d->backend->workspace(attn, &part);
         if (bytes <= d->sched.workspace)
             continue;

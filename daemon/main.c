@@ -97,7 +97,9 @@ static int serve(const struct config *config)
     int rc = daemon_init(&daemon, config, why);
     if (rc) {
         log_error("start_failed", "reason=\"%s\"", why);
-        return rc == SAGE_EDEVICE ? EXIT_DEVICE_LOST : EXIT_FAILURE;
+        return rc == SAGE_EDEVICE  ? EXIT_DEVICE_LOST
+               : rc == SAGE_EINVAL ? EXIT_USAGE
+                                   : EXIT_FAILURE;
     }
     if (server_open(&server, &daemon, why)) {
         log_error("start_failed", "reason=\"%s\"", why);

@@ -195,8 +195,10 @@ static void piece_done(struct daemon *d, struct slot *slot)
         return;
     }
     /* Small ones say more about overheads than about speed. */
-    if (job->piece_ops * d->backend->ns_per_op > MEASURED_NS)
-        sc->ns_per_op += (took / job->piece_ops - sc->ns_per_op) / 8;
+    if (job->piece_ops * sc->ns_per_op > MEASURED_NS) {
+        double measured = fmin(took / job->piece_ops, 4 * sc->ns_per_op); /* one may have stood */
+        sc->ns_per_op += (measured - sc->ns_per_op) / 8;
+    }
 
     bool last = piece->status || job_is_last_piece(job) || job->dropped;
     if (!last) {

@@ -44,10 +44,11 @@ static int take_lock(const char *path, char *why)
 static void set_owner(const char *path, const char *group)
 {
     struct group *gr = group[0] ? getgrnam(group) : NULL;
+    bool given = gr && chown(path, (uid_t)-1, gr->gr_gid) == 0;
 
-    if (gr && chown(path, (uid_t)-1, gr->gr_gid) < 0)
+    if (gr && !given)
         log_warning("socket_group", "group=%s error=\"%s\"", group, strerror(errno));
-    if (chmod(path, 0660) < 0)
+    if (chmod(path, given ? 0660 : 0600) < 0) /* the daemon's own group was not asked for */
         log_warning("socket_mode", "error=\"%s\"", strerror(errno));
 }
 

@@ -119,7 +119,7 @@ struct sage_tensor {
  * the offsets start at 0, do not decrease and end at Nq and Nk. Each sequence is a problem of its
  * own. A row that sees no key gives o = 0 and lse = -inf. A NaN or Inf in q, k or v gives NaN in
  * every row that sees it, never a finite number; so may finite v whose sum over the keys is beyond
- * fp32.
+ * 2^-16 of fp32's range (on a GPU, whose largest weight may be 2^15).
  */
 struct sage_attn {
     struct sage_tensor q, k, v, o, mask, lse;

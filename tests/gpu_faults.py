@@ -151,6 +151,8 @@ class Place:
         for child in new:
             self.mode = hear(child, 60).get("mode", self.mode)
         until(lambda: self.daemon.stats()["clients"] == len(wanted) + 1, "the others to be gone")
+        until(lambda: all(map(self.maps, self.children.values())),
+              "those who have connected again to have their memory registered again")
         self.statuses.clear()
         outcome(self.children["witness"])
 
@@ -166,6 +168,9 @@ class Place:
         with self.daemon.client(page=False) as client:
             return next((c for c in client.call("CLIENTS")["clients"]
                          if c["pid"] == child.process.pid), None)
+
+    def maps(self, child):
+        return (self.entry(child) or {}).get("mapped_bytes")
 
     def snapshot(self):
         mapped = self.daemon.stats().get("mapped_bytes", 0)

@@ -2,12 +2,12 @@
 """The package sageattnd with numpy alone: against fp64, in this process and by a daemon."""
 import ctypes
 import os
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 
 import numpy as np
 
@@ -410,24 +410,40 @@ def test_environment():
         assert done.returncode and words in done.stdout, done.stdout
 
 
-def test_cost():
-    """Of a call beside its kernel; printed, for it is the machine's."""
-    q, k, v = inputs(b=1, hq=1, nq=16, d=8)
-    problem = _native.pack(*map(sys.modules["sageattnd._numpy"]._describe, (q, k, v, q.copy())),
-                           _native.ABSENT, _native.ABSENT,
-                           _native.Options(False, 0.35, 1, True, False, False, 0, -1, -1))
-    workspace = np.empty(1 << 20, np.uint8)
-    address = workspace.ctypes.data + -workspace.ctypes.data % 64
+def test_which_daemon():
+    """Asked for a GPU: who cannot be asked is named, rather than that there is none."""
+    code = f"import sys; sys.path[:0] = {sys.path!r}\n" \
+           "from sageattnd import _client; _client.Connection('GPU-1', 0)"
+    with tempfile.TemporaryDirectory() as directory, socket.socket(
+            socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        env = dict(SAGEATTND_SOCKET="", XDG_RUNTIME_DIR=directory)
+        assert "SAGE_ENODAEMON: gpu: no daemon has GPU-1" in python(code, **env).stdout
+        listener.bind(os.path.join(directory, "sageattnd.sock"))
+        listener.listen()
+        threading.Thread(target=lambda: listener.accept()[0].send(b"\xc1")).start()
+        assert "SAGE_EPROTO" in python(code, **env).stdout
 
-    def best(work):
-        times = []
-        for _ in range(2000):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return 1e6 * float(np.median(times))
-    kernel = best(lambda: _native.cpu_run(problem, address, 1 << 19))
-    print(f"    a call {best(lambda: sageattn(q, k, v)):.1f} us, its kernel {kernel:.1f} us")
+
+AT_EXIT = """
+import threading, numpy, sageattnd
+def work():
+    while True:
+        sageattnd.sageattn(*numpy.ones((3, 1, 2, 64, 64), numpy.float16), mode="daemon")
+        done.set()
+done = threading.Event()
+threading.Thread(target=work, daemon=True).start()
+assert done.wait(60)
+"""
+
+
+def test_exit():
+    """A process may end while a daemon thread of its computes."""
+    path = f"import sys; sys.path[:0] = {sys.path!r}\n"
+    with sage.Daemon() as daemon:
+        for _ in range(5):
+            done = python(path + AT_EXIT, SAGEATTND_SOCKET=daemon.path)
+            assert done.returncode == 0, f"{done.returncode}: {done.stdout}"
+        sage.until(lambda: daemon.stats()["clients"] == 1, "the clients to be gone")
 
 
 if __name__ == "__main__":

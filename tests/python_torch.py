@@ -220,6 +220,8 @@ def test_refused():
             (TypeError, "v: ndarray", (q, k, v.float().numpy())),
             (ValueError, "attn_mask: on meta", (q, k, v, "HND", False, None, False, True,
                                                 torch.ones(1, device="meta", dtype=torch.bool))),
+            (ValueError, "k: shape (2, 4, 100, 62): D must be 61",
+             (q[..., :61], k[..., :62], v[..., :61])),
             (SageError, "head", inputs(d=264)),
             (SageError, "k", (q, k[:, :3], v[:, :3]))):
         with raises(kind, word):
@@ -285,6 +287,18 @@ def test_meta():
             for a, b in ((o, real_o), (lse, real_lse)):
                 assert a.is_meta and a.shape == b.shape and a.dtype == b.dtype
                 assert a.stride() == b.stride()
+
+
+def test_fake():
+    """What was traced without data leaves nothing behind."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    q, k, v = inputs(nk=31)
+    for lengths in ([7, 31], [30, 0]):
+        with FakeTensorMode() as fake:
+            o = sageattn(*map(fake.from_tensor, (q, k, v)), key_lengths=lengths)
+            assert o.shape == q.shape and o.dtype == q.dtype
+        o = sageattn(q, k, v, key_lengths=lengths)
+        assert same(o, sageattn(q, k, v, key_lengths=torch.tensor(lengths)))
 
 
 def test_opcheck():
@@ -388,7 +402,8 @@ def test_fallbacks():
             ("head_dim above 256", wide, {}), ("head_dim differs", (q, k, v[..., :32]), {}),
             ("number of dimensions", [t[:, None] for t in (q, k, v)], {}),
             ("attn_mask", (q, k, v), dict(attn_mask=torch.zeros(100, 100), is_causal=True)),
-            ("scale", (q, k, v), dict(scale=-0.1)), ("heads differ", (q, k[:, :1], v[:, :1]), {})):
+            ("scale", (q, k, v), dict(scale=-0.1)), ("scale", (q, k, v), dict(scale=1e-39)),
+            ("heads differ", (q, k[:, :1], v[:, :1]), {})):
         count = sageattnd.fallbacks().get(reason, 0)
         with Log() as lines:
             for _ in range(2):
@@ -407,6 +422,22 @@ def test_fallbacks():
         assert len(lines) == (1 if count == 0 else 0) and all(reason in line for line in lines)
         with raises(ValueError, reason):
             ours(*tensors, strict=True, **case)
+
+
+def test_fallback_gqa():
+    """Also by a PyTorch whose function has no enable_gqa."""
+    q, k, v = (t.float() for t in inputs(hkv=2))
+    wanted = F.scaled_dot_product_attention(q, *(t.repeat_interleave(2, 1) for t in (k, v)))
+    assert torch.allclose(ours(q, k, v, enable_gqa=True), wanted, atol=1e-5)
+
+
+def test_autocast():
+    q, k, v = inputs(dtype=torch.float16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for tensors in ((q, k, v), [t.float() for t in (q, k, v)]):
+            o, wanted = ours(*tensors, strict=True), F.scaled_dot_product_attention(*tensors)
+            assert o.dtype == wanted.dtype == torch.bfloat16
+            assert error(o, wanted.double()) < BOUNDS["auto"]
 
 
 def test_sdpa_context():
@@ -678,28 +709,6 @@ def test_documents():
         done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], universal_newlines=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert done.returncode == 0, f"{name}: {done.stdout}"
-
-
-def test_cost():
-    """Of a call beside its kernel; printed, for it is the machine's."""
-    from sageattnd import _native, _torch
-    q, k, v = inputs(b=1, hq=1, nq=16, d=8)
-    o = torch.empty_like(q)
-    problem = _native.pack(*(_torch._describe(t, "HND") for t in (q, k, v, o)), _native.ABSENT,
-                           _native.ABSENT,
-                           _native.Options(False, 0.35, 1, True, False, False, 0, -1, -1))
-
-    def median(work):
-        times = []
-        for _ in range(2000):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return 1e6 * float(np.median(times))
-    with torch.inference_mode():
-        print(f"    a call {median(lambda: sageattn(q, k, v)):.1f} us, its kernel "
-              f"{median(lambda: _torch._on_cpu(problem)):.1f} us; "
-              f"PyTorch {torch.__version__}")
 
 
 if __name__ == "__main__":

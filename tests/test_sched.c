@@ -522,6 +522,28 @@ static void test_held_slots(void **state)
     }
 }
 
+/* A piece that was stopped for long says little about the speed, and that is forgotten again. */
+static void test_stood(void **state)
+{
+    (void)state;
+    start_daemon(2, 2000);
+    connect_peer(&peers[0], PRIORITY_NORMAL);
+    double rate = d.sched.ns_per_op;
+    model.slow = peers[0].s;
+    for (int i = 0; i < 100; i++) {
+        model.factor = i == 0 ? 100000 : 1;
+        submit(&peers[0], 0, problem(64, 256, 256));
+        for (int n = 0; !released(&peers[0], 0); n++) {
+            assert_true(step());
+            assert_true(d.sched.ns_per_op < 4 * rate);
+            model.factor = 1; /* only the first pieces */
+        }
+    }
+    assert_true(d.sched.ns_per_op < 1.1 * rate);
+    stop_daemon();
+    disconnect(&peers[0]);
+}
+
 /* --- lanes, closing --- */
 
 static void check_lane_order(struct job *job, struct stream *stream, uint64_t took_ns)
@@ -1301,16 +1323,17 @@ static void test_hung(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_fair),       cmocka_unit_test(test_measured),
-        cmocka_unit_test(test_priorities), cmocka_unit_test(test_work_conserving),
-        cmocka_unit_test(test_pieces),     cmocka_unit_test(test_held_slots),
-        cmocka_unit_test(test_lanes),      cmocka_unit_test(test_close_anywhere),
-        cmocka_unit_test(test_events),     cmocka_unit_test(test_event_limit),
-        cmocka_unit_test(test_page),       cmocka_unit_test(test_drain_streamed),
-        cmocka_unit_test(test_chunks),     cmocka_unit_test(test_polled),
-        cmocka_unit_test(test_hung),       cmocka_unit_test(test_events_lost),
-        cmocka_unit_test(test_alone),      cmocka_unit_test(test_expected),
-        cmocka_unit_test(test_warm),       cmocka_unit_test(test_rest),
+        cmocka_unit_test(test_fair),           cmocka_unit_test(test_measured),
+        cmocka_unit_test(test_priorities),     cmocka_unit_test(test_work_conserving),
+        cmocka_unit_test(test_pieces),         cmocka_unit_test(test_held_slots),
+        cmocka_unit_test(test_stood),          cmocka_unit_test(test_lanes),
+        cmocka_unit_test(test_close_anywhere), cmocka_unit_test(test_events),
+        cmocka_unit_test(test_event_limit),    cmocka_unit_test(test_page),
+        cmocka_unit_test(test_drain_streamed), cmocka_unit_test(test_chunks),
+        cmocka_unit_test(test_polled),         cmocka_unit_test(test_hung),
+        cmocka_unit_test(test_events_lost),    cmocka_unit_test(test_alone),
+        cmocka_unit_test(test_expected),       cmocka_unit_test(test_warm),
+        cmocka_unit_test(test_rest),
     };
     log_set_level(3);
     alarm(120); /* a scheduler that stalls or spins does not do so for ever */

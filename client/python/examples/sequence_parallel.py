@@ -109,6 +109,9 @@ def main():
     for name, value in (("tokens", 1024), ("heads", 4), ("dim", 64)):
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if args.tokens % ranks or args.heads % ranks:
+        parser.error(f"--tokens and --heads must be multiples of the {ranks} ranks")
     gpus = torch.cuda.is_available()
     dist.init_process_group("nccl" if gpus else "gloo")
     device = torch.device("cpu")

@@ -49,6 +49,8 @@ def _check_dimensions(q, k, v, layout: str) -> None:
         if len(t.shape) != len(layout if layout == "THD" else "BHND"):
             raise ValueError(f"{field}: shape {tuple(t.shape)}: must have "
                              f"{'3 dimensions' if layout == 'THD' else '4 dimensions, ' + layout}")
+        if t.shape[-1] != q.shape[-1]:
+            raise ValueError(f"{field}: shape {tuple(t.shape)}: D must be {q.shape[-1]}, like q's")
 
 
 def _attention(q, k, v, layout, is_causal, sm_scale, return_lse, smooth_k, attn_mask, dropout_p,

@@ -31,7 +31,7 @@ class Connection:
         self.handle = ctypes.c_void_p()
         self.cache_bytes = memory // SHARE
         options = _native.ConnectOptions(name=_name(), gpu=gpu.encode() if gpu else None)
-        if "SAGE_CACHE_BYTES" not in os.environ:
+        if not os.environ.get("SAGE_CACHE_BYTES"):
             options.cache_bytes = self.cache_bytes
         self._must(self.lib.sage_connect(ctypes.byref(options), ctypes.byref(self.handle)))
         self.server = _native.Server()
@@ -84,7 +84,8 @@ class Connection:
 
     @contextlib.contextmanager
     def stage(self, size: int):
-        """An address of `size` bytes that the daemon (CPU) maps too; for one user at a time."""
+        """An address of `size` bytes that the daemon (CPU) maps too; for one user at a time. It
+        stays as large as the largest so far."""
         with self.staging:
             if size > self.size:
                 self.lib.sage_buffer_free(self.buffer)
@@ -151,7 +152,15 @@ def _fork_child() -> None:
 
 
 os.register_at_fork(after_in_child=_fork_child)
-atexit.register(close)
+
+
+def _at_exit() -> None:
+    """Daemon threads go on while Python ends, and may be in a call: then the kernel closes."""
+    if threading.active_count() == 1:
+        close()
+
+
+atexit.register(_at_exit)
 
 
 def gpu_uuid(device: int) -> str:

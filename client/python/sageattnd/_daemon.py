@@ -119,8 +119,9 @@ def check_errors() -> None:
     for device, connection in _client.connections().items():
         if device == _client.CPU:
             continue  # its errors are those of the call
-        torch.cuda.synchronize(device)
-        connection.check()
+        with torch.cuda.device(device):  # of the default stream only the context says whose
+            torch.cuda.synchronize()
+            connection.check()
 
 
 # --- memory ---

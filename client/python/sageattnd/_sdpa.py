@@ -13,6 +13,7 @@ from . import _torch
 
 log = logging.getLogger("sageattnd")
 MAX_HEAD_DIM = 256  # SAGE_MAX_HEAD_DIM
+PYTORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 pytorch = F.scaled_dot_product_attention
 
 _lock = threading.Lock()
@@ -32,11 +33,13 @@ def fallbacks() -> dict[str, int]:
         return dict(_fallbacks)
 
 
-def _autocast() -> torch.dtype:
-    """What torch.autocast("cuda") casts to, for PyTorch's function is one that it knows."""
+def _autocast(device: str) -> Optional[torch.dtype]:
+    """What torch.autocast() casts to there, for PyTorch's function is one that it knows; or None."""
     if hasattr(torch, "get_autocast_dtype"):  # PyTorch 2.4 and newer
-        return torch.get_autocast_dtype("cuda")
-    return torch.get_autocast_gpu_dtype()
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if device == "cuda":
+        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+    return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
 
 
 def _old(device: torch.device) -> bool:
@@ -58,6 +61,8 @@ def _why_not(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Opt
         return f"dtype {q.dtype}".replace("torch.", "")
     if q.dim() not in (3, 4) or not q.dim() == k.dim() == v.dim():
         return "number of dimensions"
+    if q.shape[-1] == 0:
+        return "head_dim 0"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim above {MAX_HEAD_DIM}"
     if not q.shape[-1] == k.shape[-1] == v.shape[-1]:
@@ -70,7 +75,7 @@ def _why_not(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Opt
     if attn_mask is not None and (is_causal or attn_mask.dtype not in _torch.MASKS
                                   or attn_mask.dim() > q.dim()):
         return "attn_mask"
-    if scale is not None and not scale > 0:
+    if scale is not None and not 1e-38 < scale < 3e38:
         return "scale"
     if not _torch.compiling() and _old(q.device):
         return "compute capability below 8.0"
@@ -107,8 +112,8 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
     256, GPUs before compute capability 8.0, other devices, tensors that broadcast. strict=True
     raises Unsupported instead.
     """
-    if query.is_cuda and torch.is_autocast_enabled():
-        kind = _autocast()
+    kind = _autocast(query.device.type) if query.device.type in ("cuda", "cpu") else None
+    if kind is not None:
         query, key, value = (t if t.dtype == torch.float64 else t.to(kind)
                              for t in (query, key, value))
     if key_lengths is not None and attn_mask is None:
@@ -121,8 +126,11 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
         if not _torch.compiling():
             _fall_back(reason)
         more = {} if scale is None else {"scale": scale}
-        if enable_gqa:
-            more["enable_gqa"] = True  # PyTorch 2.5 and newer
+        if enable_gqa and PYTORCH >= (2, 5):
+            more["enable_gqa"] = True
+        elif enable_gqa and query.dim() > 2 and key.dim() > 2 and value.dim() > 2:
+            key, value = (t.repeat_interleave(query.shape[-3] // max(t.shape[-3], 1), -3)
+                          for t in (key, value))
         return pytorch(query, key, value, attn_mask, dropout_p, is_causal, **more)
     from ._api import sageattn
     if key_lengths is not None:

@@ -45,7 +45,7 @@ def cut(key_lengths, b: int, nq: int, nk: int):
     if lengths.shape != (b,) or b and lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"key_lengths: {lengths.dtype} {tuple(lengths.shape)}: must be {b} "
                          "integers, one for each batch")
-    if lengths.device.type == "cpu" and not compiling():
+    if not compiling() and type(lengths) is torch.Tensor and lengths.device.type == "cpu":
         return _cut_here(tuple(lengths.tolist()), nq, nk)
     return _cut(lengths, nq, nk)  # the library sees where they are out of range
 
