@@ -33,6 +33,8 @@ static void update_poll(struct session *s);
 
 /* --- life --- */
 
+static const char too_many_fds[] = "descriptors: too many of this user are open or being closed";
+
 static struct user *user_get(struct daemon *d, uid_t uid)
 {
     struct user *user;
@@ -91,7 +93,7 @@ static bool watch_pid(struct session *s)
 }
 
 /* A connection that cannot be served is told so before it is closed. */
-static struct session *reject(struct daemon *d, int fd, int status, const char *text)
+static struct session *reject(struct daemon *d, uid_t uid, int fd, int status, const char *text)
 {
     struct msg_error msg = {.status = (uint32_t)-status};
 
@@ -101,32 +103,35 @@ static struct session *reject(struct daemon *d, int fd, int status, const char *
         log_debug("reject_unsent", "reason=\"%s\"", text);
     if (daemon_may_complain(d))
         log_warning("rejected", "reason=\"%s\"", text);
-    discard_socket(fd);
+    discard_socket(uid, fd);
     return NULL;
 }
 
 struct session *session_create(struct daemon *d, int fd)
 {
-    struct ucred cred = {0};
+    struct ucred cred = {.uid = (uid_t)-1};
     socklen_t len = sizeof(cred);
 
     if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) < 0)
-        return reject(d, fd, SAGE_EPERM, "no peer credentials");
+        return reject(d, cred.uid, fd, SAGE_EPERM, "no peer credentials");
     if (d->n_sessions >= d->config.max_clients)
-        return reject(d, fd, SAGE_EQUOTA, "too many connections (max_clients)");
+        return reject(d, cred.uid, fd, SAGE_EQUOTA, "too many connections (max_clients)");
     struct session *s = calloc(1, sizeof(*s));
     struct user *user = s ? user_get(d, cred.uid) : NULL;
     if (!user) {
         free(s);
-        return reject(d, fd, SAGE_ENOMEM, "out of memory");
+        return reject(d, cred.uid, fd, SAGE_ENOMEM, "out of memory");
     }
-    bool crowded = user->sessions > d->config.user_clients;
-    if (crowded || uv_poll_init(&d->loop, &s->poll, fd) < 0) {
+    const char *over = NULL;
+    if (user->sessions > d->config.user_clients)
+        over = "too many connections of this user (user_clients)";
+    else if (buffer_user_is_over(user))
+        over = too_many_fds;
+    if (over || uv_poll_init(&d->loop, &s->poll, fd) < 0) {
         user_put(d, user);
         free(s);
-        return crowded
-                   ? reject(d, fd, SAGE_EQUOTA, "too many connections of this user (user_clients)")
-                   : reject(d, fd, SAGE_ENOMEM, "out of memory or descriptors");
+        return over ? reject(d, cred.uid, fd, SAGE_EQUOTA, over)
+                    : reject(d, cred.uid, fd, SAGE_ENOMEM, "out of memory or descriptors");
     }
     s->daemon = d;
     s->id = d->next_session++;
@@ -258,7 +263,7 @@ static void on_closed(uv_handle_t *handle)
     struct session *s = handle->data;
 
     if (handle == (uv_handle_t *)&s->poll)
-        discard_socket(s->fd);
+        discard_socket(s->user->uid, s->fd);
     else
         close(s->pidfd);
     s->handles--;
@@ -427,15 +432,20 @@ const char *session_overdue(const struct session *s, uint64_t now_ns)
 
 /* --- receiving --- */
 
-static bool violate(struct session *s, const char *why)
+static bool drop(struct session *s, int status, const char *why)
 {
     if (daemon_may_complain(s->daemon))
         log_warning("violation", "client=%llu pid=%d name=\"%s\" reason=\"%s\"",
                     (unsigned long long)s->id, (int)s->pid, s->name, why);
     s->daemon->stats.clients_dropped++;
-    session_error(s, 0, SAGE_EPROTO, why);
+    session_error(s, 0, status, why);
     session_close(s, why);
     return false;
+}
+
+static bool violate(struct session *s, const char *why)
+{
+    return drop(s, SAGE_EPROTO, why);
 }
 
 bool session_packet(struct session *s, const void *data, size_t len, const int *fds, unsigned n_fds)
@@ -444,11 +454,11 @@ bool session_packet(struct session *s, const void *data, size_t len, const int *
     struct packet packet;
 
     if (n_fds > PROTO_FDS_MAX) {
-        discard(fds, n_fds);
+        discard(s->user->uid, fds, n_fds);
         return violate(s, "descriptors on a packet: too many");
     }
     if (packet_open(s->daemon->unpacker, data, len, &packet, why)) {
-        discard(fds, n_fds);
+        discard(s->user->uid, fds, n_fds);
         return violate(s, why);
     }
     if (!request(s, &packet, fds, n_fds, why))
@@ -476,7 +486,7 @@ static bool take_packet(struct session *s, struct msghdr *msg, const void *data,
     unsigned n_fds = take_fds(msg, fds);
 
     if (s->closing) { /* an earlier packet of the same call was too bad */
-        discard(fds, n_fds);
+        discard(s->user->uid, fds, n_fds);
         return false;
     }
     if (len == 0 && n_fds == 0) {
@@ -484,7 +494,7 @@ static bool take_packet(struct session *s, struct msghdr *msg, const void *data,
         return false;
     }
     if (msg->msg_flags & (MSG_TRUNC | MSG_CTRUNC) || len > PROTO_PACKET_MAX) {
-        discard(fds, n_fds);
+        discard(s->user->uid, fds, n_fds);
         return violate(s, "packet too long or too many descriptors");
     }
     return session_packet(s, data, len, fds, n_fds);
@@ -501,6 +511,8 @@ static bool receive(struct session *s)
     struct iovec iov[PACKETS_AT_ONCE];
     struct mmsghdr msgs[PACKETS_AT_ONCE];
 
+    if (buffer_user_is_over(s->user))
+        return drop(s, SAGE_EQUOTA, too_many_fds);
     for (int i = 0; i < PACKETS_AT_ONCE; i++) {
         iov[i] = (struct iovec){d->packets[i], sizeof(d->packets[i])};
         msgs[i] = (struct mmsghdr){.msg_hdr = {.msg_iov = &iov[i],
