@@ -71,6 +71,7 @@ static void on_turn(uv_check_t *handle)
 {
     struct daemon *d = handle->data;
 
+    d->heard_ns = 0; /* the next packets are of the next turn */
     sched_reap(d);
     watch_turn(d);
     if (!d->device_lost)

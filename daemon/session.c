@@ -24,6 +24,8 @@
 
 enum {
     CALLS_PER_TURN = 8,           /* to receive from one session, before the others are heard */
+    HEAR_NS = 1000 * 1000,        /* all sessions, in one turn; who comes later is heard for */
+    HEAR_LATE_NS = 20 * 1000,     /* so long, and one packet at least */
     FDS_ROOM = PROTO_FDS_MAX + 2, /* so that surplus ones are seen, and can be closed */
 };
 
@@ -500,8 +502,8 @@ static bool take_packet(struct session *s, struct msghdr *msg, const void *data,
     return session_packet(s, data, len, fds, n_fds);
 }
 
-/* What is there, up to PACKETS_AT_ONCE packets. false: there is no more, now or ever. */
-static bool receive(struct session *s)
+/* What is there, up to `most` packets. false: there is no more, now or ever. */
+static bool receive(struct session *s, unsigned most)
 {
     struct daemon *d = s->daemon;
     union {
@@ -520,7 +522,7 @@ static bool receive(struct session *s)
                                                .msg_control = control[i].bytes,
                                                .msg_controllen = sizeof(control[i].bytes)}};
     }
-    int n = recvmmsg(s->fd, msgs, PACKETS_AT_ONCE, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL);
+    int n = recvmmsg(s->fd, msgs, most, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return false;
     if (n < 0) {
@@ -529,7 +531,25 @@ static bool receive(struct session *s)
     }
     for (int i = 0; i < n; i++)
         take_packet(s, &msgs[i].msg_hdr, d->packets[i], msgs[i].msg_len);
-    return n == PACKETS_AT_ONCE && !s->closing;
+    return n == (int)most && !s->closing;
+}
+
+/*
+ * Packets differ in what they cost, so it is time that is shared: however many connections ask for
+ * what is dear, a turn is short, and nobody is passed over in it.
+ */
+static void hear(struct session *s)
+{
+    struct daemon *d = s->daemon;
+    uint64_t now = daemon_now();
+
+    if (!d->heard_ns)
+        d->heard_ns = now;
+    bool late = now - d->heard_ns > HEAR_NS;
+    uint64_t until = late ? now + HEAR_LATE_NS : d->heard_ns + HEAR_NS;
+    for (int i = 0; i < CALLS_PER_TURN && s->backlog_bytes <= BACKLOG_MAX; i++)
+        if (!receive(s, late ? 1 : PACKETS_AT_ONCE) || daemon_now() > until)
+            return;
 }
 
 static void on_poll(uv_poll_t *handle, int status, int events)
@@ -548,9 +568,7 @@ static void on_poll(uv_poll_t *handle, int status, int events)
     if (s->closing || !(events & (UV_READABLE | UV_DISCONNECT)))
         return;
     watch_stir(s->daemon);
-    for (int i = 0; i < CALLS_PER_TURN && !s->closing && s->backlog_bytes <= BACKLOG_MAX; i++)
-        if (!receive(s))
-            return;
+    hear(s);
 }
 
 /* Who does not read is not heard, not even saying that it will send no more. */
