@@ -94,7 +94,6 @@ static void map_work(uv_work_t *work)
 
     b->status = d->backend->map(d->device, &b->mapping, &b->base, &b->size, b->why);
     if (b->status) {
-        discard(b->mapping.fds, b->n_fds);
         b->size = 0;
         return;
     }
@@ -102,10 +101,14 @@ static void map_work(uv_work_t *work)
         close(b->mapping.fds[i]); /* of memory that is mapped: nothing goes yet */
 }
 
-/* map_work() has closed the descriptors, or they have been discarded. */
-static void forget_fds(struct buffer *b)
+/* Those of memory that is mapped are closed already. */
+static void put_fds(struct buffer *b, bool mapped)
 {
-    b->session->user->n_fds -= b->n_fds;
+    struct user *user = b->session->user;
+
+    if (!mapped)
+        discard(user->uid, b->mapping.fds, b->n_fds);
+    user->n_fds -= b->n_fds;
     b->n_fds = 0;
 }
 
@@ -140,7 +143,7 @@ static void after_map(uv_work_t *work, int canceled)
     struct msg_registered msg = {.buffer = b->id, .size = b->size};
     (void)canceled;
 
-    forget_fds(b);
+    put_fds(b, b->status == 0);
     if (b->status == SAGE_EDEVICE) { /* not answered: the next daemon will map it */
         daemon_lose(s->daemon, b->why);
         return;
@@ -262,8 +265,7 @@ static struct buffer *buffer_create(struct session *s, const struct msg_register
 /* One that is not mapped and not being mapped. */
 static void buffer_drop(struct buffer *b)
 {
-    discard(b->mapping.fds, b->n_fds);
-    forget_fds(b);
+    put_fds(b, false);
     leave(b);
     buffer_free(b);
 }
@@ -298,6 +300,20 @@ static unsigned user_fds_max(void)
     return (unsigned)(limit.rlim_cur / 2);
 }
 
+/* How many it has. */
+static unsigned user_fds(const struct user *user)
+{
+    return user->n_fds + discard_waiting(user->uid);
+}
+
+/* Those of refused packets are open until they are closed: a quarter more is for them. */
+bool buffer_user_is_over(const struct user *user)
+{
+    unsigned n = user_fds(user);
+
+    return n && n > user_fds_max() / 4 * 5; /* mostly 0: no system call then */
+}
+
 /* What the packet brings; the descriptors are the buffer's where this says 0. */
 static int add_chunks(struct buffer *b, const struct msg_register *msg, const int *fds,
                       unsigned n_fds, char *why)
@@ -310,10 +326,10 @@ static int add_chunks(struct buffer *b, const struct msg_register *msg, const in
         snprintf(why, PROTO_TEXT_MAX, "chunks: more than %d in buffer %u", CHUNKS_MAX, b->id);
         return SAGE_EQUOTA;
     }
-    if (user->n_fds + n_fds > user_fds_max()) {
+    if (user_fds(user) + n_fds > user_fds_max()) {
         snprintf(why, PROTO_TEXT_MAX,
-                 "descriptor: %u of this user wait to be mapped, the limit is %u", user->n_fds,
-                 user_fds_max());
+                 "descriptor: %u of this user wait to be mapped or closed, the limit is %u",
+                 user_fds(user), user_fds_max());
         return SAGE_EBUSY;
     }
     for (unsigned i = 0; i < msg->n_chunks; i++)
@@ -354,7 +370,7 @@ void buffer_register(struct session *s, const struct msg_register *msg, const in
     if (!rc)
         rc = add_chunks(b, msg, fds, n_fds, why);
     if (rc) {
-        discard(fds, n_fds);
+        discard(s->user->uid, fds, n_fds);
         if (begun)
             buffer_drop(b);
         session_error(s, seq, rc, why);

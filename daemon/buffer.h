@@ -12,6 +12,7 @@
 #include "proto/proto.h"
 
 struct session;
+struct user;
 
 struct buffer {
     struct session *session;
@@ -39,6 +40,9 @@ void buffer_register(struct session *s, const struct msg_register *msg, const in
 void buffer_unregister(struct session *s, uint32_t id, uint32_t seq);
 /* All of a closing session. */
 void buffer_leave_all(struct session *s);
+
+/* Does the user have too many descriptors open here for anything more to be received from it? */
+bool buffer_user_is_over(const struct user *user);
 
 /* A buffer that jobs may use, or NULL. */
 struct buffer *buffer_find(struct session *s, uint32_t id);

@@ -10,6 +10,7 @@
 #include <sys/random.h>
 #include <time.h>
 
+#include "daemon/discard.h"
 #include "daemon/log.h"
 #include "kernels/problem.h"
 
@@ -70,6 +71,7 @@ static void on_turn(uv_check_t *handle)
 {
     struct daemon *d = handle->data;
 
+    d->heard_ns = 0; /* the next packets are of the next turn */
     sched_reap(d);
     watch_turn(d);
     if (!d->device_lost)
@@ -145,6 +147,7 @@ static void on_tick(uv_timer_t *timer)
         log_warning("quiet", "complaints_not_logged=%u", d->complaints - COMPLAINTS_MAX);
     d->complaints = 0;
     drop_overdue(d, now);
+    discard_tick();
     if (sched_is_hung(d, why) || (d->backend->is_lost && d->backend->is_lost(d->device, why))) {
         daemon_lose(d, why);
         notify(d); /* on_turn() ends it, and does not sleep first */

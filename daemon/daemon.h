@@ -45,6 +45,7 @@ struct daemon {
     uv_timer_t tick;      /* what has taken too long, is the device there? */
     uv_timer_t report;    /* DONE_DELAY_MS after a turn that left jobs to report */
     uint64_t idle_since_ns;
+    uint64_t heard_ns; /* when this turn began to hear sessions; 0: it has not */
     uint64_t last_tick_ns,
         awake_ns;           /* time that ticks saw pass, not that this process was stopped */
     unsigned complaints;    /* logged since the last tick */

@@ -5,9 +5,19 @@
 #ifndef SAGE_DISCARD_H
 #define SAGE_DISCARD_H
 
-/* Close descriptors one after the other on a thread of their own. */
-void discard(const int *fds, unsigned n);
-/* Close a socket: on a thread if packets, which may carry descriptors, are waiting in it unread. */
-void discard_socket(int fd);
+#include <stdbool.h>
+#include <sys/types.h>
+
+/*
+ * Have descriptors that came from a user closed, by one of a few threads. Without memory to note
+ * them they stay open.
+ */
+void discard(uid_t uid, const int *fds, unsigned n);
+/* Close a user's socket: on a thread if packets, which may carry descriptors, wait in it unread. */
+void discard_socket(uid_t uid, int fd);
+/* Once a tick: start a thread that could not be had when it was needed. */
+void discard_tick(void);
+/* How many descriptors of the user wait to be closed, or for their close() to return. */
+unsigned discard_waiting(uid_t uid);
 
 #endif

@@ -12,6 +12,7 @@ struct daemon;
 struct session;
 struct buffer;
 struct event;
+struct watched;
 
 enum job_state {
     JOB_WAITING, /* behind another of its lane, or its inputs are not ready */
@@ -28,11 +29,11 @@ struct job {
     bool started;  /* a piece of it has run */
     bool prompt;   /* its client waits for the report */
     bool dropped;  /* its session is closing: no further piece, no word to anybody */
-    bool watched;  /* in watch.jobs */
     bool by_event; /* its client wants to be told of an event behind it */
     bool holds;    /* one of its groups is longer than a quantum: keeps its slot between pieces */
-    struct sage_attn attn; /* data pointers into the buffers; offsets below */
-    int32_t *offsets;      /* of q, then of k. Owned, and kept for the next job */
+    struct watched *watched; /* the list of daemon.watch that it is in, or NULL */
+    struct sage_attn attn;   /* data pointers into the buffers; offsets below */
+    int32_t *offsets;        /* of q, then of k. Owned, and kept for the next job */
     size_t offsets_room;
     struct buffer *buffers[JOB_TENSORS]; /* referenced; NULL where the tensor is absent */
     struct event *event;                 /* of the session's, that the inputs are behind, or NULL */
@@ -48,7 +49,7 @@ struct job {
     double piece_ops, piece_est_ns;
     TAILQ_ENTRY(job) lane_link;  /* lane.jobs, or daemon.spare */
     TAILQ_ENTRY(job) ready_link; /* session.ready */
-    TAILQ_ENTRY(job) watch_link; /* watch.jobs */
+    TAILQ_ENTRY(job) watch_link; /* *watched */
 };
 
 /* Jobs for n of them to be in flight without an allocation. 0 or SAGE_ENOMEM. */

@@ -298,6 +298,6 @@ bool request(struct session *s, const struct packet *packet, const int *fd, unsi
     if (fds.n == 1 && packet->op == OP_HELLO && good && s->page)
         close(fd[0]); /* the page's, which is mapped */
     else
-        discard(fds.fd, fds.n);
+        discard(s->user->uid, fds.fd, fds.n);
     return good;
 }

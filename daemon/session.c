@@ -24,6 +24,8 @@
 
 enum {
     CALLS_PER_TURN = 8,           /* to receive from one session, before the others are heard */
+    HEAR_NS = 1000 * 1000,        /* all sessions, in one turn; who comes later is heard for */
+    HEAR_LATE_NS = 20 * 1000,     /* so long, and one packet at least */
     FDS_ROOM = PROTO_FDS_MAX + 2, /* so that surplus ones are seen, and can be closed */
 };
 
@@ -32,6 +34,8 @@ static void update_poll(struct session *s);
 #define HELLO_NS UINT64_C(5000000000) /* a connection without it is of no use, but counts */
 
 /* --- life --- */
+
+static const char too_many_fds[] = "descriptors: too many of this user are open or being closed";
 
 static struct user *user_get(struct daemon *d, uid_t uid)
 {
@@ -91,7 +95,7 @@ static bool watch_pid(struct session *s)
 }
 
 /* A connection that cannot be served is told so before it is closed. */
-static struct session *reject(struct daemon *d, int fd, int status, const char *text)
+static struct session *reject(struct daemon *d, uid_t uid, int fd, int status, const char *text)
 {
     struct msg_error msg = {.status = (uint32_t)-status};
 
@@ -101,32 +105,35 @@ static struct session *reject(struct daemon *d, int fd, int status, const char *
         log_debug("reject_unsent", "reason=\"%s\"", text);
     if (daemon_may_complain(d))
         log_warning("rejected", "reason=\"%s\"", text);
-    discard_socket(fd);
+    discard_socket(uid, fd);
     return NULL;
 }
 
 struct session *session_create(struct daemon *d, int fd)
 {
-    struct ucred cred = {0};
+    struct ucred cred = {.uid = (uid_t)-1};
     socklen_t len = sizeof(cred);
 
     if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) < 0)
-        return reject(d, fd, SAGE_EPERM, "no peer credentials");
+        return reject(d, cred.uid, fd, SAGE_EPERM, "no peer credentials");
     if (d->n_sessions >= d->config.max_clients)
-        return reject(d, fd, SAGE_EQUOTA, "too many connections (max_clients)");
+        return reject(d, cred.uid, fd, SAGE_EQUOTA, "too many connections (max_clients)");
     struct session *s = calloc(1, sizeof(*s));
     struct user *user = s ? user_get(d, cred.uid) : NULL;
     if (!user) {
         free(s);
-        return reject(d, fd, SAGE_ENOMEM, "out of memory");
+        return reject(d, cred.uid, fd, SAGE_ENOMEM, "out of memory");
     }
-    bool crowded = user->sessions > d->config.user_clients;
-    if (crowded || uv_poll_init(&d->loop, &s->poll, fd) < 0) {
+    const char *over = NULL;
+    if (user->sessions > d->config.user_clients)
+        over = "too many connections of this user (user_clients)";
+    else if (buffer_user_is_over(user))
+        over = too_many_fds;
+    if (over || uv_poll_init(&d->loop, &s->poll, fd) < 0) {
         user_put(d, user);
         free(s);
-        return crowded
-                   ? reject(d, fd, SAGE_EQUOTA, "too many connections of this user (user_clients)")
-                   : reject(d, fd, SAGE_ENOMEM, "out of memory or descriptors");
+        return over ? reject(d, cred.uid, fd, SAGE_EQUOTA, over)
+                    : reject(d, cred.uid, fd, SAGE_ENOMEM, "out of memory or descriptors");
     }
     s->daemon = d;
     s->id = d->next_session++;
@@ -258,7 +265,7 @@ static void on_closed(uv_handle_t *handle)
     struct session *s = handle->data;
 
     if (handle == (uv_handle_t *)&s->poll)
-        discard_socket(s->fd);
+        discard_socket(s->user->uid, s->fd);
     else
         close(s->pidfd);
     s->handles--;
@@ -427,15 +434,20 @@ const char *session_overdue(const struct session *s, uint64_t now_ns)
 
 /* --- receiving --- */
 
-static bool violate(struct session *s, const char *why)
+static bool drop(struct session *s, int status, const char *why)
 {
     if (daemon_may_complain(s->daemon))
         log_warning("violation", "client=%llu pid=%d name=\"%s\" reason=\"%s\"",
                     (unsigned long long)s->id, (int)s->pid, s->name, why);
     s->daemon->stats.clients_dropped++;
-    session_error(s, 0, SAGE_EPROTO, why);
+    session_error(s, 0, status, why);
     session_close(s, why);
     return false;
+}
+
+static bool violate(struct session *s, const char *why)
+{
+    return drop(s, SAGE_EPROTO, why);
 }
 
 bool session_packet(struct session *s, const void *data, size_t len, const int *fds, unsigned n_fds)
@@ -444,11 +456,11 @@ bool session_packet(struct session *s, const void *data, size_t len, const int *
     struct packet packet;
 
     if (n_fds > PROTO_FDS_MAX) {
-        discard(fds, n_fds);
+        discard(s->user->uid, fds, n_fds);
         return violate(s, "descriptors on a packet: too many");
     }
     if (packet_open(s->daemon->unpacker, data, len, &packet, why)) {
-        discard(fds, n_fds);
+        discard(s->user->uid, fds, n_fds);
         return violate(s, why);
     }
     if (!request(s, &packet, fds, n_fds, why))
@@ -476,7 +488,7 @@ static bool take_packet(struct session *s, struct msghdr *msg, const void *data,
     unsigned n_fds = take_fds(msg, fds);
 
     if (s->closing) { /* an earlier packet of the same call was too bad */
-        discard(fds, n_fds);
+        discard(s->user->uid, fds, n_fds);
         return false;
     }
     if (len == 0 && n_fds == 0) {
@@ -484,14 +496,14 @@ static bool take_packet(struct session *s, struct msghdr *msg, const void *data,
         return false;
     }
     if (msg->msg_flags & (MSG_TRUNC | MSG_CTRUNC) || len > PROTO_PACKET_MAX) {
-        discard(fds, n_fds);
+        discard(s->user->uid, fds, n_fds);
         return violate(s, "packet too long or too many descriptors");
     }
     return session_packet(s, data, len, fds, n_fds);
 }
 
-/* What is there, up to PACKETS_AT_ONCE packets. false: there is no more, now or ever. */
-static bool receive(struct session *s)
+/* What is there, up to `most` packets. false: there is no more, now or ever. */
+static bool receive(struct session *s, unsigned most)
 {
     struct daemon *d = s->daemon;
     union {
@@ -501,6 +513,8 @@ static bool receive(struct session *s)
     struct iovec iov[PACKETS_AT_ONCE];
     struct mmsghdr msgs[PACKETS_AT_ONCE];
 
+    if (buffer_user_is_over(s->user))
+        return drop(s, SAGE_EQUOTA, too_many_fds);
     for (int i = 0; i < PACKETS_AT_ONCE; i++) {
         iov[i] = (struct iovec){d->packets[i], sizeof(d->packets[i])};
         msgs[i] = (struct mmsghdr){.msg_hdr = {.msg_iov = &iov[i],
@@ -508,7 +522,7 @@ static bool receive(struct session *s)
                                                .msg_control = control[i].bytes,
                                                .msg_controllen = sizeof(control[i].bytes)}};
     }
-    int n = recvmmsg(s->fd, msgs, PACKETS_AT_ONCE, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL);
+    int n = recvmmsg(s->fd, msgs, most, MSG_DONTWAIT | MSG_CMSG_CLOEXEC, NULL);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return false;
     if (n < 0) {
@@ -517,7 +531,25 @@ static bool receive(struct session *s)
     }
     for (int i = 0; i < n; i++)
         take_packet(s, &msgs[i].msg_hdr, d->packets[i], msgs[i].msg_len);
-    return n == PACKETS_AT_ONCE && !s->closing;
+    return n == (int)most && !s->closing;
+}
+
+/*
+ * Packets differ in what they cost, so it is time that is shared: however many connections ask for
+ * what is dear, a turn is short, and nobody is passed over in it.
+ */
+static void hear(struct session *s)
+{
+    struct daemon *d = s->daemon;
+    uint64_t now = daemon_now();
+
+    if (!d->heard_ns)
+        d->heard_ns = now;
+    bool late = now - d->heard_ns > HEAR_NS;
+    uint64_t until = late ? now + HEAR_LATE_NS : d->heard_ns + HEAR_NS;
+    for (int i = 0; i < CALLS_PER_TURN && s->backlog_bytes <= BACKLOG_MAX; i++)
+        if (!receive(s, late ? 1 : PACKETS_AT_ONCE) || daemon_now() > until)
+            return;
 }
 
 static void on_poll(uv_poll_t *handle, int status, int events)
@@ -536,9 +568,7 @@ static void on_poll(uv_poll_t *handle, int status, int events)
     if (s->closing || !(events & (UV_READABLE | UV_DISCONNECT)))
         return;
     watch_stir(s->daemon);
-    for (int i = 0; i < CALLS_PER_TURN && !s->closing && s->backlog_bytes <= BACKLOG_MAX; i++)
-        if (!receive(s))
-            return;
+    hear(s);
 }
 
 /* Who does not read is not heard, not even saying that it will send no more. */

@@ -15,10 +15,18 @@ enum {
      * A client that waits for a job and submits the next one is back sooner; see docs/decisions.md.
      */
     HOT_NS = 100 * 1000,
-    SCAN_MAX = 512,           /* words looked at in one turn */
-    EVENTS_TURN = 64,         /* events asked for in one turn: about 1 us each */
-    DELAY_MIN_NS = 50 * 1000, /* about what a wake-up costs */
+    SCAN_MAX = 512,             /* words looked at in one turn */
+    EVENTS_TURN = 64,           /* events asked for in one turn: about 1 us each */
+    EVENTS_OLD = 8,             /* of these, what the young leave to the old in any case; */
+    SCAN_OLD = 2 * EVENTS_TURN, /* of words, so that both kinds of old ones have some */
+    DELAY_MIN_NS = 50 * 1000,   /* about what a wake-up costs */
     DELAY_MAX_NS = 2000 * 1000,
+    DELAY_SHARE = 16, /* of its age: how late a job may be seen */
+    /*
+     * A job is young until then, and again so long before it is expected: 4,000 old ones are looked
+     * at in half of it, or 1,000 that are behind an event in all of it.
+     */
+    YOUNG_NS = DELAY_SHARE * DELAY_MAX_NS,
     MARGIN_MIN_NS = 100 * 1000,
     MARGIN_MAX_NS = 250 * 1000,
     REST_MAX_NS = 100 * 1000 * 1000, /* after longer ones half a millisecond is not worth it */
@@ -44,7 +52,9 @@ int watch_init(struct daemon *d)
 {
     struct watch *w = &d->watch;
 
-    TAILQ_INIT(&w->jobs);
+    TAILQ_INIT(&w->young);
+    TAILQ_INIT(&w->old);
+    TAILQ_INIT(&w->old_events);
     TAILQ_INIT(&w->resting);
     w->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
     if (w->timer_fd < 0)
@@ -55,6 +65,11 @@ int watch_init(struct daemon *d)
     return uv_poll_start(&w->timer, UV_READABLE, on_timer);
 }
 
+bool watch_has_jobs(const struct watch *w)
+{
+    return !TAILQ_EMPTY(&w->young) || !TAILQ_EMPTY(&w->old) || !TAILQ_EMPTY(&w->old_events);
+}
+
 void watch_finish(struct daemon *d)
 {
     close(d->watch.timer_fd);
@@ -62,16 +77,24 @@ void watch_finish(struct daemon *d)
 
 void watch_add(struct daemon *d, struct job *job)
 {
-    job->watched = true;
+    job->watched = &d->watch.young;
     job->watched_ns = daemon_now();
-    TAILQ_INSERT_TAIL(&d->watch.jobs, job, watch_link);
+    TAILQ_INSERT_TAIL(job->watched, job, watch_link);
     watch_again(d); /* this turn's watch_turn() may be over */
 }
 
 void watch_remove(struct daemon *d, struct job *job)
 {
-    job->watched = false;
-    TAILQ_REMOVE(&d->watch.jobs, job, watch_link);
+    (void)d;
+    TAILQ_REMOVE(job->watched, job, watch_link);
+    job->watched = NULL;
+}
+
+static void move(struct job *job, struct watched *to)
+{
+    TAILQ_REMOVE(job->watched, job, watch_link);
+    TAILQ_INSERT_TAIL(to, job, watch_link);
+    job->watched = to;
 }
 
 static void stop_resting(struct session *s)
@@ -134,15 +157,32 @@ static uint64_t due_in(uint64_t age, uint64_t gap)
     return age + margin >= gap ? 0 : gap - margin - age;
 }
 
+static uint64_t age_of(const struct job *job, uint64_t now)
+{
+    return now > job->watched_ns ? now - job->watched_ns : 0;
+}
+
+static uint64_t job_due_in(const struct job *job, uint64_t now)
+{
+    return due_in(age_of(job, now), job->session->lanes[job->lane].gap_ns);
+}
+
+/* The list that it belongs to. */
+static struct watched *list_of(struct watch *w, const struct job *job, uint64_t now)
+{
+    if (age_of(job, now) < YOUNG_NS || job_due_in(job, now) < YOUNG_NS)
+        return &w->young;
+    return job->event ? &w->old_events : &w->old;
+}
+
 /*
  * When to look at it again. A stream takes about as long from one job to the next as it took the
  * last time: all the time around then, and otherwise so that it is late by a sixteenth at most.
  */
 static uint64_t look_in(const struct job *job, uint64_t now)
 {
-    uint64_t age = now - job->watched_ns;
-    uint64_t delay = clamp(age / 16, DELAY_MIN_NS, DELAY_MAX_NS);
-    uint64_t due = due_in(age, job->session->lanes[job->lane].gap_ns);
+    uint64_t delay = clamp(age_of(job, now) / DELAY_SHARE, DELAY_MIN_NS, DELAY_MAX_NS);
+    uint64_t due = job_due_in(job, now);
 
     return due < delay ? due : delay;
 }
@@ -167,12 +207,10 @@ static uint64_t scan_resting(struct watch *w, uint64_t now)
 /* When to look at it again; UINT64_MAX: it is not watched any more. */
 static uint64_t scan_job(struct daemon *d, struct job *job, uint64_t now)
 {
-    struct watch *w = &d->watch;
     int ready = job_is_ready(job);
 
     if (ready == 0) {
-        TAILQ_REMOVE(&w->jobs, job, watch_link);
-        TAILQ_INSERT_TAIL(&w->jobs, job, watch_link);
+        move(job, list_of(&d->watch, job, now));
         return look_in(job, now);
     }
     watch_stir(d);
@@ -181,35 +219,57 @@ static uint64_t scan_job(struct daemon *d, struct job *job, uint64_t now)
     } else if (ready < 0) {
         job_fail(job, ready, "event: cannot be asked for, or what it is behind has failed");
     } else {
-        job->session->lanes[job->lane].gap_ns = now - job->watched_ns;
+        job->session->lanes[job->lane].gap_ns = age_of(job, now);
         watch_remove(d, job);
         sched_ready(job);
     }
     return UINT64_MAX;
 }
 
+/* What is left of a turn. */
+struct left {
+    int words, events;
+};
+
 /*
- * The first SCAN_MAX jobs; those that have to wait on go to the end. When to do it again;
- * UINT64_MAX: when there are others.
+ * The first jobs of the list; those that have to wait on go to the end. false: there are others,
+ * for which nothing is left. *least: when to look at one of them again, if that is sooner.
+ */
+static bool scan_list(struct daemon *d, struct watched *list, struct left *left, uint64_t now,
+                      uint64_t *least)
+{
+    const struct job *last = TAILQ_LAST(list, watched); /* only compared: it may be freed */
+    struct job *job;
+    bool is_last = false;
+
+    while (!is_last && !d->device_lost && (job = TAILQ_FIRST(list))) {
+        if (left->words == 0 || (job->event && left->events == 0))
+            return false;
+        is_last = job == last;
+        left->words--;
+        left->events -= job->event != NULL;
+        uint64_t wait = scan_job(d, job, now);
+        *least = wait < *least ? wait : *least;
+    }
+    return true;
+}
+
+/*
+ * All young jobs, unless they are too many: then it goes on with them soon. Old ones are in no
+ * hurry: of them, what comes next. When to do it again; UINT64_MAX: when there are others.
  */
 static uint64_t scan(struct daemon *d, uint64_t now)
 {
     struct watch *w = &d->watch;
-    const struct job *last = TAILQ_LAST(&w->jobs, watched); /* only compared: it may be freed */
-    struct job *job;
+    struct left left = {SCAN_MAX - SCAN_OLD, EVENTS_TURN - EVENTS_OLD};
     uint64_t least = UINT64_MAX;
-    int events = 0;
 
-    for (int i = 0; i < SCAN_MAX && (job = TAILQ_FIRST(&w->jobs)); i++) {
-        bool is_last = job == last;
-        events += job->event != NULL;
-        if (events > EVENTS_TURN || d->device_lost)
-            return least < DELAY_MIN_NS ? least : DELAY_MIN_NS;
-        uint64_t wait = scan_job(d, job, now);
-        least = wait < least ? wait : least;
-        if (is_last)
-            break;
-    }
+    if (!scan_list(d, &w->young, &left, now, &least) && least > DELAY_MIN_NS)
+        least = DELAY_MIN_NS;
+    left.words += SCAN_OLD;
+    left.events += EVENTS_OLD;
+    scan_list(d, &w->old_events, &left, now, &least);
+    scan_list(d, &w->old, &left, now, &least);
     return least;
 }
 
@@ -220,7 +280,7 @@ static uint64_t scan(struct daemon *d, uint64_t now)
  */
 static void warm(struct daemon *d, bool expected)
 {
-    bool brought = d->sched.n_active == 0 && !TAILQ_EMPTY(&d->watch.jobs);
+    bool brought = d->sched.n_active == 0 && watch_has_jobs(&d->watch);
 
     if (d->backend->warm && (expected || brought))
         d->backend->warm(d->device, sched_slots_used(d) > 0);

@@ -4,7 +4,9 @@ import fcntl
 import os
 import random
 import select
+import signal
 import socket
+import struct
 import time
 
 import msgpack
@@ -470,6 +472,100 @@ def test_user_bytes():
         with refused("EQUOTA", "one user"):
             sage.Buffer(two, 1 << 20)
         sage.Buffer(two, 64 << 10)
+
+
+def lingering(listener, peers):
+    """A socket whose close() takes a minute, or until its end in `peers` is closed."""
+    s = socket.create_connection(listener.getsockname())
+    peers.append(listener.accept()[0])
+    s.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            s.send(bytes(4096))
+    s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+    return s
+
+
+@contextlib.contextmanager
+def nobody():
+    """As another user, where this one can be: it says whether."""
+    other = os.geteuid() == 0
+    if other:
+        os.seteuid(65534)
+    try:
+        yield other
+    finally:
+        if other:
+            os.seteuid(0)
+
+
+def state(daemon):
+    with open(f"/proc/{daemon.pid}/stat") as stat:
+        return stat.read().rsplit(")", 1)[1].split()[0]
+
+
+def threads(daemon):
+    return len(os.listdir(f"/proc/{daemon.pid}/task"))
+
+
+def test_slow_close():
+    """Descriptors whose close() takes long cost no thread each, nor all descriptors, nor the loop."""
+    peers = []
+    with Daemon(argv0=("prlimit", "--nofile=1024:1024"), group="") as daemon, \
+            socket.socket() as listener, daemon.client() as witness, open(os.devnull) as null:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        os.chmod(daemon.directory, 0o755)
+        os.chmod(daemon.path, 0o666)
+        Problem(witness)  # starts the threads that there are always
+        fds, before = daemon.fds(), threads(daemon)
+        with nobody() as other:
+            attacker = daemon.client(page=False)
+
+        def refuse(client, packets, more=0):
+            """Packets with a slow descriptor, and more. The daemon stops, so that its close() of
+            them is the last; that also interrupts those that it is at."""
+            daemon.process.send_signal(signal.SIGSTOP)
+            sage.until(lambda: state(daemon) == "T", "the daemon to stop")
+            sent = []
+            for _ in range(packets):
+                with lingering(listener, peers) as slow:
+                    sent.append(client.send("REGISTER", {"buffer": 1, "kind": 9, "size": 4096},
+                                            [null.fileno()] * more + [slow.fileno()]))
+            daemon.process.send_signal(signal.SIGCONT)
+            for seq in sent:
+                with refused("EUNSUPPORTED", "kind"):
+                    client.answer(seq)
+
+        def prompt():
+            start = time.monotonic()
+            witness.ping()
+            assert time.monotonic() - start < 1, "the loop waits for a close()"
+
+        refuse(attacker, 20)
+        prompt()
+        assert threads(daemon) <= before + 4, f"{before} threads, then {threads(daemon)}"
+        assert daemon.fds() > fds + 10, "close() does not take long: this tests nothing"
+        refuse(attacker, 22, 31)
+        assert 600 < daemon.fds() < 800, f"{daemon.fds()} descriptors of 1,024"
+        assert threads(daemon) <= before + 4
+        with refused("EQUOTA", "descriptors"):
+            attacker.ping()
+        attacker.close()
+        with nobody(), refused("EQUOTA", "descriptors"):
+            daemon.client(hello=False).answer(0)
+        if other:  # whom the attacker's limits do not touch
+            prompt()
+            Problem(witness)
+            refuse(witness, 1)
+            daemon.client().close()
+        for peer in peers:
+            peer.close()
+        witness.close()
+        sage.until(lambda: daemon.fds() < fds and threads(daemon) <= before, "all to be closed")
+        with nobody():
+            daemon.client(page=False).close()
 
 
 def test_failed_piece():

@@ -477,7 +477,7 @@ static void check_nothing_left(void)
         require(d.sched.slots[i].n == 0 && !d.sched.slots[i].holder);
     require(d.n_sessions == 0 && TAILQ_EMPTY(&d.sessions) && TAILQ_EMPTY(&d.users));
     require(d.sched.n_held == 0 && d.sched.n_active == 0 && TAILQ_EMPTY(&d.sched.active));
-    require(TAILQ_EMPTY(&d.watch.jobs) && TAILQ_EMPTY(&d.flushing));
+    require(!watch_has_jobs(&d.watch) && TAILQ_EMPTY(&d.flushing));
     require(!d.device_lost);
     require(mapped == 0 && opened == 0 && recorded == given_back);
     const struct stats *s = &d.stats;

@@ -247,7 +247,7 @@ static void stop_daemon(void)
     assert_int_equal(d.sched.n_held, 0);
     assert_int_equal(d.sched.n_active, 0);
     assert_true(TAILQ_EMPTY(&d.users));
-    assert_true(TAILQ_EMPTY(&d.watch.jobs));
+    assert_false(watch_has_jobs(&d.watch));
     daemon_finish(&d);
 }
 
@@ -613,6 +613,7 @@ static struct shared {
     unsigned n_mapped;    /* chunks */
     unsigned polls, last; /* the piece that runs is over when `polls` comes to `last` */
     int warmed, warmed_running;
+    unsigned asked; /* how often for a client's event */
     char memory[MEMORY];
 } shared;
 
@@ -637,6 +638,7 @@ static void shared_close(struct device *device, void *event)
 static int shared_done(struct device *device, void *event)
 {
     (void)device;
+    shared.asked++;
     return *(const int *)event;
 }
 
@@ -678,10 +680,16 @@ static void shared_unmap(struct device *device, const struct mapping *what, void
         backend_cpu.unmap(device, what, base, size);
 }
 
-static void start_shared(struct peer *p)
+static void forget_answers(const struct peer *p)
 {
     char answer[256];
 
+    while (recv(p->fd, answer, sizeof(answer), MSG_DONTWAIT) > 0)
+        continue;
+}
+
+static void start_shared(struct peer *p)
+{
     start_daemon(2, 500);
     memset(&shared, 0, sizeof(shared));
     fake.kinds = 1 << BUFFER_VMM | 1 << BUFFER_MEMFD;
@@ -692,8 +700,7 @@ static void start_shared(struct peer *p)
     fake.event_record = shared_record;
     fake.event_put = shared_put;
     connect_peer(p, PRIORITY_NORMAL);
-    while (recv(p->fd, answer, sizeof(answer), MSG_DONTWAIT) > 0)
-        continue;
+    forget_answers(p);
 }
 
 /* What the daemon says next, of this kind; its op must be `op`. */
@@ -1143,11 +1150,11 @@ static void test_expected(void **state)
     for (int i = 0; i < 20 && !seen; i++) { /* a busy machine may wake us too late */
         lane->gap_ns = 20 * 1000 * 1000;
         uint32_t n = submit_held(&peers[0], 0, problem(1, 64, 64));
-        uint64_t since_ns = TAILQ_FIRST(&d.watch.jobs)->watched_ns;
+        uint64_t since_ns = TAILQ_FIRST(&d.watch.young)->watched_ns;
         assert_int_equal(awake(since_ns, 2, 19), 0);
         seen = awake(since_ns, 19.5, 20.5);
         acquire(&peers[0], 0, n);
-        while (!TAILQ_EMPTY(&d.watch.jobs))
+        while (watch_has_jobs(&d.watch))
             uv_run(&d.loop, UV_RUN_ONCE);
         assert_true(lane->gap_ns >= 20 * 1000 * 1000);
         while (!released(&peers[0], 0))
@@ -1156,6 +1163,167 @@ static void test_expected(void **state)
     assert_true(seen > 0);
     stop_daemon();
     disconnect(&peers[0]);
+}
+
+static struct peer crowd[17]; /* who fill a turn twice over, with all their lanes */
+
+/* All jobs of the session have been watched for a second and for `ns` more. */
+static void age_jobs(const struct session *s, uint64_t ns)
+{
+    for (int i = 0; i < SAGE_LANES; i++)
+        if (!TAILQ_EMPTY(&s->lanes[i].jobs))
+            TAILQ_FIRST(&s->lanes[i].jobs)->watched_ns = daemon_now() - 1000000000 - ns;
+}
+
+static void turns(int n)
+{
+    while (n--)
+        uv_run(&d.loop, UV_RUN_NOWAIT);
+}
+
+/*
+ * Jobs that somebody holds for long do not keep another's from being seen in the first turn; they
+ * are seen themselves, and more often again when they are expected.
+ */
+static void test_crowd(void **state)
+{
+    const int n = sizeof(crowd) / sizeof(crowd[0]);
+    struct session *s;
+    bool seen = false;
+    (void)state;
+
+    start_daemon(4, 500);
+    for (int i = 0; i < n; i++) {
+        connect_peer(&crowd[i], PRIORITY_NORMAL);
+        for (uint32_t lane = 0; lane < SAGE_LANES; lane++)
+            submit_held(&crowd[i], lane, problem(1, 64, 64));
+        age_jobs(crowd[i].s, 0);
+    }
+    connect_peer(&peers[0], PRIORITY_NORMAL);
+    turns(8);
+    assert_true(TAILQ_EMPTY(&d.watch.young));
+    for (uint32_t lane = 0; lane < 8; lane++) {
+        uint32_t number = submit_held(&peers[0], lane, problem(1, 64, 64));
+        acquire(&peers[0], lane, number);
+        turns(1);
+        assert_int_equal(peers[0].s->n_jobs, 1);
+        assert_int_equal(peers[0].s->n_running, 1);
+        assert_true(step());
+    }
+    s = crowd[n / 2].s;
+    for (int i = 0; i < 20 && !seen; i++) { /* a busy machine may miss the time */
+        s->lanes[7].gap_ns = daemon_now() - TAILQ_FIRST(&s->lanes[7].jobs)->watched_ns + 20000000;
+        turns(3);
+        seen = TAILQ_FIRST(&s->lanes[7].jobs)->watched == &d.watch.young;
+    }
+    assert_true(seen);
+    for (int i = 0; i < n; i += 4)
+        acquire(&crowd[i], 5, 1);
+    turns(3);
+    for (int i = 0; i < n; i += 4)
+        assert_int_not_equal(TAILQ_FIRST(&crowd[i].s->lanes[5].jobs)->state, JOB_WAITING);
+    stop_daemon();
+    for (int i = 0; i < n; i++)
+        disconnect(&crowd[i]);
+    disconnect(&peers[0]);
+}
+
+/* Many events that nobody records are asked for in turn, and the loop sleeps as it would else. */
+static void test_crowd_of_events(void **state)
+{
+    struct msg_event event = {.event = 1, .n_handle = PROTO_HANDLE_MAX};
+    struct msg_launched launched;
+    struct msg_empty empty;
+    unsigned woken = 0;
+    (void)state;
+
+    start_shared(&peers[0]);
+    connect_peer(&peers[1], PRIORITY_NORMAL);
+    forget_answers(&peers[1]);
+    for (uint8_t i = 0; i < 2; i++) {
+        event.handle[0] = i;
+        say(&peers[i], OP_EVENT, MSG_EVENT, &event, 0);
+        hear(&peers[i], OP_EVENT, MSG_EMPTY, &empty);
+        for (uint32_t lane = 0; lane < 60; lane++)
+            submit_event(&peers[i], lane, 1);
+        age_jobs(peers[i].s, 0);
+    }
+    turns(8);
+    shared.asked = 0;
+    for (uint64_t until = daemon_now() + 100000000; daemon_now() < until; woken++)
+        uv_run(&d.loop, UV_RUN_ONCE);
+    assert_in_range(shared.asked, 1, 20000);
+    assert_in_range(woken, 1, 400);
+    shared.ready[1] = 1;
+    hear(&peers[1], OP_LAUNCHED, MSG_LAUNCHED, &launched);
+    stop_daemon();
+    assert_int_equal(shared.n_open, 0);
+    disconnect(&peers[0]);
+    disconnect(&peers[1]);
+}
+
+static size_t slow_workspace(const struct sage_attn *attn, const struct sage_part *part)
+{
+    uint64_t until = daemon_now() + 200000;
+
+    while (daemon_now() < until)
+        continue;
+    return backend_cpu.workspace(attn, part);
+}
+
+/* Packets that wait to be received: each of 16 lanes' next job, whose inputs are not ready. */
+static void send_submits(struct peer *p)
+{
+    static struct msg_submit msg;
+    static char data[PROTO_PACKET_MAX];
+
+    for (msg.lane = 0; msg.lane < 16; msg.lane++) {
+        msg.number = ++p->last[msg.lane];
+        msg.attn = problem(1, 64, 64);
+        size_t len = packet_encode(data, sizeof(data), OP_SUBMIT, 1, MSG_SUBMIT, &msg);
+        assert_int_equal(send(p->fd, data, len, 0), len);
+    }
+}
+
+/*
+ * A turn in which sessions have been heard for long enough takes one packet of each other, or what
+ * is cheap; then they go on.
+ */
+static void test_heard(void **state)
+{
+    static char data[PROTO_PACKET_MAX];
+    size_t len = packet_encode(data, sizeof(data), OP_PING, 1, MSG_EMPTY, &(struct msg_empty){0});
+    (void)state;
+
+    start_daemon(1, 500);
+    for (int i = 0; i < 2; i++)
+        connect_peer(&peers[i], PRIORITY_NORMAL);
+    for (int i = 0; i < 2; i++)
+        send_submits(&peers[i]);
+    fake.workspace = slow_workspace;
+    turns(1);
+    unsigned first = peers[0].s->n_jobs, second = peers[1].s->n_jobs;
+    assert_int_equal(first + second, PACKETS_AT_ONCE + 1);
+    assert_true(first == 1 || second == 1);
+    d.heard_ns = 1; /* another did so */
+    turns(1);
+    assert_int_equal(peers[0].s->n_jobs, first + 1);
+    assert_int_equal(peers[1].s->n_jobs, second + 1);
+    turns(16);
+    assert_int_equal(peers[0].s->n_jobs, 16);
+    assert_int_equal(peers[1].s->n_jobs, 16);
+    for (int i = 0; i < 64; i++)
+        assert_int_equal(send(peers[0].fd, data, len, 0), len);
+    forget_answers(&peers[0]);
+    d.heard_ns = 1;
+    turns(1);
+    int answers = 0;
+    while (recv(peers[0].fd, data, sizeof(data), MSG_DONTWAIT) > 0)
+        answers++;
+    assert_in_range(answers, 1, 8);
+    stop_daemon();
+    disconnect(&peers[0]);
+    disconnect(&peers[1]);
 }
 
 static void count_warm(struct device *device, bool running)
@@ -1323,17 +1491,30 @@ static void test_hung(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_fair),           cmocka_unit_test(test_measured),
-        cmocka_unit_test(test_priorities),     cmocka_unit_test(test_work_conserving),
-        cmocka_unit_test(test_pieces),         cmocka_unit_test(test_held_slots),
-        cmocka_unit_test(test_stood),          cmocka_unit_test(test_lanes),
-        cmocka_unit_test(test_close_anywhere), cmocka_unit_test(test_events),
-        cmocka_unit_test(test_event_limit),    cmocka_unit_test(test_page),
-        cmocka_unit_test(test_drain_streamed), cmocka_unit_test(test_chunks),
-        cmocka_unit_test(test_polled),         cmocka_unit_test(test_hung),
-        cmocka_unit_test(test_events_lost),    cmocka_unit_test(test_alone),
-        cmocka_unit_test(test_expected),       cmocka_unit_test(test_warm),
+        cmocka_unit_test(test_fair),
+        cmocka_unit_test(test_measured),
+        cmocka_unit_test(test_priorities),
+        cmocka_unit_test(test_work_conserving),
+        cmocka_unit_test(test_pieces),
+        cmocka_unit_test(test_held_slots),
+        cmocka_unit_test(test_stood),
+        cmocka_unit_test(test_lanes),
+        cmocka_unit_test(test_close_anywhere),
+        cmocka_unit_test(test_events),
+        cmocka_unit_test(test_event_limit),
+        cmocka_unit_test(test_page),
+        cmocka_unit_test(test_drain_streamed),
+        cmocka_unit_test(test_chunks),
+        cmocka_unit_test(test_polled),
+        cmocka_unit_test(test_hung),
+        cmocka_unit_test(test_events_lost),
+        cmocka_unit_test(test_alone),
+        cmocka_unit_test(test_expected),
+        cmocka_unit_test(test_warm),
         cmocka_unit_test(test_rest),
+        cmocka_unit_test(test_crowd),
+        cmocka_unit_test(test_crowd_of_events),
+        cmocka_unit_test(test_heard),
     };
     log_set_level(3);
     alarm(120); /* a scheduler that stalls or spins does not do so for ever */
