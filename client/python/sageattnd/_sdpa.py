@@ -37,9 +37,9 @@ def _autocast(device: str) -> Optional[torch.dtype]:
     """What torch.autocast() casts to there, for PyTorch's function is one that it knows; or None."""
     if hasattr(torch, "get_autocast_dtype"):  # PyTorch 2.4 and newer
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    if device == "cuda":
-        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
-    return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    if device == "cuda" and torch.is_autocast_enabled():
+        return torch.get_autocast_gpu_dtype()
+    return None  # before, it did not know it on the CPU
 
 
 def _old(device: torch.device) -> bool:
