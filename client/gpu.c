@@ -54,10 +54,10 @@ static int set_cap(struct gpu *gpu, uint64_t bytes)
         return 0;
     errno = 0;
     gpu->cap = strtoull(text, &end, 10);
-    if (gpu->cap == 0)
-        gpu->cap = 1; /* 0 is an eighth of the device */
     if (errno || *end || *text < '0' || *text > '9')
         return error_set(SAGE_EINVAL, "$SAGE_CACHE_BYTES: %s, must be a number of bytes", text);
+    if (gpu->cap == 0)
+        gpu->cap = 1; /* 0 is an eighth of the device */
     return 0;
 }
 

@@ -164,7 +164,8 @@ static int check_workspace(const struct daemon *d, const struct sage_attn *attn,
         if (sage_attn_seq(attn, i).nq > sage_attn_seq(attn, most_rows).nq)
             most_rows = i;
     }
-    for (int i = 0; i < 2 && sage_attn_groups(attn) > 0; i++) {
+    const int n = sage_attn_groups(attn) == 0 ? 0 : most_rows == most_keys ? 1 : 2;
+    for (int i = 0; i < n; i++) {
         struct sage_part part = {
             .group = (i ? most_rows : most_keys) * heads, .n_groups = 1, .n_rows = -1};
         size_t bytes = d->backend->workspace(attn, &part);

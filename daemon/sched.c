@@ -118,7 +118,7 @@ static void let_go(struct sched *sc, const struct job *job)
 void sched_forget(struct job *job)
 {
     if (job->watched)
-        watch_remove(job->session->daemon, job);
+        watch_remove(job);
     let_go(&job->session->daemon->sched, job); /* it may be between two pieces */
     if (job->state != JOB_READY)
         return;

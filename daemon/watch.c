@@ -83,9 +83,8 @@ void watch_add(struct daemon *d, struct job *job)
     watch_again(d); /* this turn's watch_turn() may be over */
 }
 
-void watch_remove(struct daemon *d, struct job *job)
+void watch_remove(struct job *job)
 {
-    (void)d;
     TAILQ_REMOVE(job->watched, job, watch_link);
     job->watched = NULL;
 }
@@ -220,7 +219,7 @@ static uint64_t scan_job(struct daemon *d, struct job *job, uint64_t now)
         job_fail(job, ready, "event: cannot be asked for, or what it is behind has failed");
     } else {
         job->session->lanes[job->lane].gap_ns = age_of(job, now);
-        watch_remove(d, job);
+        watch_remove(job);
         sched_ready(job);
     }
     return UINT64_MAX;

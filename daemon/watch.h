@@ -37,7 +37,7 @@ void watch_finish(struct daemon *d); /* the loop has closed the handles */
 
 bool watch_has_jobs(const struct watch *w);
 void watch_add(struct daemon *d, struct job *job);
-void watch_remove(struct daemon *d, struct job *job);
+void watch_remove(struct job *job);
 /* The session has no jobs any more; it has one again (or is closed). */
 void watch_rest(struct session *s);
 void watch_rested(struct session *s);
