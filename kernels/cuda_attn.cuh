@@ -354,6 +354,12 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
         return key0 >= all_from && key0 <= all_to;
     }
 
+    /* Does a row of the sequence see a key? A mask tensor may hide those that it does. */
+    __device__ bool sees_any(int r) const
+    {
+        return !MASK && max(r + t.low, INT64_C(0)) <= min(r + t.high, int64_t{t.seq.nk} - 1);
+    }
+
     /* Scores of keys that a row does not see become -inf. */
     __device__ void hide(float (&p)[SLABS][KEY_TILES][4], int key0) const
     {
@@ -595,7 +601,9 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const float total = o[slab][D_TILES][2 * half];
-            up[half] = total == 0 ? 0 : reciprocal(total);
+            up[half] = total != 0                                 ? reciprocal(total)
+                       : sees_any(row() + row_of(slab, 2 * half)) ? NAN
+                                                                  : 0;
         }
 #pragma unroll
         for (int n = 0; n < D_TILES; n += 4) {

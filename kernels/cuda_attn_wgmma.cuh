@@ -578,7 +578,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K;
     static constexpr float MOST = 15; /* above m: binary16 ends at 2^16 */
     /* elsewhere they wait more than they gain */
-    static constexpr bool TURNS = (FP8 || EXACT) && D > 64;
+    static constexpr bool TURNS = FP8 && D > 64;
     using memory = wgmma_memory<D, FP8, EXACT>;
     using layout = wgmma_layout<D, FP8, EXACT>;
     using fetch = wgmma_fetch<D, FP8, EXACT>;
@@ -736,21 +736,9 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
 
     __device__ void scale(scores &x, const factors &c, const float (&top)[2]) const
     {
-        if constexpr (EXACT)
-            spoil(x);
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++)
             scale(x, n, c, top);
-    }
-
-    /* Exact: scores that are or become infinite are NaN, for -inf is a key that is not seen. */
-    __device__ void spoil(scores &x) const
-    {
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                x.p[0][n][e] = fmaf(x.p[0][n][e] * r.a.scale, 0, x.p[0][n][e]);
     }
 
     __device__ static void exponentiate(scores &x, int n)
@@ -817,36 +805,44 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
 
     /*
      * m becomes the largest score so far, found from the integers: a run's largest has the run's
-     * largest score. For tiles of which all rows see all keys.
+     * largest score. For tiles of which all rows see all keys. False, and nothing is done, if the
+     * last digit of an exact score is more than P has room for.
      */
-    __device__ void follow(const scores &x, const factors &c)
+    __device__ bool follow(const scores &x, const factors &c)
     {
+        constexpr float LARGE = 0x1p22f;
         float most[2];
+        bool large = false;
 
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             most[half] = -INFINITY;
 #pragma unroll
             for (int run = 0; run < KEYS / 16; run++) {
-                const int *even = &x.s[2 * run][2 * half], *odd = &x.s[2 * run + 1][2 * half];
-                const int top = max(max(max(even[0], even[1]), odd[0]), odd[1]);
-                most[half] = fmaxf(most[half], static_cast<float>(top) * c[half][run]);
+                const int even = 2 * run, odd = even + 1, i = 2 * half;
+                if constexpr (EXACT) {
+                    const float(&p)[KEYS / 8][4] = x.p[0];
+                    const float top =
+                        fmaxf(fmaxf(p[even][i], p[even][i + 1]), fmaxf(p[odd][i], p[odd][i + 1]));
+                    most[half] = fmaxf(most[half], top * r.a.scale);
+                } else {
+                    const int top =
+                        max(max(max(x.s[even][i], x.s[even][i + 1]), x.s[odd][i]), x.s[odd][i + 1]);
+                    most[half] = fmaxf(most[half], static_cast<float>(top) * c[half][run]);
+                }
             }
+            large |= fabsf(most[half]) >= LARGE;
         }
+        if (EXACT && __any_sync(~0u, large))
+            return false;
         r.raise(most, decay[0]);
-    }
-
-    /* Exact; what is not finite becomes NaN. */
-    __device__ void follow(scores &x)
-    {
-        spoil(x);
-        const float most[2] = {r.largest(x.p[0], 0) * r.a.scale, r.largest(x.p[0], 1) * r.a.scale};
-        r.raise(most, decay[0]);
+        return true;
     }
 
     /*
      * None of this lane's scores is above m by more than P has room for, going by the largest
-     * integer and the largest scale. For tiles of which all rows see all keys.
+     * integer and the largest scale. Positive floats are ordered like the integers that they look
+     * like, NaN is above them. For tiles of which all rows see all keys.
      */
     __device__ bool near(const scores &x, const factors &c) const
     {
@@ -855,44 +851,18 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int top[2] = {0, 0}; /* two: no long chain */
-            float scale = c[half][0];
+            float scale = EXACT ? r.a.scale : c[half][0];
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++)
                 top[n % 2] = max(max(top[n % 2], x.s[n][2 * half]), x.s[n][2 * half + 1]);
 #pragma unroll
-            for (int run = 1; run < KEYS / 16; run++)
+            for (int run = 1; run < KEYS / 16 && !EXACT; run++)
                 scale = fmaxf(scale, c[half][run]);
-            const float most = static_cast<float>(max(top[0], top[1])) * scale;
+            const int largest = max(top[0], top[1]);
+            const float most =
+                (EXACT ? __int_as_float(largest) : static_cast<float>(largest)) * scale;
             is &= most - r.top[0][half] <= MOST;
         }
-        return is;
-    }
-
-    /*
-     * The same of exact scores; sets `coarse` where one is infinite or so large that its last digit
-     * counts. Positive floats are ordered like their bits; of all bits, as unsigned numbers, those
-     * of the largest negative float are the largest but NaN's.
-     */
-    __device__ bool near(const scores &x)
-    {
-        constexpr float LARGE = 0x1p22f;
-        bool is = true, large = false;
-
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int top[2] = {0, 0};
-            unsigned last = 0;
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
-                const int even = x.s[n][2 * half], odd = x.s[n][2 * half + 1];
-                top[n % 2] = max(max(top[n % 2], even), odd);
-                last = max(max(last, static_cast<unsigned>(even)), static_cast<unsigned>(odd));
-            }
-            const float most = __int_as_float(max(top[0], top[1])) * r.a.scale;
-            is &= most - r.top[0][half] <= MOST;
-            large |= most >= LARGE || __uint_as_float(last) * r.a.scale <= -LARGE;
-        }
-        coarse = __any_sync(~0u, coarse || large);
         return is;
     }
 
@@ -919,16 +889,16 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
             load_factors(c, stage);
         leave_k(stage);
         decay[0][0] = decay[0][1] = 1;
-        const bool is_near = EXACT && near(x);
-        if (INTEGERS && __all_sync(~0u, !coarse && r.all_see(key0))) {
-            moved = !__all_sync(~0u, !r.moves && (EXACT ? is_near : near(x, c)));
+        bool from_integers = INTEGERS && __all_sync(~0u, !coarse && r.all_see(key0));
+        if (from_integers) {
+            moved = !__all_sync(~0u, !r.moves && near(x, c));
             if (moved) {
-                if constexpr (EXACT)
-                    follow(x);
-                else
-                    follow(x, c);
+                coarse = !follow(x, c);
+                from_integers = !coarse;
                 r.settle();
             }
+        }
+        if (from_integers) {
             float top[2] = {r.reference(r.top[0][0]), r.reference(r.top[0][1])};
             exponentiate(x, c, top, [](int) {});
         } else {
@@ -1007,11 +977,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
         products pv;
 
         wait(m.k_full[at.stage], at.parity);
-        if constexpr (EXACT)
-            turn_wait(group);
         begin_scores(x, at.stage, q_place);
-        if constexpr (EXACT)
-            turn_over(group);
         wgmma_wait<0>();
         hold_scores(x);
         if constexpr (FP8)
@@ -1041,13 +1007,9 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
                 softmax_8(x, at.stage, key0);
             } else {
                 wait(m.k_full[at.stage], at.parity);
-                if constexpr (EXACT)
-                    turn_wait(group);
                 begin_scores(x, at.stage, q_place);
                 wait(m.v_full[before.stage], before.parity);
                 begin_values(pv, before.stage);
-                if constexpr (EXACT)
-                    turn_over(group);
                 wgmma_wait<1>();
                 hold_scores(x);
                 const bool moved = softmax_16<(D > 64 || EXACT)>(x, at.stage, key0, [&] {
@@ -1185,10 +1147,12 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
         const int end = min(end_key(), (block + all) * KEYS);
         const int n = end > block * KEYS ? (end + KEYS - 1) / KEYS - block : 0;
 
-        if constexpr (EXACT)
+        if constexpr (EXACT) {
             wait(m.q_full[q.stage], q.parity);
-        else
+            barrier_wait(1 + group, 128); /* or the compiler thinks that lanes may have parted */
+        } else {
             prepare_q(slot, q.parity);
+        }
         r.begin();
         coarse = !EXACT && __any_sync(~0u, r.query_of(0, 0).scale * r.t.k_max >= 1 ||
                                                r.query_of(0, 2).scale * r.t.k_max >= 1);

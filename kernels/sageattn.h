@@ -118,8 +118,9 @@ struct sage_tensor {
  * sequence s has queries [q_offsets[s], q_offsets[s+1]) and keys [k_offsets[s], k_offsets[s+1]);
  * the offsets start at 0, do not decrease and end at Nq and Nk. Each sequence is a problem of its
  * own. A row that sees no key gives o = 0 and lse = -inf. A NaN or Inf in q, k or v gives NaN in
- * every row that sees it, never a finite number; so may finite v whose sum over the keys is beyond
- * 2^-16 of fp32's range (on a GPU, whose largest weight may be 2^15).
+ * every row that sees it, never a finite number, but for an Inf in q or k where nothing is
+ * quantised: a score of -inf may have no weight then, as a softmax gives it. Finite v whose sum over
+ * the keys is beyond 2^-16 of fp32's range (on a GPU, whose largest weight may be 2^15) may give NaN.
  */
 struct sage_attn {
     struct sage_tensor q, k, v, o, mask, lse;
@@ -248,9 +249,10 @@ SAGE_API size_t sage_attn_cuda_workspace(const struct sage_attn *attn,
 
 /*
  * Enqueue a part (NULL: all) of a problem that has passed sage_attn_check() on a stream of the
- * current device, and return: at most two kernels that prepare K and V (none where nothing is quantised), then
- * attention. Allocates nothing and waits for nothing. Tensors and workspace are memory that the
- * device can access and the offsets are in host memory, of no interest once this returns.
+ * current device, and return: at most two kernels that prepare K and V (none where nothing is
+ * quantised), then attention. Allocates nothing and waits for nothing. Tensors and workspace are
+ * memory that the device can access and the offsets are in host memory, of no interest once this
+ * returns.
  * workspace: at least sage_attn_cuda_workspace() bytes, 256-byte aligned, contents of no interest,
  * for this call alone until the stream has passed it; parts of one group with `prepared`, one after
  * the other on one stream, find it as the one before has left it. Kernels read only q, k, v, mask

@@ -9,6 +9,7 @@
 
 #include "gpu_attn.h"
 #include "kernels/half.h"
+#include "kernels/kernels.h"
 #include "ref64.h"
 
 static bool room_for(size_t bytes, const char *what)
@@ -71,6 +72,8 @@ static struct sage_attn spread(const struct problem *p, char *base, int axis, in
         const int64_t size = (int64_t)sage_dtype_size(t[i]->dtype);
         int64_t step = 1;
 
+        if (size == 0)
+            continue; /* no mask */
         for (int dim = 3; dim >= 0; dim--) {
             t[i]->stride[dim] = dim == axis ? period / size : step;
             step *= dim == axis ? 1 : t[i]->shape[dim];
@@ -99,21 +102,28 @@ static void copy(const struct sage_tensor *to, const struct sage_tensor *from,
                                 (size_t)to->shape[3] * sage_dtype_size(to->dtype), k));
 }
 
-static void make_strided(struct problem *p, const struct gpu *gpu, int n, uint64_t seed)
+/* Each has kernels of its own. */
+enum path { MASKED, QUANTISED, EXACT, N_PATHS };
+
+static void make_strided(struct problem *p, const struct gpu *gpu, int n, enum path path,
+                         uint64_t seed)
 {
     problem_reset(p, seed + (uint64_t)n);
     problem_plain(p, n % 4 < 2 ? SAGE_F16 : SAGE_BF16,
                   n % 2 && gpu->fp8 ? SAGE_INT8_FP8 : SAGE_INT8_FP16, 2, 2, 2, 67, 65, 72);
+    if (path != MASKED)
+        return;
     p->attn.mask = problem_take(p, SAGE_F32, HND, 0, 2, 4, 67, 65);
     put_all(&p->attn.mask, 0);
     for (int64_t i = 0; i < 67; i++)
         put(&p->attn.mask, i % 2, i % 4, i, i % 65, -INFINITY);
 }
 
-static int strided(struct gpu *gpu, struct problem *p, uint64_t seed)
+static int strided(struct gpu *gpu, struct problem *p, enum path path, uint64_t seed)
 {
     const char *const axes[] = {"batch", "head", "row"};
-    char what[64], why[512], *base;
+    const char *const paths[] = {"masked", "quantised", "exact"};
+    char what[96], why[512], *base;
     struct distance far;
     int failures = 0;
 
@@ -124,7 +134,7 @@ static int strided(struct gpu *gpu, struct problem *p, uint64_t seed)
         const int axis = n / 4;
         struct sage_tensor *from[N_TENSORS], *to[N_TENSORS];
 
-        make_strided(p, gpu, n, seed);
+        make_strided(p, gpu, n, path, seed);
         /* the fewest steps are those of kv heads, or keys; each is of 16 bytes, or of 4 */
         const int64_t steps = axis == 0 ? 1 : axis == 1 ? 3 : 66, unit = n % 4 % 3 ? 16 : 4;
         const int64_t period = (reach / steps / 256 * 16 + 1) * 16 / unit * unit + (unit - 16) % 16;
@@ -144,7 +154,8 @@ static int strided(struct gpu *gpu, struct problem *p, uint64_t seed)
             p->exact = gpu_is_exact(&a);
             good = gpu_compare(gpu, p, 1, &far, why, sizeof why);
         }
-        snprintf(what, sizeof what, "stride of a %s %lld bytes", axes[axis], (long long)period);
+        snprintf(what, sizeof what, "%s, stride of a %s %lld bytes", paths[path], axes[axis],
+                 (long long)period);
         failures += verdict(what, a.variant, good, why);
     }
     MUST(cudaFree(base));
@@ -353,7 +364,7 @@ static void make_keys(struct sage_attn *host, const struct sage_attn *a, struct 
 {
     const size_t tile = TILE * DIM * 2;
 
-    fill(host->q.data, HEADS, DIM, Q_POOL, rng);
+    fill(host->q.data, HEADS * host->q.shape[2], DIM, Q_POOL, rng);
     fill(host->k.data, TILE, DIM, KV_POOL, rng);
     fill(host->v.data, TILE, DIM, KV_POOL, rng);
     upload(&a->q, &host->q);
@@ -373,19 +384,19 @@ static void make_keys(struct sage_attn *host, const struct sage_attn *a, struct 
         put(&host->mask, 0, 0, 0, j, j == TILE ? 0 : log(j == SPECIAL ? COPIES - 1 : COPIES));
 }
 
-static int large_keys(struct gpu *gpu, uint64_t seed)
+static int large_keys(struct gpu *gpu, int64_t rows, uint64_t seed)
 {
-    struct sage_attn host = allocate(HEADS, HEADS, 1, TILE + 1, DIM, false), a;
+    struct sage_attn host = allocate(HEADS, HEADS, rows, TILE + 1, DIM, false), a;
     double *r = malloc(sizeof *r * SAMPLES * DIM), lse[SAMPLES];
     int64_t where[SAMPLES][2];
-    char why[512] = "";
+    char what[64], why[512] = "";
     struct rng rng;
     int failures = 0;
 
     if (!room_for(UINT64_C(10) << 30, "K and V beyond 2^31 bytes"))
         return 0;
     rng_init(&rng, seed);
-    a = allocate(HEADS, HEADS, 1, (int64_t)TILE * COPIES, DIM, true);
+    a = allocate(HEADS, HEADS, rows, (int64_t)TILE * COPIES, DIM, true);
     make_keys(&host, &a, &rng);
     for (int i = 0; i < SAMPLES; i++) {
         where[i][0] = i < SAMPLES / 2 ? i : HEADS - 1 - (i - SAMPLES / 2);
@@ -397,7 +408,8 @@ static int large_keys(struct gpu *gpu, uint64_t seed)
         const bool good =
             run(gpu, &a, why, sizeof why) && rows_are_close(&a, where, r, lse, why, sizeof why);
 
-        failures += verdict("K and V of 2.3 GB", a.variant, good, why);
+        snprintf(what, sizeof what, "K and V of 2.3 GB, %lld rows a head", (long long)rows);
+        failures += verdict(what, a.variant, good, why);
     }
     free(host.mask.data);
     free(r);
@@ -450,7 +462,7 @@ static bool all_alike(const struct sage_attn *a, char *why, size_t len)
 }
 
 /* Q and O: row g of all heads together is row g % TILE of the tile. */
-static int large_queries(struct gpu *gpu, uint64_t seed)
+static int large_queries(struct gpu *gpu, enum path path, uint64_t seed)
 {
     enum { N = 140000, NK = 200 };
     struct sage_attn host = allocate(1, 1, TILE, NK, DIM, false), a;
@@ -482,7 +494,8 @@ static int large_queries(struct gpu *gpu, uint64_t seed)
                           rows_are_close(&a, where, r, lse, why, sizeof why) &&
                           all_alike(&a, why, sizeof why);
 
-        failures += verdict("Q and O of 2.3 GB", a.variant, good, why);
+        failures += verdict(path == EXACT ? "exact, Q and O of 2.3 GB" : "Q and O of 2.3 GB",
+                            a.variant, good, why);
     }
     free(r);
     release(&host, false);
@@ -493,13 +506,19 @@ static int large_queries(struct gpu *gpu, uint64_t seed)
 int gpu_big(struct gpu *gpu, uint64_t seed)
 {
     struct problem *p = problem_create();
-    int failures;
+    int failures = 0;
 
     printf("# seed %llu\n", (unsigned long long)seed);
-    failures = strided(gpu, p, seed);
+    for (enum path path = MASKED; path < N_PATHS; path++) {
+        sage_exact_pairs = path == EXACT ? INFINITY : 0;
+        failures += strided(gpu, p, path, seed);
+        if (path != MASKED)
+            failures += large_queries(gpu, path, seed);
+    }
     problem_destroy(p);
+    sage_exact_pairs = 0;
     failures += tokens_200k(gpu, seed);
-    failures += large_keys(gpu, seed);
-    failures += large_queries(gpu, seed);
+    failures += large_keys(gpu, 1, seed);
+    failures += large_keys(gpu, 65, seed);
     return failures;
 }

@@ -216,7 +216,6 @@ static void put_integers(const struct sage_tensor *t, struct rng *rng)
                     c == 0 ? 127 : fmax(-127, fmin(127, rint(30 * rng_normal(rng)))));
 }
 
-/* A step of the integers is a factor of many: m moves by thousands, and a few keys have it all. */
 /* A score's last digit is more than P has room for. */
 static void huge_scores(struct edges *e)
 {
@@ -234,6 +233,7 @@ static void huge_scores(struct edges *e)
     }
 }
 
+/* A step of the integers is a factor of many: m moves by thousands, and a few keys have it all. */
 static void steep(struct edges *e)
 {
     for (int64_t d = 64; d <= 128; d += 64) {

@@ -373,6 +373,8 @@ static bool must_spoil(const struct head *t, int64_t i)
         return true;
     if (!t->may_spoil)
         return false;
+    if (t->o64 && s->which < 2 && isinf(s->value)) /* as a softmax has it; without weights NaN */
+        return isnan(wanted_o(t, i, 0)) || wanted_lse(t, i) == -INFINITY;
     if (s->which == 0)
         return s->head == t->h && s->row == i;
     return sees(t, i, s->row);
