@@ -75,9 +75,13 @@ struct tile {
 /*
  * The tiles of a head and batch are taken last rows first: the longest, if causal. Then also from
  * several of them in turn, so that what is left at a launch's end is short: four tiles or so of
- * each processor, whose K and V are in the L2 cache.
+ * each processor, but only of so many that their K and V are in the L2 cache.
  */
 constexpr unsigned TILES_TOGETHER = 512;
+__device__ inline unsigned columns_together(int d_padded, unsigned each)
+{
+    return min((TILES_TOGETHER + each - 1) / each, d_padded <= 64 ? 32u : 16u);
+}
 
 /* Tile number `index`, to shared memory; there are only launches whose tiles all fit 31 bits. */
 __device__ inline void find_tile(const cuda_args &a, int tile_q, unsigned index, tile &t)
@@ -86,7 +90,7 @@ __device__ inline void find_tile(const cuda_args &a, int tile_q, unsigned index,
     const unsigned each = a.tiles.each ? static_cast<unsigned>(a.tiles.each) : total;
     const unsigned batches = total / each, q_heads = static_cast<unsigned>(a.n_q_heads);
     /* of all columns, heads and their batches, those that this tile is taken together with */
-    const unsigned most = a.high < a.nk ? (TILES_TOGETHER + each - 1) / each : 1;
+    const unsigned most = a.high < a.nk ? columns_together(a.d_padded, each) : 1;
     const unsigned before = index / (most * each) * most, left = a.n_tiles / each - before;
     const unsigned together = left < most ? left : most, place = index - before * each;
     const unsigned column = before + place % together, head = column / batches;
@@ -594,17 +598,9 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
 
     __device__ void finish_slab(int slab, const float *v_means) const
     {
-        char *const out = a.o.data + t.seq.batch * a.o.stride[0] + t.q_head * a.o.stride[1] +
-                          t.seq.q0 * a.o.stride[2];
-        float up[2]; /* 0: nothing was seen */
+        float up[2];
 
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float total = o[slab][D_TILES][2 * half];
-            up[half] = total != 0                                 ? reciprocal(total)
-                       : sees_any(row() + row_of(slab, 2 * half)) ? NAN
-                                                                  : 0;
-        }
+        weigh(slab, up);
 #pragma unroll
         for (int n = 0; n < D_TILES; n += 4) {
             const int column = 8 * (n + lane % 4);
@@ -626,10 +622,34 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
                     pairs[i] = element_pair(&o[slab][n + i][2 * half], up[half], scale[i], mean[i]);
                 /* two columns of each of four tiles become eight of one */
                 const uint4 eight = transpose_quad(pairs);
-                if (r < t.end && column < a.d)
-                    store_8(out + r * a.o.stride[2] + 2 * column, eight, a.o.aligned);
+                store_row(r, column, eight);
             }
         }
+        finish_lse(slab, up);
+    }
+
+    /* What O is multiplied by in the end; 0: nothing was seen. */
+    __device__ void weigh(int slab, float (&up)[2]) const
+    {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float total = o[slab][D_TILES][2 * half];
+            up[half] = total != 0                                 ? reciprocal(total)
+                       : sees_any(row() + row_of(slab, 2 * half)) ? NAN
+                                                                  : 0;
+        }
+    }
+
+    __device__ void store_row(int r, int column, const uint4 &eight) const
+    {
+        if (r < t.end && column < a.d)
+            store_8(a.o.data + t.seq.batch * a.o.stride[0] + t.q_head * a.o.stride[1] +
+                        (t.seq.q0 + r) * a.o.stride[2] + 2 * column,
+                    eight, a.o.aligned);
+    }
+
+    __device__ void finish_lse(int slab, const float (&up)[2]) const
+    {
         if (a.lse.data)
 #pragma unroll
             for (int half = 0; half < 2; half++) {

@@ -1124,6 +1124,41 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
         return uniform(static_cast<int>(end));
     }
 
+    /*
+     * Exact: o by way of the place of Q, of which the warp's own rows are done with: so whole rows
+     * are written side by side. All four warps' products have read Q by now.
+     */
+    __device__ void finish_exact(int q_place)
+    {
+        constexpr int UNIT = WGMMA_TILE_Q(D) * 128, EACH = D / 8; /* of a row, 16 bytes each */
+        char *const rows = m.tensors + layout::q(q_place) + r.first_row() * 128;
+        const auto place = [&](int row, int eight) {
+            return rows + eight / 8 * UNIT + row * 128 + (eight % 8 ^ row % 8) * 16;
+        };
+        float up[2];
+
+        r.weigh(0, up);
+        barrier_wait(1 + group, 128);
+#pragma unroll
+        for (int n = 0; n < EACH; n += 2) {
+            uint32_t pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                pairs[i] =
+                    r.element_pair(&r.o[0][n + i / 2][i % 2 * 2], up[i % 2], float2(), float2());
+            stmatrix(shared_address(place(r.lane % 16, n + r.lane / 16)), pairs);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 16 * EACH / 32; i++) {
+            const int at = i * 32 + r.lane, row = at / EACH, eight = at % EACH;
+            r.store_row(r.row() + row, 8 * eight,
+                        *reinterpret_cast<const uint4 *>(place(row, eight)));
+        }
+        r.finish_lse(0, up);
+        async_fence(); /* another Q comes there */
+    }
+
     /* Q to INT8, and what that tells. */
     __device__ void prepare_q(int slot, uint32_t q_parity)
     {
@@ -1160,11 +1195,13 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
         at.parity = uniform(at.parity);
         if (n > 0)
             steps(at, block * KEYS, end, uniform(q.stage));
-        if constexpr (EXACT)
-            release(m.q_empty[q.stage]);
         pass(at, all - n);
-        if (r.a.n_splits == 1 || gather())
+        if constexpr (EXACT) {
+            finish_exact(uniform(q.stage));
+            release(m.q_empty[q.stage]);
+        } else if (r.a.n_splits == 1 || gather()) {
             r.finish(m.v_means[slot]);
+        }
     }
 };
 

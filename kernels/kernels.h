@@ -189,11 +189,14 @@ int sage_kernel_find_few(int head_dim, int bf16, int64_t rows);
 int sage_kernel_first_few(void);
 /* The kernel that quantises nothing; -1: there is none. */
 int sage_kernel_find_exact(int head_dim, int bf16);
-/* Scores for each key of a kv head, on average, up to which it is taken; tests change that. */
+/*
+ * Scores for each key of a kv head, on average, up to which it is taken; beyond d = 64 as many keys
+ * of a sequence as well. Tests change that.
+ */
 extern double sage_exact_pairs;
 /* Of sage_kernels, the first one of those. */
 int sage_kernel_first_exact(void);
-/* The kernel for the whole problem on the current device, whose tensors are there; < 0: an error. */
+/* The kernel for the whole problem on the current device, whose tensors are there; < 0: error. */
 int sage_cuda_kernel(const struct sage_attn *attn);
 
 #ifdef __cplusplus
