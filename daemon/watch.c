@@ -59,6 +59,7 @@ int watch_init(struct daemon *d)
     w->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
     if (w->timer_fd < 0)
         return -errno;
+    w->hot_ns = HOT_NS;
     uv_idle_init(&d->loop, &w->hot);
     uv_poll_init(&d->loop, &w->timer, w->timer_fd);
     w->timer.data = w;
@@ -122,7 +123,7 @@ void watch_rested(struct session *s)
 
 void watch_stir(struct daemon *d)
 {
-    d->watch.hot_until_ns = daemon_now() + HOT_NS;
+    d->watch.hot_until_ns = daemon_now() + d->watch.hot_ns;
 }
 
 void watch_again(struct daemon *d)

@@ -28,6 +28,7 @@ struct watch {
     uv_idle_t hot;                 /* keeps the loop from sleeping */
     uv_poll_t timer;               /* a timerfd: libuv's timers count milliseconds */
     int timer_fd;
+    uint64_t hot_ns; /* how long it stays awake for what may follow; tests change that */
     uint64_t hot_until_ns;
     bool awake; /* since the last turn: `hot` may also be active for a packet that has woken us */
 };
