@@ -290,9 +290,28 @@ template <int D, bool FP8, bool EXACT> struct wgmma_memory {
 template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K, SCALES = HALF / 4;
     static constexpr int HALVES = KEYS / HALF;
+    static constexpr int AHEAD = EXACT && D > 64 ? 2 : 0; /* blocks: see prefetch() */
     using memory = wgmma_memory<D, FP8, EXACT>;
     using layout = wgmma_layout<D, FP8, EXACT>;
     static constexpr int STAGES = memory::STAGES;
+
+    /*
+     * A block of K and V to the L2 cache, by the tile of a head's last rows, which mostly is the
+     * first: the memory takes longer than a step. Others find it there. D = 64 is none the faster.
+     */
+    __device__ static void prefetch(const cuda_args &a, const tile &t, int block)
+    {
+        if (t.end - t.row > WGMMA_TILE_Q(D) || int64_t{block} * KEYS >= t.last)
+            return;
+#pragma unroll
+        for (int unit = 0; unit < D / 64; unit++) {
+            const int32_t where[4] = {64 * unit, static_cast<int32_t>(t.seq.k0) + block * KEYS,
+                                      static_cast<int32_t>(t.kv_head),
+                                      static_cast<int32_t>(t.seq.batch)};
+            prefetch_tensor(a.k_map, where);
+            prefetch_tensor(a.v_map, where);
+        }
+    }
 
     /*
      * The number of the next split of a tile. Each block's first is its own; the last number that
@@ -358,6 +377,9 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
             }
             __syncwarp();
             there = __any_sync(~0u, t.there);
+            if (AHEAD > 0 && first_lane && t.there)
+                for (int i = 0; i < AHEAD; i++)
+                    prefetch(a, t, static_cast<int>(t.first / KEYS) + i);
             if (there && !EXACT) {
                 const float k_max = largest_scale(a, t);
                 if (first_lane)
@@ -488,6 +510,8 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
                         fetch_k16(a, m, t, block, at.stage);
                     else
                         fetch_k(a, m, t, block, halves, at.stage);
+                    if constexpr (AHEAD > 0)
+                        prefetch(a, t, block + AHEAD);
                 }
                 wait(m.v_empty[at.stage], at.parity ^ 1);
                 if constexpr (FP8) {

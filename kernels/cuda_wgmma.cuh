@@ -69,6 +69,15 @@ template <int N> __device__ __forceinline__ void hold(int (&x)[N][4])
             asm volatile("" : "+r"(x[n][e])::"memory");
 }
 
+/* A tensor map's box to the L2 cache. */
+__device__ __forceinline__ void prefetch_tensor(const CUtensorMap &map, const int32_t (&where)[4])
+{
+    asm volatile(
+        "cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map),
+        "r"(where[0]), "r"(where[1]), "r"(where[2]), "r"(where[3])
+        : "memory");
+}
+
 /* Accumulators, as text and as registers: of 64, 72, 128 and 136 columns. */
 #define WGMMA_32                                                                                   \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "                                           \
