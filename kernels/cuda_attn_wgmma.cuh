@@ -295,6 +295,19 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
     using layout = wgmma_layout<D, FP8, EXACT>;
     static constexpr int STAGES = memory::STAGES;
 
+    /* Where a tensor map has 64 channels of some rows. */
+    struct box {
+        int32_t at[4];
+    };
+    __device__ static box box_of(int unit, int32_t row, int64_t head, const tile &t)
+    {
+        return {64 * unit, row, static_cast<int32_t>(head), static_cast<int32_t>(t.seq.batch)};
+    }
+    __device__ static box box_of_keys(int unit, int block, const tile &t)
+    {
+        return box_of(unit, static_cast<int32_t>(t.seq.k0) + block * KEYS, t.kv_head, t);
+    }
+
     /*
      * A block of K and V to the L2 cache, by the tile of a head's last rows, which mostly is the
      * first: the memory takes longer than a step. Others find it there. D = 64 is none the faster.
@@ -305,11 +318,9 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
             return;
 #pragma unroll
         for (int unit = 0; unit < D / 64; unit++) {
-            const int32_t where[4] = {64 * unit, static_cast<int32_t>(t.seq.k0) + block * KEYS,
-                                      static_cast<int32_t>(t.kv_head),
-                                      static_cast<int32_t>(t.seq.batch)};
-            prefetch_tensor(a.k_map, where);
-            prefetch_tensor(a.v_map, where);
+            const box of = box_of_keys(unit, block, t);
+            prefetch_tensor(a.k_map, of.at);
+            prefetch_tensor(a.v_map, of.at);
         }
     }
 
@@ -436,24 +447,13 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
         mbarrier_arrive_expect_tx(sem_release, scope_cta, space_shared, full, 2 * KEYS * D);
 #pragma unroll
         for (int unit = 0; unit < D / 64; unit++) {
-            const int32_t where[4] = {64 * unit, static_cast<int32_t>(t.seq.k0) + block * KEYS,
-                                      static_cast<int32_t>(t.kv_head),
-                                      static_cast<int32_t>(t.seq.batch)};
+            const box of = box_of_keys(unit, block, t);
             cp_async_bulk_tensor(space_cluster, space_global,
-                                 m.tensors + layout::v_unit(stage, unit), &a.v_map, where, full);
+                                 m.tensors + layout::v_unit(stage, unit), &a.v_map, of.at, full);
         }
     }
 
-    /* Exact: K, or Q. */
-    __device__ static void fetch_unit(memory &m, const CUtensorMap &map, int to, int unit,
-                                      int64_t row, int64_t head, int64_t batch, uint64_t *full)
-    {
-        using namespace cuda::ptx;
-        const int32_t where[4] = {64 * unit, static_cast<int32_t>(row), static_cast<int32_t>(head),
-                                  static_cast<int32_t>(batch)};
-
-        cp_async_bulk_tensor(space_cluster, space_global, m.tensors + to, &map, where, full);
-    }
+    /* Exact */
     __device__ static void fetch_k16(const cuda_args &a, memory &m, const tile &t, int block,
                                      int stage)
     {
@@ -462,9 +462,11 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
 
         mbarrier_arrive_expect_tx(sem_release, scope_cta, space_shared, full, 2 * KEYS * D);
 #pragma unroll
-        for (int unit = 0; unit < D / 64; unit++)
-            fetch_unit(m, a.k_map, layout::k_unit(stage, unit), unit,
-                       t.seq.k0 + int64_t{block} * KEYS, t.kv_head, t.seq.batch, full);
+        for (int unit = 0; unit < D / 64; unit++) {
+            const box of = box_of_keys(unit, block, t);
+            cp_async_bulk_tensor(space_cluster, space_global,
+                                 m.tensors + layout::k_unit(stage, unit), &a.k_map, of.at, full);
+        }
     }
     __device__ static void fetch_q16(const cuda_args &a, memory &m, const tile &t, int place)
     {
@@ -474,9 +476,12 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
 
         mbarrier_arrive_expect_tx(sem_release, scope_cta, space_shared, full, 2 * ROWS * D);
 #pragma unroll
-        for (int unit = 0; unit < D / 64; unit++)
-            fetch_unit(m, a.q_map, layout::q(place) + unit * ROWS * 128, unit, t.seq.q0 + t.row,
-                       t.q_head, t.seq.batch, full);
+        for (int unit = 0; unit < D / 64; unit++) {
+            const box of = box_of(unit, static_cast<int32_t>(t.seq.q0 + t.row), t.q_head, t);
+            cp_async_bulk_tensor(space_cluster, space_global,
+                                 m.tensors + layout::q(place) + unit * ROWS * 128, &a.q_map, of.at,
+                                 full);
+        }
     }
 
     /* What is beyond the last key becomes zero, for P is zero there, but 0 * NaN would be NaN. */
