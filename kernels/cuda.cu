@@ -289,7 +289,7 @@ int find_exact(const struct sage_attn *attn, int sm)
  */
 void split(struct cuda_args *a, int64_t rows, int64_t tile_q, int64_t tile_k)
 {
-    static_assert(WGMMA_TILE_Q(64) <= 192 && WGMMA_TILE_Q(128) <= 192, "COUNTERS");
+    static_assert(WGMMA_TILE_Q(64, 0) <= 192 && WGMMA_TILE_Q(128, 1) <= 192, "COUNTERS");
     const int64_t steps = ceil_div(a->nk, tile_k);
     int64_t tiles, n;
 

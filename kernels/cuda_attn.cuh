@@ -188,9 +188,9 @@ __device__ __forceinline__ void quantise_rows(const cuda_args &a, const tile &t,
         }
         const float up = quant_up(amax), scale = quant_step(amax) * a.scale;
         if (column < D)
-            *reinterpret_cast<uint4 *>(q8 +
-                                       (SHARED ? swizzled_place<D>(r, column, WGMMA_TILE_Q(D) * 128)
-                                               : r * KERNEL_PITCH(D) + column)) =
+            *reinterpret_cast<uint4 *>(
+                q8 + (SHARED ? swizzled_place<D>(r, column, WGMMA_TILE_Q(D, 0) * 128)
+                             : r * KERNEL_PITCH(D) + column)) =
                 make_uint4(to_bytes(x, up), to_bytes(x + 4, up), to_bytes(x + 8, up),
                            to_bytes(x + 12, up));
         if (column == 0)

@@ -279,8 +279,8 @@ template <int D, bool BF16, bool FP8, bool MASK> struct mma_attention {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int n = 4 * k + i / 2 * 2, e = i % 2 * 2;
-                    f[slab][k][i] = pack_e4m3(p[slab][n][e], p[slab][n][e + 1]) |
-                                    pack_e4m3(p[slab][n + 1][e], p[slab][n + 1][e + 1]) << 16;
+                    f[slab][k][i] = pack_e4m3(p[slab][n][e], p[slab][n][e + 1], p[slab][n + 1][e],
+                                              p[slab][n + 1][e + 1]);
                 }
                 mma_e4m3(block, f[slab][k], ONES, ONES);
             }

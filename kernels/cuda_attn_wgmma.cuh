@@ -7,7 +7,10 @@
  * time (FlashAttention-3, Shah et al., arXiv:2407.08608, section 3):
  *
  *   16 bits   S(j) = Q K(j)^T begins -> O += P(j - 1) V(j - 1) begins -> softmax of S(j)
- *   e4m3      P(j - 1) V(j - 1) begins, apart -> S(j) begins -> added to O -> softmax of S(j)
+ *   e4m3      S(j) -> softmax -> P(j) V(j), apart, then added to O
+ *
+ * The latter leaves registers enough for three warpgroups up to D = 128, as SageAttention 2 has
+ * three blocks of one: each waits for its products, and the others work meanwhile.
  *
  * A warp is held while its products with P, which is in registers, are begun: as long as the tensor
  * core takes for all but the last. What hides that is the other warpgroups' softmax.
@@ -114,7 +117,8 @@ template <int D, bool FP8, bool EXACT> struct wgmma_layout {
     static constexpr int V_STEP = D == 64 ? UNIT : 2 * UNIT;
     static constexpr int K = D == 64 ? STAGES * V_STEP : UNIT;
     static constexpr int Q8 = D == 64 ? K + STAGES * K_STEP : 9 * UNIT;
-    static constexpr int Q16 = Q8 + WGMMA_TILE_Q(D) * D, ONES = Q16 + WGMMA_TILE_Q(D) * 2 * D;
+    static constexpr int Q16 = Q8 + WGMMA_TILE_Q(D, false) * D,
+                         ONES = Q16 + WGMMA_TILE_Q(D, false) * 2 * D;
     static constexpr int BYTES = ONES + UNIT;
 
     __device__ static int v(int stage)
@@ -175,8 +179,8 @@ template <> struct wgmma_layout<256, false, false> {
 template <int D> struct wgmma_layout<D, true, false> {
     static constexpr int STAGES = WGMMA_STAGES(D, true), V_HALF = KERNEL_TILE_K * (D + 8);
     static constexpr int K = STAGES * 2 * V_HALF, K_STEP = WGMMA_TILE_K(D) * D;
-    static constexpr int Q8 = K + STAGES * K_STEP, Q16 = Q8 + WGMMA_TILE_Q(D) * D;
-    static constexpr int BYTES = Q16 + WGMMA_TILE_Q(D) * 2 * D;
+    static constexpr int Q8 = K + STAGES * K_STEP, Q16 = Q8 + WGMMA_TILE_Q(D, true) * D;
+    static constexpr int BYTES = Q16 + WGMMA_TILE_Q(D, true) * 2 * D;
 
     __device__ static int v(int stage)
     {
@@ -203,7 +207,7 @@ template <int D> struct wgmma_layout<D, true, false> {
 template <int D> struct wgmma_layout<D, false, true> {
     static constexpr int UNIT = 128 * WGMMA_TILE_K(D), STAGES = EXACT_STAGES(D);
     static constexpr int Q = D == 64 ? 2 * STAGES * UNIT : 9 * UNIT,
-                         Q_STEP = WGMMA_TILE_Q(D) * 2 * D;
+                         Q_STEP = WGMMA_TILE_Q(D, false) * 2 * D;
     static constexpr int ONES = D == 64 ? Q + 2 * Q_STEP : 6 * UNIT;
     static constexpr int BYTES = D == 64 ? ONES + UNIT : Q + 2 * Q_STEP;
 
@@ -239,7 +243,7 @@ template <int D> struct wgmma_layout<D, false, true> {
 
 template <int D, bool FP8, bool EXACT> struct wgmma_memory {
     using layout = wgmma_layout<D, FP8, EXACT>;
-    static constexpr int STAGES = layout::STAGES, TILE_Q = WGMMA_TILE_Q(D);
+    static constexpr int STAGES = layout::STAGES, TILE_Q = WGMMA_TILE_Q(D, FP8);
     static constexpr int QUERIES = EXACT ? 2 : 1; /* tiles that have a Q */
 
     char tensors[layout::BYTES];
@@ -264,7 +268,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_memory {
     __device__ void init_barriers()
     {
         const auto init = [](uint64_t &barrier, int n) { cuda::ptx::mbarrier_init(&barrier, n); };
-        constexpr int WARPS = 4 * WGMMA_GROUPS(D);
+        constexpr int WARPS = 4 * WGMMA_GROUPS(D, FP8);
 
         for (int i = 0; i < STAGES; i++) {
             init(k_full[i], 1);
@@ -314,7 +318,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
      */
     __device__ static void prefetch(const cuda_args &a, const tile &t, int block)
     {
-        if (t.end - t.row > WGMMA_TILE_Q(D) || int64_t{block} * KEYS >= t.last)
+        if (t.end - t.row > WGMMA_TILE_Q(D, FP8) || int64_t{block} * KEYS >= t.last)
             return;
 #pragma unroll
         for (int unit = 0; unit < D / 64; unit++) {
@@ -378,7 +382,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
                     ticket = next_ticket(a);
                 t.there = false;
                 while (ticket < a.n_tiles * a.n_splits) {
-                    find_tile(a, WGMMA_TILE_Q(D), ticket / a.n_splits, t);
+                    find_tile(a, WGMMA_TILE_Q(D, FP8), ticket / a.n_splits, t);
                     if (t.there) {
                         take_split(a, ticket, t);
                         break;
@@ -471,7 +475,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
     __device__ static void fetch_q16(const cuda_args &a, memory &m, const tile &t, int place)
     {
         using namespace cuda::ptx;
-        constexpr int ROWS = WGMMA_TILE_Q(D);
+        constexpr int ROWS = WGMMA_TILE_Q(D, FP8);
         uint64_t *const full = &m.q_full[place];
 
         mbarrier_arrive_expect_tx(sem_release, scope_cta, space_shared, full, 2 * ROWS * D);
@@ -554,7 +558,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
         char *to = m.q16(lane / EACH) + 16 * vector;
 
 #pragma unroll 4
-        for (int r = lane / EACH; r < WGMMA_TILE_Q(D); r += 32 / EACH) {
+        for (int r = lane / EACH; r < WGMMA_TILE_Q(D, FP8); r += 32 / EACH) {
             if (a.q.aligned)
                 copy_async(shared_address(to), from, r < end);
             else
@@ -603,11 +607,9 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
 /* --- those that compute --- */
 
 template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
-    static constexpr int GROUPS = WGMMA_GROUPS(D);
+    static constexpr int GROUPS = WGMMA_GROUPS(D, FP8);
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K;
     static constexpr float MOST = 15; /* above m: binary16 ends at 2^16 */
-    /* elsewhere they wait more than they gain */
-    static constexpr bool TURNS = FP8 && D > 64;
     using memory = wgmma_memory<D, FP8, EXACT>;
     using layout = wgmma_layout<D, FP8, EXACT>;
     using fetch = wgmma_fetch<D, FP8, EXACT>;
@@ -644,7 +646,8 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
             wgmma_16<BF16, false>(x.p[0], q, k);
 #pragma unroll
             for (int i = 1; i < D / 16; i++)
-                wgmma_16<BF16, true>(x.p[0], q + i / 4 * (WGMMA_TILE_Q(D) * 128 / 16) + i % 4 * 2,
+                wgmma_16<BF16, true>(x.p[0],
+                                     q + i / 4 * (WGMMA_TILE_Q(D, FP8) * 128 / 16) + i % 4 * 2,
                                      k + i / 4 * k_step + i % 4 * 2);
         } else {
             constexpr int ROW = SWIZZLED_ROW<D>, STEPS = ROW / 32; /* of a panel */
@@ -663,63 +666,83 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     }
 
     /*
-     * P V begins, and the sum of P: 16 bits to O, e4m3 to sums of its own, since the tensor core's
-     * are short.
+     * P V, and with it the sum of P: 16 bits to O, e4m3 to sums of its own, since the tensor core's
+     * are short. The latter begins, for TILES tiles of 8 columns from `first` on.
      */
-    struct products {
-        float sums[FP8 ? D / 8 + 1 : 1][4];
-    };
-
-    __device__ void begin_values(products &pv, int stage)
+    template <int TILES> __device__ void begin_sums(float (&sums)[TILES][4], int stage, int first)
     {
-        const uint32_t at = shared_address(m.tensors) + layout::v(stage);
+        const uint32_t at = shared_address(m.tensors) + layout::v(stage) + first * 8 * HALF;
+        const uint64_t v = matrix_at(at, HALF, 8 * HALF, 0);
 
-        if constexpr (!FP8)
-            hold(r.o[0]);
         wgmma_fence();
-        if constexpr (FP8) {
-            const uint64_t v = matrix_at(at, HALF, 8 * HALF, 0);
-            wgmma_e4m3(pv.sums, p_packed[0], v);
+        wgmma_e4m3(sums, p_packed[0], v);
 #pragma unroll
-            for (int k = 1; k < KEYS / 32; k++)
-                wgmma_e4m3_add(pv.sums, p_packed[k],
-                               v + (k / 2 * layout::V_HALF + k % 2 * 32) / 16);
+        for (int k = 1; k < KEYS / 32; k++)
+            wgmma_e4m3_add(sums, p_packed[k], v + (k / 2 * layout::V_HALF + k % 2 * 32) / 16);
+        wgmma_commit();
+    }
+
+    /* They are there. */
+    template <int TILES> __device__ void add_sums(float (&sums)[TILES][4], int first)
+    {
+#pragma unroll
+        for (int n = 0; n < TILES; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                r.o[0][first + n][e] = fmaf(r.o[0][first + n][e], decay[0][e / 2], sums[n][e]);
+    }
+
+    /* e4m3, from beginning to end; D = 128: by halves, as registers are few. */
+    __device__ void values_8(int stage)
+    {
+        constexpr int LOW = D > 64 ? D / 16 : 0;
+        float high[D / 8 + 1 - LOW][4];
+
+        if constexpr (LOW > 0) {
+            float low[LOW][4];
+            begin_sums(low, stage, 0);
+            wgmma_wait<0>();
+            hold(low);
+            add_sums(low, 0);
+        }
+        begin_sums(high, stage, LOW);
+        wgmma_wait<0>();
+        hold(high);
+        release(m.v_empty[stage]);
+        add_sums(high, LOW);
+    }
+
+    __device__ void begin_values_16(int stage)
+    {
+        const uint64_t v = matrix_at(shared_address(m.tensors) + layout::v(stage), 128, 1024,
+                                     layout::v_step(stage));
+        constexpr int STEP = 16 * 128 / 16;
+
+        hold(r.o[0]);
+        wgmma_fence();
+        if constexpr (D <= 128) {
+#pragma unroll
+            for (int k = 0; k < KEYS / 16; k++)
+                wgmma_16_add<BF16>(r.o[0], p_packed[k], v + k * STEP);
         } else {
-            const uint64_t v = matrix_at(at, 128, 1024, layout::v_step(stage));
-            constexpr int STEP = 16 * 128 / 16;
-            if constexpr (D <= 128) {
+            const uint64_t low = matrix_at(shared_address(m.tensors) + layout::v_low(stage), 128,
+                                           1024, layout::UNIT);
+            auto &o_low = reinterpret_cast<float(&)[16][4]>(r.o[0][0]);
+            auto &o_high = reinterpret_cast<float(&)[17][4]>(r.o[0][16]);
 #pragma unroll
-                for (int k = 0; k < KEYS / 16; k++)
-                    wgmma_16_add<BF16>(r.o[0], p_packed[k], v + k * STEP);
-            } else {
-                const uint64_t low = matrix_at(shared_address(m.tensors) + layout::v_low(stage),
-                                               128, 1024, layout::UNIT);
-                auto &o_low = reinterpret_cast<float(&)[16][4]>(r.o[0][0]);
-                auto &o_high = reinterpret_cast<float(&)[17][4]>(r.o[0][16]);
-#pragma unroll
-                for (int k = 0; k < KEYS / 16; k++) {
-                    wgmma_16_add<BF16>(o_low, p_packed[k], low + k * STEP);
-                    wgmma_16_add<BF16>(o_high, p_packed[k], v + k * STEP);
-                }
+            for (int k = 0; k < KEYS / 16; k++) {
+                wgmma_16_add<BF16>(o_low, p_packed[k], low + k * STEP);
+                wgmma_16_add<BF16>(o_high, p_packed[k], v + k * STEP);
             }
         }
         wgmma_commit();
     }
 
-    /* It is there. */
-    __device__ void end_values(products &pv, int stage)
+    __device__ void end_values_16(int stage)
     {
-        if constexpr (FP8)
-            hold(pv.sums);
-        else
-            hold(r.o[0]);
+        wgmma_wait<0>();
+        hold(r.o[0]);
         release(m.v_empty[stage]);
-        if constexpr (FP8)
-#pragma unroll
-            for (int n = 0; n <= D / 8; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    r.o[0][n][e] = fmaf(r.o[0][n][e], decay[0][e / 2], pv.sums[n][e]);
     }
 
     /* --- softmax --- */
@@ -732,24 +755,27 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
             hold(x.s);
     }
 
-    /* What the tile's integers stand for, by row and run of keys, relative to nothing. */
-    using factors = float[2][KEYS / 16];
+    /*
+     * What the tile's integers stand for: by row, times by run of keys. Both, as there are no
+     * registers for their products.
+     */
+    struct factors {
+        float q[2], k[KEYS / 16];
+    };
 
     __device__ void load_factors(factors &c, int stage) const
     {
         const float *from = m.k_scale[stage] + r.lane % 4 * 4;
-        /* there are no registers to keep them */
-        const float q_scale[2] = {r.query_of(0, 0).scale, r.query_of(0, 2).scale};
 
+        c.q[0] = r.query_of(0, 0).scale;
+        c.q[1] = r.query_of(0, 2).scale;
 #pragma unroll
         for (int run = 0; run < KEYS / 16; run += 4) {
             const float4 four = *reinterpret_cast<const float4 *>(from + 4 * run);
-            const float k_scale[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-#pragma unroll
-                for (int half = 0; half < 2; half++)
-                    c[half][run + i] = q_scale[half] * k_scale[i];
+            c.k[run] = four.x;
+            c.k[run + 1] = four.y;
+            c.k[run + 2] = four.z;
+            c.k[run + 3] = four.w;
         }
     }
 
@@ -758,9 +784,9 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     {
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            x.p[0][n][e] = EXACT
-                               ? fmaf(x.p[0][n][e], r.a.scale, -top[e / 2])
-                               : fmaf(static_cast<float>(x.s[n][e]), c[e / 2][n / 2], -top[e / 2]);
+            x.p[0][n][e] =
+                EXACT ? fmaf(x.p[0][n][e], r.a.scale, -top[e / 2])
+                      : fmaf(static_cast<float>(x.s[n][e]), c.q[e / 2] * c.k[n / 2], -top[e / 2]);
     }
 
     __device__ void scale(scores &x, const factors &c, const float (&top)[2]) const
@@ -777,6 +803,13 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
             x.p[0][n][e] = exp2_fast(x.p[0][n][e]);
     }
 
+    __device__ static void exponentiate(scores &x)
+    {
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+            exponentiate(x, n);
+    }
+
     /*
      * Integers to P before rounding, relative to `top`; done(n) is called for each tile of 8 keys,
      * in order, when its P is there. Exponentials take longest, so they are to be among all else;
@@ -791,29 +824,33 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
         for (int n = 0; n < AHEAD; n++)
             scale(x, n, c, top);
 #pragma unroll
-        for (int n = 0; n < N + AHEAD; n++) {
+        for (int n = 0; n <= N; n++) {
             if (n < N)
                 exponentiate(x, n);
+            if (n > 0)
+                done(n - 1);
             if (n > 0 && n + AHEAD < N) {
                 top[0] = fmaf(x.p[0][n - 1][0], 0, top[0]);
                 top[1] = fmaf(x.p[0][n - 1][2], 0, top[1]);
             }
             if (n + AHEAD < N)
                 scale(x, n + AHEAD, c, top);
-            if (n >= AHEAD)
-                done(n - AHEAD);
         }
     }
 
     /* For lse: P before rounding. */
-    __device__ void add_up(const float (&p)[KEYS / 8][4])
+    __device__ void add_up(const scores &x, int n)
+    {
+#pragma unroll
+        for (int e = 0; e < 4; e += 2)
+            r.sum[0][e / 2] += x.p[0][n][e] + x.p[0][n][e + 1];
+    }
+    __device__ void add_up(const scores &x)
     {
         if (r.a.lse.data)
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e += 2)
-                    r.sum[0][e / 2] += p[n][e] + p[n][e + 1];
+                add_up(x, n);
     }
 
     /* P to 16 bits or e4m3, as A of P V: two or four tiles of 8 keys are a step's. */
@@ -826,10 +863,30 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
             if constexpr (!FP8)
                 p_packed[n / 2][n % 2 * 2 + row] = pack_16<BF16>(p[n][2 * row], p[n][2 * row + 1]);
             else if (n % 2 == 1)
-                p_packed[n / 4][n / 2 % 2 * 2 + row] =
-                    pack_e4m3(p[n - 1][2 * row], p[n - 1][2 * row + 1]) |
-                    pack_e4m3(p[n][2 * row], p[n][2 * row + 1]) << 16;
+                p_packed[n / 4][n / 2 % 2 * 2 + row] = pack_e4m3(
+                    p[n - 1][2 * row], p[n - 1][2 * row + 1], p[n][2 * row], p[n][2 * row + 1]);
         }
+    }
+
+    __device__ void pack(const scores &x)
+    {
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+            pack(x, n);
+    }
+
+    /* e4m3: integers to A of P V. Twice: P would have to stay for its sum. */
+    __device__ void exponentiate_and_pack(scores &x, const factors &c)
+    {
+        float top[2] = {r.reference(r.top[0][0]), r.reference(r.top[0][1])};
+
+        if (r.a.lse.data)
+            exponentiate(x, c, top, [&](int n) {
+                add_up(x, n);
+                pack(x, n);
+            });
+        else
+            exponentiate(x, c, top, [&](int n) { pack(x, n); });
     }
 
     /*
@@ -857,9 +914,11 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
                 } else {
                     const int top =
                         max(max(max(x.s[even][i], x.s[even][i + 1]), x.s[odd][i]), x.s[odd][i + 1]);
-                    most[half] = fmaxf(most[half], static_cast<float>(top) * c[half][run]);
+                    most[half] = fmaxf(most[half], static_cast<float>(top) * c.k[run]);
                 }
             }
+            if constexpr (!EXACT)
+                most[half] *= c.q[half];
             large |= fabsf(most[half]) >= LARGE;
         }
         if (EXACT && __any_sync(~0u, large))
@@ -880,13 +939,15 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int top[2] = {0, 0}; /* two: no long chain */
-            float scale = EXACT ? r.a.scale : c[half][0];
+            float scale = EXACT ? r.a.scale : c.k[0];
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++)
                 top[n % 2] = max(max(top[n % 2], x.s[n][2 * half]), x.s[n][2 * half + 1]);
 #pragma unroll
             for (int run = 1; run < KEYS / 16 && !EXACT; run++)
-                scale = fmaxf(scale, c[half][run]);
+                scale = fmaxf(scale, c.k[run]);
+            if constexpr (!EXACT)
+                scale *= c.q[half];
             const int largest = max(top[0], top[1]);
             const float most =
                 (EXACT ? __int_as_float(largest) : static_cast<float>(largest)) * scale;
@@ -905,12 +966,14 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
 
     /*
      * S to P, 16 bits; true if m moved: O has to be rescaled by `decay`, which is 1 otherwise.
-     * before_pack() is called before P takes the place of the last one. `INTEGERS`: where all rows
-     * see all keys it is these that tell whether m moves, so that exponentials can begin at once.
+     * before_pack() is called before P takes the place of the last one. Where all rows see all keys
+     * it is the integers that tell whether m moves, so that exponentials can begin at once; D = 64
+     * has no registers for that.
      */
-    template <bool INTEGERS, typename BeforePack>
+    template <typename BeforePack>
     __device__ bool softmax_16(scores &x, int stage, int key0, BeforePack before_pack)
     {
+        constexpr bool INTEGERS = D > 64 || EXACT;
         factors c;
         bool moved;
 
@@ -935,133 +998,86 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
                   {coarse ? 0 : r.reference(r.top[0][0]), coarse ? 0 : r.reference(r.top[0][1])});
             r.hide(x.p, key0);
             moved = coarse ? r.follow(x.p, decay) : r.follow_from_top(x.p, decay);
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-                exponentiate(x, n);
+            exponentiate(x);
         }
-        add_up(x.p[0]);
+        add_up(x);
         before_pack();
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
-            pack(x, n);
+        pack(x);
         return moved;
     }
 
-    /*
-     * S to 2^8 P; m is always the largest score so far. The warpgroups exponentiate one after the
-     * other: if two did so at the same time both would take twice as long, with nothing left to be
-     * done beside.
-     */
+    /* S to 2^8 P; m is always the largest score so far. */
     __device__ void softmax_8(scores &x, int stage, int key0)
     {
-        const bool all = __any_sync(~0u, !coarse && r.all_see(key0));
         factors c;
 
         load_factors(c, stage);
         leave(m.k_empty[stage]);
-        if (all) {
+        if (__any_sync(~0u, !coarse && r.all_see(key0))) {
             follow(x, c);
+            exponentiate_and_pack(x, c);
         } else {
             scale(x, c, {0, 0});
             r.hide(x.p, key0);
             r.follow(x.p, decay);
+            exponentiate(x);
+            add_up(x);
+            pack(x);
         }
-        turn_wait(group);
-        if (all) {
-            /* in this order: the unit for exponentials, the slowest, has something to do always */
-            float top[2] = {r.reference(r.top[0][0]), r.reference(r.top[0][1])};
-            exponentiate(x, c, top, [&](int n) { pack(x, n); });
-        } else {
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
-                exponentiate(x, n);
-                pack(x, n);
-            }
-        }
-        turn_over(group);
-        add_up(x.p[0]);
-    }
-
-    __device__ static void turn_wait(int group)
-    {
-        if constexpr (TURNS)
-            barrier_wait(1 + GROUPS + group, 256);
-    }
-    __device__ static void turn_over(int group)
-    {
-        if constexpr (TURNS)
-            barrier_count(1 + GROUPS + (group + 1) % GROUPS, 256);
     }
 
     /* --- the keys --- */
 
-    /*
-     * Tiles from key0 on, up to and without key `end`. 16 bits: S first, so that the end of P V is
-     * beside the softmax. e4m3: P V first, so that its sums are added up beside S, if there are
-     * registers for both.
-     */
+    __device__ void scores_of(scores &x, const ring_place<STAGES> &at, int q_place) const
+    {
+        wait(m.k_full[at.stage], at.parity);
+        begin_scores(x, at.stage, q_place);
+    }
+
+    /* Tiles from key0 on, up to and without key `end`. */
     __device__ void steps(ring_place<STAGES> &at, int key0, int end, int q_place)
     {
         scores x;
-        products pv;
 
-        wait(m.k_full[at.stage], at.parity);
-        begin_scores(x, at.stage, q_place);
-        wgmma_wait<0>();
-        hold_scores(x);
-        if constexpr (FP8)
-            softmax_8(x, at.stage, key0);
-        else
-            softmax_16<true>(x, at.stage, key0, [] {});
+        if constexpr (FP8) {
 #pragma unroll 1
-        for (key0 += KEYS; key0 < end; key0 += KEYS) {
-            const ring_place<STAGES> before = at;
-
-            at.next();
-            if constexpr (FP8) {
-                wait(m.v_full[before.stage], before.parity);
-                begin_values(pv, before.stage);
-                wait(m.k_full[at.stage], at.parity);
-                if constexpr (D > 64) {
-                    begin_scores(x, at.stage, q_place);
-                    wgmma_wait<1>();
-                    end_values(pv, before.stage);
-                } else {
-                    wgmma_wait<0>();
-                    end_values(pv, before.stage);
-                    begin_scores(x, at.stage, q_place);
-                }
+            for (; key0 < end; key0 += KEYS, at.next()) {
+                scores_of(x, at, q_place);
                 wgmma_wait<0>();
                 hold_scores(x);
                 softmax_8(x, at.stage, key0);
-            } else {
-                wait(m.k_full[at.stage], at.parity);
-                begin_scores(x, at.stage, q_place);
+                wait(m.v_full[at.stage], at.parity);
+                values_8(at.stage);
+            }
+        } else {
+            scores_of(x, at, q_place);
+            wgmma_wait<0>();
+            hold_scores(x);
+            softmax_16(x, at.stage, key0, [] {});
+#pragma unroll 1
+            for (key0 += KEYS; key0 < end; key0 += KEYS) {
+                const ring_place<STAGES> before = at;
+
+                at.next();
+                scores_of(x, at, q_place);
                 wait(m.v_full[before.stage], before.parity);
-                begin_values(pv, before.stage);
+                begin_values_16(before.stage);
                 wgmma_wait<1>();
                 hold_scores(x);
-                const bool moved = softmax_16<(D > 64 || EXACT)>(x, at.stage, key0, [&] {
-                    wgmma_wait<0>();
-                    end_values(pv, before.stage);
-                });
-                if (moved)
+                if (softmax_16(x, at.stage, key0, [&] { end_values_16(before.stage); }))
                     r.rescale(decay);
             }
+            wait(m.v_full[at.stage], at.parity);
+            begin_values_16(at.stage);
+            end_values_16(at.stage);
+            at.next();
         }
-        wait(m.v_full[at.stage], at.parity);
-        begin_values(pv, at.stage);
-        wgmma_wait<0>();
-        end_values(pv, at.stage);
-        at.next();
     }
 
     /* Tiles that only other warpgroups need. */
     __device__ void pass(ring_place<STAGES> &at, int n) const
     {
         for (; n > 0; n--, at.next()) {
-            turn_wait(group);
-            turn_over(group);
             wait(m.k_full[at.stage], at.parity);
             if constexpr (EXACT)
                 release(m.k_empty[at.stage]); /* all lanes have seen it */
@@ -1159,7 +1175,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
      */
     __device__ void finish_exact(int q_place)
     {
-        constexpr int UNIT = WGMMA_TILE_Q(D) * 128, EACH = D / 8; /* of a row, 16 bytes each */
+        constexpr int UNIT = WGMMA_TILE_Q(D, FP8) * 128, EACH = D / 8; /* of a row, 16 bytes each */
         char *const rows = m.tensors + layout::q(q_place) + r.first_row() * 128;
         const auto place = [&](int row, int eight) {
             return rows + eight / 8 * UNIT + row * 128 + (eight % 8 ^ row % 8) * 16;
@@ -1235,7 +1251,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
 };
 
 template <int D, bool BF16, bool FP8, bool EXACT>
-__global__ void __launch_bounds__(WGMMA_THREADS(D), 1)
+__global__ void __launch_bounds__(WGMMA_THREADS(D, FP8), 1)
     wgmma_kernel(const __grid_constant__ cuda_args args)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -1249,15 +1265,15 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D), 1)
 
     memory::layout::fill_ones(m.tensors, BF16);
     async_fence();
-    for (int i = threadIdx.x; EXACT && i < WGMMA_TILE_Q(D); i += blockDim.x)
+    for (int i = threadIdx.x; EXACT && i < WGMMA_TILE_Q(D, FP8); i += blockDim.x)
         m.queries[i] = {};
     if (threadIdx.x == 0)
         m.init_barriers();
     __syncthreads();
     cudaGridDependencySynchronize();
     stamp_start(args);
-    if (threadIdx.x / 128 == WGMMA_GROUPS(D)) {
-        registers_less<WGMMA_FETCH_REGISTERS(D)>();
+    if (threadIdx.x / 128 == WGMMA_GROUPS(D, FP8)) {
+        registers_less<WGMMA_FETCH_REGISTERS(D, FP8)>();
         const int warp = threadIdx.x / 32 % 4;
         if (warp == 0)
             fetch::tiles(args, m);
@@ -1270,9 +1286,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D), 1)
         ring_place<WGMMA_TILES> slot;
         ring_place<memory::QUERIES> q;
 
-        registers_more<WGMMA_REGISTERS(D)>();
-        if (threadIdx.x / 128 == WGMMA_GROUPS(D) - 1)
-            attention::turn_over(WGMMA_GROUPS(D) - 1);
+        registers_more<WGMMA_REGISTERS(D, FP8)>();
         for (;; slot.next(), q.next()) {
             const tile &t = m.tiles[slot.stage];
             wait(m.tile_full[slot.stage], slot.parity);
@@ -1281,8 +1295,6 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D), 1)
             attention(args, m, t).run(at, slot.stage, q);
             leave(m.tile_empty[slot.stage]);
         }
-        if (threadIdx.x < 128)
-            attention::turn_wait(0); /* no barrier is left half counted */
     }
 #endif
 }
@@ -1291,9 +1303,9 @@ template <int D, bool BF16, bool FP8, bool EXACT>
 cudaError_t wgmma_launch(const cuda_args *args, unsigned blocks, cudaStream_t stream)
 {
     blocks *= args->n_splits;
-    return launch_early(wgmma_kernel<D, BF16, FP8, EXACT>,
-                        blocks < args->processors ? blocks : args->processors, WGMMA_THREADS(D),
-                        EXACT ? EXACT_SMEM(D) : WGMMA_SMEM(D, FP8), stream, *args);
+    return launch_early(
+        wgmma_kernel<D, BF16, FP8, EXACT>, blocks < args->processors ? blocks : args->processors,
+        WGMMA_THREADS(D, FP8), EXACT ? EXACT_SMEM(D) : WGMMA_SMEM(D, FP8), stream, *args);
 }
 
 } // namespace sage

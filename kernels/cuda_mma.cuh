@@ -151,23 +151,24 @@ template <bool BF16> __device__ __forceinline__ uint32_t pack_finite_16(float lo
     return r;
 }
 
-/* Two numbers to e4m3, saturating at 448, NaN to NaN, the first one below. sm_89 on. */
-__device__ __forceinline__ uint32_t pack_e4m3(float low, float high)
+/* Four numbers to e4m3, saturating at 448, NaN to NaN, the first one below. sm_89 on. */
+__device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1, float x2, float x3)
 {
 #if __CUDA_ARCH__ >= 890
-    uint16_t r;
+    uint32_t r;
 
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n"
+        "}"
+        : "=r"(r)
+        : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
     return r;
 #else
     return 0;
 #endif
-}
-
-/* Four numbers, likewise. */
-__device__ __forceinline__ uint32_t pack_e4m3_4(float x0, float x1, float x2, float x3)
-{
-    return pack_e4m3(x0, x1) | pack_e4m3(x2, x3) << 16;
 }
 
 /*

@@ -430,8 +430,8 @@ __device__ void quantise_v(const cuda_args &a, const shared_rows<D> &rows, int n
                 for (int i = 0; i < 2; i++) {
                     const float2 x = unpack_pair<BF16>(r[2 * i]),
                                  y = unpack_pair<BF16>(r[2 * i + 1]);
-                    words[run + i] = pack_e4m3_4((x.x - mean) * up, (x.y - mean) * up,
-                                                 (y.x - mean) * up, (y.y - mean) * up) &
+                    words[run + i] = pack_e4m3((x.x - mean) * up, (x.y - mean) * up,
+                                               (y.x - mean) * up, (y.y - mean) * up) &
                                      mask;
                 }
             }

@@ -146,9 +146,10 @@ __device__ __forceinline__ void wgmma_16(float (&d)[16][4], uint64_t a, uint64_t
 }
 
 /*
- * d = a b (+ d), 64 x 72, 128 or 136; a in registers. 16 bits: a is 64 x 16, b transposed: it has
+ * d = a b (+ d), 64 x 64, 72, 128 or 136; a in registers. 16 bits: a is 64 x 16, b transposed: it has
  * its columns side by side. e4m3: a is 64 x 32, b has its 32 side by side.
  */
+#define WGMMA_A_32 "{%32, %33, %34, %35}, %36, "
 #define WGMMA_A_36 "{%36, %37, %38, %39}, %40, "
 #define WGMMA_A_64 "{%64, %65, %66, %67}, %68, "
 #define WGMMA_A_68 "{%68, %69, %70, %71}, %72, "
@@ -181,6 +182,7 @@ __device__ __forceinline__ void wgmma_16(float (&d)[16][4], uint64_t a, uint64_t
     {                                                                                              \
         WGMMA_PV("m64n" #columns "k32.f32.e4m3.e4m3", n, 1, "+f", "1, 1");                         \
     }
+WGMMA_PV_FUNCTIONS(8, 32, 64)
 WGMMA_PV_FUNCTIONS(9, 36, 72)
 WGMMA_PV_FUNCTIONS(16, 64, 128)
 WGMMA_PV_FUNCTIONS(17, 68, 136)

@@ -24,8 +24,9 @@
         SAGE_KERNEL_##feature ? "causal,window,varlen,lse,mask" : "causal,window,varlen,lse",      \
         KERNEL_TILE_Q(d), KERNEL_TILE_K, 32 * KERNEL_WARPS, KERNEL_SMEM(d, SAGE_KERNEL_##pv))
 #define WGMMA_ROW(d, dtype, pv, feature)                                                           \
-    KERNEL_ROW(wgmma, 90, 90, d, dtype, pv, feature, "causal,window,varlen,lse", WGMMA_TILE_Q(d),  \
-               WGMMA_TILE_K(d), WGMMA_THREADS(d), WGMMA_SMEM(d, SAGE_KERNEL_##pv))
+    KERNEL_ROW(wgmma, 90, 90, d, dtype, pv, feature, "causal,window,varlen,lse",                   \
+               WGMMA_TILE_Q(d, SAGE_KERNEL_##pv), WGMMA_TILE_K(d),                                 \
+               WGMMA_THREADS(d, SAGE_KERNEL_##pv), WGMMA_SMEM(d, SAGE_KERNEL_##pv))
 
 #define FEW_ROW(d, dtype, rows)                                                                    \
     {"few " #dtype " rows" #rows " d" #d,                                                          \
@@ -48,9 +49,9 @@
      #dtype,                                                                                       \
      "any",                                                                                        \
      "causal,window,varlen,lse",                                                                   \
-     WGMMA_TILE_Q(d),                                                                              \
+     WGMMA_TILE_Q(d, 0),                                                                           \
      WGMMA_TILE_K(d),                                                                              \
-     WGMMA_THREADS(d),                                                                             \
+     WGMMA_THREADS(d, 0),                                                                          \
      EXACT_SMEM(d)},
 
 const struct sage_kernel sage_kernels[] = {SAGE_KERNELS_SM90(WGMMA_ROW) SAGE_KERNELS(

@@ -126,28 +126,28 @@ enum {
  * those that the block starts with; stages of K and V in shared memory.
  */
 #define WGMMA_TILE_K(d) ((d) <= 128 ? 128 : 64)
-#define WGMMA_GROUPS(d) ((d) <= 64 ? 3 : 2)
-#define WGMMA_THREADS(d) (128 * WGMMA_GROUPS(d) + 128)
-#define WGMMA_REGISTERS(d) ((d) <= 64 ? 160 : 232)
-#define WGMMA_FETCH_REGISTERS(d) ((d) <= 64 ? 32 : 40)
-#define WGMMA_TILE_Q(d) (64 * WGMMA_GROUPS(d))
+#define WGMMA_GROUPS(d, fp8) ((d) <= 64 || (fp8) ? 3 : 2)
+#define WGMMA_THREADS(d, fp8) (128 * WGMMA_GROUPS(d, fp8) + 128)
+#define WGMMA_REGISTERS(d, fp8) (WGMMA_GROUPS(d, fp8) == 3 ? 160 : 232)
+#define WGMMA_FETCH_REGISTERS(d, fp8) (WGMMA_GROUPS(d, fp8) == 3 ? 32 : 40)
+#define WGMMA_TILE_Q(d, fp8) (64 * WGMMA_GROUPS(d, fp8))
 #define WGMMA_STAGES(d, fp8) ((d) <= 64 || (fp8) ? 4 : (d) <= 128 ? 3 : 2)
 #define WGMMA_ALIGN 1024
 /* K and V, and as many ones as 64 channels of V, or, e4m3, 8 more channels; Q, twice. */
 #define WGMMA_TENSORS(d, fp8)                                                                      \
     (((fp8) ? WGMMA_STAGES(d, fp8) * WGMMA_TILE_K(d) * (2 * (d) + 8)                               \
             : WGMMA_TILE_K(d) * (WGMMA_STAGES(d, fp8) * 3 * (d) + 128)) +                          \
-     WGMMA_TILE_Q(d) * 3 * (d))
+     WGMMA_TILE_Q(d, fp8) * 3 * (d))
 /* and K's scales, what belongs to Q's rows, means and scales of three tiles; barriers, places */
 #define WGMMA_SMEM(d, fp8)                                                                         \
     (WGMMA_ALIGN + WGMMA_TENSORS(d, fp8) + WGMMA_STAGES(d, fp8) * WGMMA_TILE_K(d) +                \
-     WGMMA_TILE_Q(d) * 8 + ((fp8) ? 36 : 12) * (d) + 896)
+     WGMMA_TILE_Q(d, fp8) * 8 + ((fp8) ? 36 : 12) * (d) + 896)
 
 /* Nothing quantised: K and V, ones, Q twice; what belongs to Q's rows, barriers, places. */
 #define EXACT_STAGES(d) ((d) <= 64 ? 4 : 2)
 #define EXACT_SMEM(d)                                                                              \
     (WGMMA_ALIGN + WGMMA_TILE_K(d) * (EXACT_STAGES(d) * 4 * (d) + 128) +                           \
-     WGMMA_TILE_Q(d) * (4 * (d) + 8) + 1024)
+     WGMMA_TILE_Q(d, 0) * (4 * (d) + 8) + 1024)
 
 /*
  * Few rows: warps, keys of a stage, stages of K or V in shared memory, and Q. About 64 KiB of
