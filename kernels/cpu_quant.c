@@ -9,6 +9,7 @@
 
 #include "half.h"
 #include "rotate.h"
+#include "sample.h"
 
 /* One row of K or V as floats. */
 static void load(float *x, const struct sage_tensor *t, const struct cpu_group *g, int64_t key)
@@ -46,8 +47,9 @@ void cpu_sum_chunk(const struct cpu_job *job, int64_t n)
     float *s = sums_of(job, &g, c), x[SAGE_MAX_HEAD_DIM];
 
     memset(s, 0, job->at.sum_bytes);
-    for (int64_t key = c * CHUNK_K; a->smooth_k && key < end; key++) {
-        load(x, &a->k, &g, key);
+    const int shift = sample_shift(g.seq.nk);
+    for (int64_t at = c * CHUNK_K >> shift; a->smooth_k && at < end >> shift; at++) {
+        load(x, &a->k, &g, sample_key(at, shift));
         for (int64_t i = 0; i < d; i++)
             s[SUM_K * d + i] += x[i];
     }
@@ -84,7 +86,7 @@ static void k_channels(const struct cpu_job *job, const struct cpu_group *g, str
         for (int64_t i = 0; i < d; i++)
             ch->k_mean[i] += sums_of(job, g, c)[SUM_K * d + i];
     for (int64_t i = 0; i < d; i++)
-        ch->k_mean[i] /= (float)g->seq.nk;
+        ch->k_mean[i] /= (float)(g->seq.nk >> sample_shift(g->seq.nk));
 }
 
 /*
@@ -122,21 +124,21 @@ static int k_group(int key)
 }
 
 /*
- * A run of keys, x[K_RUN][d], to columns of k[d][BLOCK_K] and their scales. The largest magnitude
+ * A run of keys, x[run][d], to columns of k[d][BLOCK_K] and their scales. The largest magnitude
  * of a group is found among bit patterns, where Inf and NaN rank above all numbers; a group that
  * has one gets scale NaN, and so do all its scores.
  */
-static void quantise_k(uint16_t *k, float *scale, const float *x, int64_t d)
+static void quantise_k(uint16_t *k, float *scale, const float *x, int run, int64_t d)
 {
     uint32_t top[4] = {0};
 
-    for (int key = 0; key < K_RUN; key++)
+    for (int key = 0; key < run; key++)
         for (int64_t i = 0; i < d; i++) {
             const uint32_t bits = f32_bits(x[key * d + i]) & 0x7fffffff;
 
             top[k_group(key)] = bits > top[k_group(key)] ? bits : top[k_group(key)];
         }
-    for (int key = 0; key < K_RUN; key++) {
+    for (int key = 0; key < run; key++) {
         const float amax = f32_from_bits(top[k_group(key)]);
         const float up = amax > QUANT_MIN && isfinite(amax) ? 127 / amax : 0;
 
@@ -152,18 +154,19 @@ static void k_block(const struct cpu_job *job, const struct cpu_group *g, int64_
     const int64_t d = job->attn->k.shape[3];
     char *data = g->blocks + (size_t)block * job->at.block_bytes;
     uint16_t *k = (uint16_t *)(data + job->at.k_offset);
-    float x[K_RUN * SAGE_MAX_HEAD_DIM];
+    const int run = K_RUN(job->fp8);
+    float x[K_RUN(true) * SAGE_MAX_HEAD_DIM];
 
-    for (int at = 0; at < BLOCK_K; at += K_RUN) {
-        const int64_t key = block * BLOCK_K + at, keys = least(K_RUN, g->seq.nk - key);
+    for (int at = 0; at < BLOCK_K; at += run) {
+        const int64_t key = block * BLOCK_K + at, keys = least(run, g->seq.nk - key);
 
         if (keys <= 0) { /* beyond the last key */
-            memset((float *)data + at, 0, sizeof(float) * K_RUN);
+            memset((float *)data + at, 0, sizeof(float) * (size_t)run);
             for (int64_t i = 0; i < d; i++)
-                memset(k + i * BLOCK_K + at, 0, sizeof *k * K_RUN);
+                memset(k + i * BLOCK_K + at, 0, sizeof *k * (size_t)run);
             continue;
         }
-        memset(x, 0, sizeof(float) * K_RUN * (size_t)d);
+        memset(x, 0, sizeof(float) * (size_t)(run * d));
         for (int64_t j = 0; j < keys; j++) {
             load(x + j * d, &job->attn->k, g, key + j);
             for (int64_t i = 0; i < d; i++)
@@ -171,7 +174,7 @@ static void k_block(const struct cpu_job *job, const struct cpu_group *g, int64_
             for (int64_t i = 0; job->attn->rotate_qk && i < d; i += 8)
                 rotate_8(x + j * d + i);
         }
-        quantise_k(k + at, (float *)data + at, x, d);
+        quantise_k(k + at, (float *)data + at, x, run, d);
     }
 }
 

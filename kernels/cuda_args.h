@@ -39,6 +39,12 @@ enum {
 /* Keys of a quantising block, or more: see chunk_keys. */
 #define QUANT_CHUNK(d) ((d) <= 128 ? 256 : 128)
 
+/* Keys that have four scales, one for each (key / 2) % 4: see cpu.h. */
+constexpr int k_run(bool fp8)
+{
+    return fp8 ? 2 * K_RUN : K_RUN;
+}
+
 /* A tensor: address of [0, 0, 0, 0], strides in bytes of the first three dimensions. */
 struct cuda_tensor {
     char *data;

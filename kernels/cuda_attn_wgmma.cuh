@@ -609,6 +609,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
 template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     static constexpr int GROUPS = WGMMA_GROUPS(D, FP8);
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K;
+    static constexpr int RUN = k_run(FP8), RUNS = KEYS / RUN;
     static constexpr float MOST = 15; /* above m: binary16 ends at 2^16 */
     using memory = wgmma_memory<D, FP8, EXACT>;
     using layout = wgmma_layout<D, FP8, EXACT>;
@@ -760,7 +761,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
      * registers for their products.
      */
     struct factors {
-        float q[2], k[KEYS / 16];
+        float q[2], k[RUNS];
     };
 
     __device__ void load_factors(factors &c, int stage) const
@@ -770,12 +771,12 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
         c.q[0] = r.query_of(0, 0).scale;
         c.q[1] = r.query_of(0, 2).scale;
 #pragma unroll
-        for (int run = 0; run < KEYS / 16; run += 4) {
-            const float4 four = *reinterpret_cast<const float4 *>(from + 4 * run);
-            c.k[run] = four.x;
-            c.k[run + 1] = four.y;
-            c.k[run + 2] = four.z;
-            c.k[run + 3] = four.w;
+        for (int at = 0; at < KEYS; at += HALF) {
+            const float4 four = *reinterpret_cast<const float4 *>(from + at / 4);
+            const float k[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (int run = 0; run < HALF; run += RUN)
+                c.k[(at + run) / RUN] = k[run / K_RUN];
         }
     }
 
@@ -784,9 +785,9 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     {
 #pragma unroll
         for (int e = 0; e < 4; e++)
-            x.p[0][n][e] =
-                EXACT ? fmaf(x.p[0][n][e], r.a.scale, -top[e / 2])
-                      : fmaf(static_cast<float>(x.s[n][e]), c.q[e / 2] * c.k[n / 2], -top[e / 2]);
+            x.p[0][n][e] = EXACT ? fmaf(x.p[0][n][e], r.a.scale, -top[e / 2])
+                                 : fmaf(static_cast<float>(x.s[n][e]),
+                                        c.q[e / 2] * c.k[8 * n / RUN], -top[e / 2]);
     }
 
     __device__ void scale(scores &x, const factors &c, const float (&top)[2]) const
@@ -904,16 +905,18 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
         for (int half = 0; half < 2; half++) {
             most[half] = -INFINITY;
 #pragma unroll
-            for (int run = 0; run < KEYS / 16; run++) {
-                const int even = 2 * run, odd = even + 1, i = 2 * half;
+            for (int run = 0; run < RUNS; run++) {
+                const int first = run * (RUN / 8), i = 2 * half;
                 if constexpr (EXACT) {
                     const float(&p)[KEYS / 8][4] = x.p[0];
-                    const float top =
-                        fmaxf(fmaxf(p[even][i], p[even][i + 1]), fmaxf(p[odd][i], p[odd][i + 1]));
+                    const float top = fmaxf(fmaxf(p[first][i], p[first][i + 1]),
+                                            fmaxf(p[first + 1][i], p[first + 1][i + 1]));
                     most[half] = fmaxf(most[half], top * r.a.scale);
                 } else {
-                    const int top =
-                        max(max(max(x.s[even][i], x.s[even][i + 1]), x.s[odd][i]), x.s[odd][i + 1]);
+                    int top = max(x.s[first][i], x.s[first][i + 1]);
+#pragma unroll
+                    for (int n = first + 1; n < first + RUN / 8; n++)
+                        top = max(max(top, x.s[n][i]), x.s[n][i + 1]);
                     most[half] = fmaxf(most[half], static_cast<float>(top) * c.k[run]);
                 }
             }
@@ -944,7 +947,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
             for (int n = 0; n < KEYS / 8; n++)
                 top[n % 2] = max(max(top[n % 2], x.s[n][2 * half]), x.s[n][2 * half + 1]);
 #pragma unroll
-            for (int run = 1; run < KEYS / 16 && !EXACT; run++)
+            for (int run = 1; run < RUNS && !EXACT; run++)
                 scale = fmaxf(scale, c.k[run]);
             if constexpr (!EXACT)
                 scale *= c.q[half];

@@ -1,6 +1,6 @@
 /*
  * cuda_quant.cu - the two kernels before attention. Both have a block for each chunk of keys of
- * each kv head. The first adds up its chunk; the second adds up the chunks' sums, in their order,
+ * each kv head. The first adds up its chunk, of K in long sequences a sample; the second adds up the chunks' sums, in their order,
  * and quantises, in reverse order: what was read last is still in the L2 cache. Where there is only
  * one chunk the second does both. On Hopper cuda_quant_sm90.cu has one kernel for all that.
  */
@@ -44,7 +44,8 @@ template <bool BF16> __device__ void sum_chunk(const cuda_args &a, const chunk &
     const int n = c.end - c.begin;
 
     if (a.smooth_k)
-        sum_k<BF16, 0>(a, global_rows(a.k, c), n, shared, global_sums(a, c, c.n, SUM_K).row());
+        sum_k<BF16, 0>(a, sampled_rows<global_rows>({a.k, c}, c.begin, c.seq.nk), n, shared,
+                       global_sums(a, c, c.n, SUM_K).row());
     if (a.fp8)
         sum_v<BF16, 0>(a, global_rows(a.v, c), n, shared, global_sums(a, c, c.n, SUM_V).row(), a.d);
 }
@@ -70,6 +71,7 @@ __global__ void __launch_bounds__(QUANT_THREADS, D <= 128 ? 3 : 2)
         room sums;
         __align__(128) char v[FP8 ? KERNEL_TILE_K * 2 * D : 1];
     } shared;
+    __shared__ k_tops tops;
     __shared__ unsigned k_max;
 
 #if __CUDA_ARCH__ >= 900
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(QUANT_THREADS, D <= 128 ? 3 : 2)
     if constexpr (FP8)
         add_up_v(a, c, v_ch, global_sums(a, c, c.chunk_first, SUM_V), a.d);
     __syncthreads();
-    quantise_k<D, BF16>(a, c, global_rows(a.k, c), k_ch, &k_max);
+    quantise_k<D, BF16>(a, c, global_rows(a.k, c), k_ch, tops, &k_max);
     if constexpr (FP8) {
         const shared_rows<D> rows = {shared.v};
         uint8_t *to = a.v8 + (c.head * a.blocks.total + c.block) * KERNEL_TILE_K * D;

@@ -9,6 +9,7 @@
 #include "cuda_args.h"
 #include "cuda_mma.cuh"
 #include "rotate.h"
+#include "sample.h"
 
 namespace sage
 {
@@ -131,6 +132,23 @@ template <int D> struct shared_rows {
     }
 };
 
+/* Of rows from key `begin` on, at a multiple of 64, those that K's mean is of. */
+template <typename Rows> struct sampled_rows {
+    Rows all;
+    int begin, shift;
+
+    __device__ sampled_rows(const Rows &rows, int begin_key, int nk)
+        : all(rows), begin(begin_key), shift(sample_shift(nk))
+    {
+    }
+
+    __device__ uint4 load(int row, unsigned vector) const
+    {
+        return all.load(static_cast<unsigned>(sample_key((begin >> shift) + row, shift)) - begin,
+                        vector);
+    }
+};
+
 /* --- 1: sums --- */
 
 using room = float[QUANT_THREADS][8]; /* in shared memory */
@@ -179,18 +197,19 @@ __device__ void for_lane(const Rows &rows, int n, int vector, int lane, int lane
 }
 
 /*
- * Of n rows; a thread has one vector of 8 channels, and every lanes-th row. VECTORS: of a row, if
- * it is known.
+ * Of n rows, or those of them that are in the sample; a thread has one vector of 8 channels, and
+ * every lanes-th row. VECTORS: of a row, if it is known.
  */
 template <bool BF16, int VECTORS, typename Rows>
-__device__ void sum_k(const cuda_args &a, const Rows &rows, int n, room &shared, float *to)
+__device__ void sum_k(const cuda_args &a, const sampled_rows<Rows> &rows, int n, room &shared,
+                      float *to)
 {
     const int vectors = VECTORS ? VECTORS : a.d_padded / 8, lanes = lanes_of(vectors);
     const int vector = threadIdx.x % vectors, lane = threadIdx.x / vectors;
     float sum[8] = {0};
 
     if (lane < lanes && 8 * vector < a.d)
-        for_lane(rows, n, vector, lane, lanes, [&](const uint4 &raw) {
+        for_lane(rows, n >> rows.shift, vector, lane, lanes, [&](const uint4 &raw) {
             float x[8];
             unpack_16<BF16>(x, raw);
 #pragma unroll
@@ -263,7 +282,7 @@ __device__ void add_up_k(const cuda_args &a, const chunk &c, k_channels<D> &ch, 
 #pragma unroll 8
         for (int i = 0; i < n; i++, s.next())
             sum += s.row()[d];
-        ch.mean[d] = sum / static_cast<float>(c.seq.nk);
+        ch.mean[d] = sum / static_cast<float>(c.seq.nk >> sample_shift(c.seq.nk));
         if (c.index == 0)
             a.means[c.local * 3 * a.d_padded + d] = ch.mean[d];
     }
@@ -302,6 +321,12 @@ __device__ void add_up_v(const cuda_args &a, const chunk &c, v_channels<D> &ch, 
     }
 }
 
+/* A barrier of some warps of the block. */
+__device__ __forceinline__ void team_wait(int team, int threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(threads) : "memory");
+}
+
 /*
  * A warp's way through K. Each lane has one vector of 8 channels of the four keys of a group, keys
  * 2g, 2g + 1, 2g + 8 and 2g + 9 of a run of 16, for the g-th; so many groups at a time as there
@@ -334,9 +359,10 @@ template <int D, bool BF16> struct k_quantiser {
     /*
      * `keys` of the run's keys are there; WHOLE: all are, and all channels. The largest magnitude
      * is NaN if there is a NaN, and so is the scale, which is returned, also if there is an Inf.
+     * other(x): the largest of x and of what whoever has the run's other half has there.
      */
-    template <bool WHOLE, typename Rows>
-    __device__ float run(const Rows &rows, int keys, int8_t *to, float *scale) const
+    template <bool WHOLE, typename Rows, typename Other>
+    __device__ float run(const Rows &rows, int keys, int8_t *to, float *scale, Other other) const
     {
         const bool mine = WHOLE ? D == 8 * LANES || 8 * vector < D : 8 * vector < a.d;
         float x[4][8] = {}, top[4] = {};
@@ -359,6 +385,8 @@ template <int D, bool BF16> struct k_quantiser {
 #pragma unroll
         for (int step = GROUPS; step < 32; step *= 2)
             amax = max_nan(amax, __shfl_xor_sync(~0u, amax, step));
+        if (a.fp8)
+            amax = other(amax);
         const float up = quant_up(amax), down = quant_step(amax);
         const uint32_t mask = up > 0 ? ~0u : 0; /* NaN * 0 is no 0 */
 
@@ -373,13 +401,29 @@ template <int D, bool BF16> struct k_quantiser {
     }
 };
 
+/* What warps tell each other of the largest magnitudes of K's groups: of two runs by turns. */
+using k_tops = float[2][QUANT_THREADS / 32][4];
+
 /* A chunk of K; *k_max, in shared memory, becomes its largest scale. */
 template <int D, bool BF16, typename Rows>
 __device__ void quantise_k(const cuda_args &a, const chunk &c, const Rows &rows,
-                           const k_channels<D> &ch, unsigned *k_max)
+                           const k_channels<D> &ch, k_tops &tops, unsigned *k_max)
 {
-    constexpr int STEP = QUANT_THREADS / 32 / k_quantiser<D, BF16>::WARPS;
-    const k_quantiser<D, BF16> quantiser(a, ch);
+    using way = k_quantiser<D, BF16>;
+    constexpr int WARPS = way::WARPS, STEP = QUANT_THREADS / 32 / WARPS;
+    const way quantiser(a, ch);
+    const int warp = threadIdx.x / 32, group = threadIdx.x % way::GROUPS;
+    int turn = 0;
+    /* e4m3: a run of 16 keys has the scales of the next one, too: that of other warps */
+    const auto other = [&](float top) {
+        float(&now)[QUANT_THREADS / 32][4] = tops[turn];
+
+        turn ^= 1;
+        if (quantiser.vector == 0)
+            now[warp][group] = top;
+        team_wait(warp / (2 * WARPS), 64 * WARPS);
+        return max_nan(top, now[warp ^ WARPS][group]);
+    };
     const int64_t block0 = c.head * a.blocks.total + c.block;
     /* whole blocks: what is beyond the last key is zero */
     const int runs =
@@ -388,18 +432,20 @@ __device__ void quantise_k(const cuda_args &a, const chunk &c, const Rows &rows,
     float *scales = a.k_scale + block0 * 16;
     float top = 0;
 
-    for (int run = threadIdx.x / 32 / quantiser.WARPS; run < runs; run += STEP) {
+    for (int run = warp / WARPS; run < runs; run += STEP) {
         const int keys = c.end - c.begin - run * K_RUN;
         const Rows from = rows.from(run * K_RUN);
         int8_t *const bytes = to + run / 4 * KERNEL_TILE_K * D + run % 4 * K_RUN * quantiser.pitch;
         float *const scale = scales + run / 4 * 16 + run % 4;
         const float down = a.d == D && keys >= K_RUN
-                               ? quantiser.template run<true>(from, keys, bytes, scale)
-                               : quantiser.template run<false>(from, keys, bytes, scale);
+                               ? quantiser.template run<true>(from, keys, bytes, scale, other)
+                               : quantiser.template run<false>(from, keys, bytes, scale, other);
         top = isfinite(down) ? fmaxf(top, down) : top;
     }
     if (quantiser.vector == 0)
         atomicMax(k_max, __float_as_uint(top));
+    if (a.fp8)
+        __syncthreads(); /* tops are free again */
 }
 
 /*

@@ -83,6 +83,7 @@ template <int D> struct cluster_memory {
         k_channels<D> k;
         v_channels<D> v;
     };
+    k_tops tops;
     unsigned k_max[CHUNKS];
 };
 #endif
@@ -122,7 +123,9 @@ __global__ void __launch_bounds__(QUANT_THREADS, 3)
         if (is_v)
             sum_v<BF16, D / 8>(a, all.from(i * keys), rows_of(i), m.shared, m.sums[i][0], D);
         else if (a.smooth_k)
-            sum_k<BF16, D / 8>(a, all.from(i * keys), rows_of(i), m.shared, m.sums[i][0]);
+            sum_k<BF16, D / 8>(
+                a, sampled_rows<shared_rows<D>>(all.from(i * keys), c.begin + i * keys, c.seq.nk),
+                rows_of(i), m.shared, m.sums[i][0]);
     cluster_arrive();
     cluster_wait();
     if (is_v)
@@ -137,7 +140,7 @@ __global__ void __launch_bounds__(QUANT_THREADS, 3)
     else
         for (int i = 0; i * keys < rows; i++) {
             c.end = c.begin + rows_of(i);
-            quantise_k<D, BF16>(a, c, all.from(i * keys), m.k, &m.k_max[i]);
+            quantise_k<D, BF16>(a, c, all.from(i * keys), m.k, m.tops, &m.k_max[i]);
             c.begin = c.end;
             c.block += keys / KERNEL_TILE_K;
         }
@@ -202,7 +205,10 @@ extern "C" unsigned cuda_cluster_blocks(const cuda_args *a, unsigned most)
     /* chunks of a block: as many as fit where there are blocks enough all the same */
     const int64_t n = fit > least && groups * each >= 3 * fit * a->processors ? fit : least;
 
-    if ((!a->smooth_k && !a->fp8) || each == 0 || n > fit)
+    /* nothing to be added up, or a sample only: K is read once all the same */
+    if (!a->fp8 && (!a->smooth_k || a->nk > SAMPLE_ALL))
+        return 0;
+    if (each == 0 || n > fit)
         return 0;
     return static_cast<unsigned>((each + n - 1) / n);
 }
