@@ -819,7 +819,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     template <typename Done>
     __device__ void exponentiate(scores &x, const factors &c, float (&top)[2], Done done)
     {
-        constexpr int N = KEYS / 8, AHEAD = 2;
+        constexpr int N = KEYS / 8, AHEAD = FP8 && D > 64 ? 1 : 2;
 
 #pragma unroll
         for (int n = 0; n < AHEAD; n++)

@@ -100,7 +100,7 @@ int sage_kernel_first_exact(void)
     return sage_kernel_first_few() SAGE_KERNELS_FEW(FEW_COUNT);
 }
 
-double sage_exact_pairs = 5120;
+double sage_exact_share = 1;
 
 int sage_kernel_find_exact(int head_dim, int bf16)
 {

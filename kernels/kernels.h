@@ -143,7 +143,12 @@ enum {
     (WGMMA_ALIGN + WGMMA_TENSORS(d, fp8) + WGMMA_STAGES(d, fp8) * WGMMA_TILE_K(d) +                \
      WGMMA_TILE_Q(d, fp8) * 8 + ((fp8) ? 36 : 12) * (d) + 896)
 
-/* Nothing quantised: K and V, ones, Q twice; what belongs to Q's rows, barriers, places. */
+/*
+ * Nothing quantised: where keys of a kv head have so many scores each, on average, or less; beyond
+ * d = 64 sequences so many keys as well.
+ */
+#define EXACT_PAIRS(d) ((d) <= 64 ? 9216 : 5120)
+/* K and V, ones, Q twice; what belongs to Q's rows, barriers, places. */
 #define EXACT_STAGES(d) ((d) <= 64 ? 4 : 2)
 #define EXACT_SMEM(d)                                                                              \
     (WGMMA_ALIGN + WGMMA_TILE_K(d) * (EXACT_STAGES(d) * 4 * (d) + 128) +                           \
@@ -189,11 +194,8 @@ int sage_kernel_find_few(int head_dim, int bf16, int64_t rows);
 int sage_kernel_first_few(void);
 /* The kernel that quantises nothing; -1: there is none. */
 int sage_kernel_find_exact(int head_dim, int bf16);
-/*
- * Scores for each key of a kv head, on average, up to which it is taken; beyond d = 64 as many keys
- * of a sequence as well. Tests change that.
- */
-extern double sage_exact_pairs;
+/* Of EXACT_PAIRS, what counts: 1. Tests change that. */
+extern double sage_exact_share;
 /* Of sage_kernels, the first one of those. */
 int sage_kernel_first_exact(void);
 /* The kernel for the whole problem on the current device, whose tensors are there; < 0: error. */

@@ -127,7 +127,11 @@ struct sage_attn {
     struct sage_tensor q, k, v, o, mask, lse;
     float scale; /* > 0; 0 stands for 1/sqrt(D) */
     enum sage_variant variant;
-    bool smooth_k; /* subtract K's mean over the tokens; exact for o and lse */
+    /*
+     * Subtract K's mean over the tokens, beyond 4096 of them that of 1,024 or more spread over them:
+     * exact for o and lse, whatever it is.
+     */
+    bool smooth_k;
     bool smooth_v; /* int8_fp8 only: subtract V's mean, add it back to o */
     /*
      * Multiply each 8 channels of q and k by a Hadamard matrix before they become INT8: scores stay
@@ -219,11 +223,11 @@ SAGE_API int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn,
  * are computed without quantisation, whatever the variant and in whatever parts: Q K^T and P V in
  * the tensors' 16-bit type, accumulated in fp32. That reads K and V once and is bound by it;
  * quantising K would read it twice. On compute capability 9.0 so are short sequences, where
- * quantising takes longer than it saves: of D up to 128, without a mask tensor, with at most 5120
- * scores for each key of a kv head on average (Nq * Hq/Hkv, half of it if causal) and, beyond
- * D = 64, at most 5120 keys, more than 66 tiles of rows or few keys, rows of q, k and v at
- * multiples of 16 bytes and below 2^40 bytes apart, none expanded. smooth_k, smooth_v and rotate_qk
- * then change nothing.
+ * quantising takes longer than it saves: of D up to 128, without a mask tensor, with at most 9216
+ * scores for each key of a kv head on average (Nq * Hq/Hkv, half of it if causal), beyond D = 64
+ * 5120 and as many keys, more than 66 tiles of rows or few keys, rows of q, k and v at multiples of
+ * 16 bytes and below 2^40 bytes apart, none expanded. smooth_k, smooth_v and rotate_qk then change
+ * nothing.
  *
  * Compute capability 8.0 or newer; int8_fp8 wants 8.9. A build without CUDA has these functions
  * too: they return SAGE_EUNSUPPORTED and say so. Errors come with a text in why[len], which may be

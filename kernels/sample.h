@@ -1,8 +1,8 @@
 /*
  * sample.h - the keys whose mean is taken from K, on CPU and GPU alike. Whatever vector is taken
  * from all keys of a sequence, softmax stays the same: it need not be the mean of all of them, only
- * near it. So of more than SAMPLE_ALL keys one of each stratum of 4 to 64 is looked at, about
- * 1,024: which one, differs from stratum to stratum, so that nothing periodic is seen at one phase.
+ * near it. So of more than SAMPLE_ALL keys one of each stratum of 4 to 64 is looked at, 1,024 or
+ * more: which one differs from stratum to stratum, so that nothing periodic is seen at one phase.
  */
 #ifndef SAGE_SAMPLE_H
 #define SAGE_SAMPLE_H
@@ -29,14 +29,12 @@ SAMPLE_INLINE int sample_shift(int64_t nk)
     return shift;
 }
 
-/* The key of stratum i: of its two lowest digits in base 2^shift, added up, the bits reversed. */
+/* The key of stratum i: it is where i times the golden ratio is between two whole numbers. */
 SAMPLE_INLINE int64_t sample_key(int64_t i, int shift)
 {
-    const unsigned x = (unsigned)(i ^ i >> shift);
-    const unsigned reversed =
-        (x & 1) << 5 | (x & 2) << 3 | (x & 4) << 1 | (x & 8) >> 1 | (x & 16) >> 3 | (x & 32) >> 5;
+    const uint32_t place = (uint32_t)i * 0x9e3779b9u;
 
-    return (i << shift) + (reversed >> (SAMPLE_BITS - shift));
+    return (i << shift) + (place >> (32 - SAMPLE_BITS) >> (SAMPLE_BITS - shift));
 }
 
 #endif

@@ -233,7 +233,7 @@ int gpu_accuracy(struct gpu *gpu, int64_t tokens, const char *distribution)
     static struct set sets[2 * N_INPUTS_KINDS];
     int n = 0, failures = 0;
 
-    sage_exact_pairs = 0; /* it is about what quantising does */
+    sage_exact_share = 0; /* it is about what quantising does */
     for (int64_t d = 64; d <= 128; d += 64)
         for (int kind = 0; kind < N_INPUTS_KINDS; kind++)
             if (!distribution || !strcmp(distribution, inputs_name((enum inputs)kind)))

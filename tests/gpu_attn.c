@@ -97,7 +97,7 @@ static int sweep(struct gpu *gpu, const struct options *opt)
     struct problem *p = problem_create();
     struct timespec start, end;
     char why[512], text[1024] = "";
-    const double exact_pairs = sage_exact_pairs;
+    const double exact_share = sage_exact_share;
     int64_t failures = 0, done = 0;
 
     if (!p)
@@ -111,7 +111,7 @@ static int sweep(struct gpu *gpu, const struct options *opt)
             continue;
         problem_reset(p, seed_of(opt, k));
         problem_random(p, opt->max_tokens, !gpu || gpu->fp8);
-        sage_exact_pairs = k % 2 ? exact_pairs : 0; /* short sequences are quantised as well */
+        sage_exact_share = k % 2 ? exact_share : 0; /* short sequences are quantised as well */
         snprintf(p->repeat, sizeof p->repeat, "gpu_attn --seed=%llu --max-tokens=%lld --only=%lld",
                  (unsigned long long)opt->seed, (long long)opt->max_tokens, (long long)k);
         if (opt->list || opt->only >= 0) {

@@ -510,13 +510,13 @@ int gpu_big(struct gpu *gpu, uint64_t seed)
 
     printf("# seed %llu\n", (unsigned long long)seed);
     for (enum path path = MASKED; path < N_PATHS; path++) {
-        sage_exact_pairs = path == EXACT ? INFINITY : 0;
+        sage_exact_share = path == EXACT ? INFINITY : 0;
         failures += strided(gpu, p, path, seed);
         if (path != MASKED)
             failures += large_queries(gpu, path, seed);
     }
     problem_destroy(p);
-    sage_exact_pairs = 0;
+    sage_exact_share = 0;
     failures += tokens_200k(gpu, seed);
     failures += large_keys(gpu, 1, seed);
     failures += large_keys(gpu, 65, seed);

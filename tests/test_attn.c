@@ -16,6 +16,7 @@
 
 #include "inputs.h"
 #include "kernels/cpu.h"
+#include "kernels/sample.h"
 #include "ref64.h"
 
 /*
@@ -538,23 +539,58 @@ static void test_few_keys(void **state)
 }
 
 /* K's mean moves scores by hundreds of nats and lse with them; o must not notice. */
-static void test_lse_exact(void **state)
+static void far_mean(int64_t nq, int64_t nk)
 {
     struct fixture f;
     struct rng rng;
 
-    (void)state;
     rng_init(&rng, test_seed());
-    plain(&f, &rng, SAGE_INT8_FP16, 50, 300);
+    plain(&f, &rng, SAGE_INT8_FP16, nq, nk);
     fill(&f.attn.k, &rng, 0.01, 40);
     run(&f, NULL);
     for (int64_t h = 0; h < 4; h++)
-        for (int64_t i = 0; i < 50; i++) {
+        for (int64_t i = 0; i < nq; i++) {
             double r[64];
 
             assert_true(fabs(lse_at(&f, h, i) - ref64_row(&f.attn, 0, h, i, r)) < 1e-3);
         }
     fixture_finish(&f);
+}
+
+static void test_lse_exact(void **state)
+{
+    (void)state;
+    far_mean(50, 300);
+    far_mean(5, SAMPLE_ALL + 904);
+}
+
+/* One key of each stratum; and all phases of what is periodic are seen about as often. */
+static void test_sample(void **state)
+{
+    const int64_t lengths[] = {SAMPLE_ALL + 1, 8192, 20000, 50000, 200000};
+
+    (void)state;
+    assert_int_equal(sample_shift(SAMPLE_ALL), 0);
+    for (size_t l = 0; l < sizeof lengths / sizeof lengths[0]; l++) {
+        const int shift = sample_shift(lengths[l]);
+        const int64_t n = lengths[l] >> shift;
+
+        assert_true(n >= 1024);
+        for (int64_t period = 2; period <= 128; period++) {
+            double real = 0, imaginary = 0;
+
+            for (int64_t i = 0; i < n; i++) {
+                const int64_t key = sample_key(i, shift);
+                const double phase = 2 * acos(-1) * (double)(key % period) / (double)period;
+
+                assert_true(key >= i << shift && key < (i + 1) << shift);
+                real += cos(phase) / (double)n;
+                imaginary += sin(phase) / (double)n;
+            }
+            /* of all keys it would be zero, of those of one phase 1 */
+            assert_true(hypot(real, imaginary) < 0.15);
+        }
+    }
 }
 
 /* Mean distance of o from the truth, over all rows. */
@@ -846,6 +882,7 @@ int main(void)
         cmocka_unit_test(test_constants),
         cmocka_unit_test(test_few_keys),
         cmocka_unit_test(test_lse_exact),
+        cmocka_unit_test(test_sample),
         cmocka_unit_test(test_rotation),
         cmocka_unit_test(test_not_finite),
         cmocka_unit_test(test_bad_mask),

@@ -106,7 +106,8 @@ def sageattn(q: T, k: T, v: T, tensor_layout: str = "HND", is_causal: bool = Fal
       is_causal     query i sees keys 0..i (with "bottom-right": 0..i + Nk - Nq)
       sm_scale      above 0; None: 1/sqrt(D). `scale` is another name for it.
       return_lse    also return log sum exp of each row's scores
-      smooth_k      subtract K's mean over the tokens first; exact for o and lse
+      smooth_k      subtract K's mean over the tokens first (of many, over a sample of them);
+                    exact for o and lse
       attn_mask     broadcastable to [B, Hq, Nq, Nk] in either layout: bool (True: visible), or
                     float16, bfloat16 or float32 that is added to the scores
       smooth_v      "int8_fp8" only: subtract V's mean and add it back
