@@ -1,8 +1,9 @@
 /*
  * cuda_quant.cu - the two kernels before attention. Both have a block for each chunk of keys of
- * each kv head. The first adds up its chunk, of K in long sequences a sample; the second adds up the chunks' sums, in their order,
- * and quantises, in reverse order: what was read last is still in the L2 cache. Where there is only
- * one chunk the second does both. On Hopper cuda_quant_sm90.cu has one kernel for all that.
+ * each kv head. The first adds up its chunk, of K in long sequences a sample; the second adds up
+ * the chunks' sums, in their order, and quantises, in reverse order: what was read last is still in
+ * the L2 cache. Where there is only one chunk the second does both. On Hopper cuda_quant_sm90.cu
+ * has one kernel for all that.
  */
 #include "cuda_quant.cuh"
 

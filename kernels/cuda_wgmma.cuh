@@ -146,8 +146,8 @@ __device__ __forceinline__ void wgmma_16(float (&d)[16][4], uint64_t a, uint64_t
 }
 
 /*
- * d = a b (+ d), 64 x 64, 72, 128 or 136; a in registers. 16 bits: a is 64 x 16, b transposed: it has
- * its columns side by side. e4m3: a is 64 x 32, b has its 32 side by side.
+ * d = a b (+ d), 64 x 64, 72, 128 or 136; a in registers. 16 bits: a is 64 x 16, b transposed: it
+ * has its columns side by side. e4m3: a is 64 x 32, b has its 32 side by side.
  */
 #define WGMMA_A_32 "{%32, %33, %34, %35}, %36, "
 #define WGMMA_A_36 "{%36, %37, %38, %39}, %40, "

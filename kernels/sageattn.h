@@ -128,8 +128,8 @@ struct sage_attn {
     float scale; /* > 0; 0 stands for 1/sqrt(D) */
     enum sage_variant variant;
     /*
-     * Subtract K's mean over the tokens, beyond 4096 of them that of 1,024 or more spread over them:
-     * exact for o and lse, whatever it is.
+     * Subtract K's mean over the tokens; beyond 4096 of them, that of 1,024 or more, spread over
+     * all. Exact for o and lse, whatever it is.
      */
     bool smooth_k;
     bool smooth_v; /* int8_fp8 only: subtract V's mean, add it back to o */
