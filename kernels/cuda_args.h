@@ -27,7 +27,7 @@
 enum {
     QUANT_THREADS = 256,
     QUANT_CHUNKS = 64,                   /* and about that many chunks at most in a sequence */
-    K_RUN = 16,                          /* keys that have four scales, see cpu.h */
+    K_RUN = 16,                          /* keys with four places for scales: see k_run() */
     SPLIT_UNITS = 132,                   /* splits of all tiles, at most, where tiles are split */
     SPLITS_MAX = 32,                     /* of a tile: one warp adds them up */
     COUNTERS = 1 + SPLIT_UNITS / 2 * 12, /* ticket and done, of tiles of 192 rows at most */
@@ -39,7 +39,7 @@ enum {
 /* Keys of a quantising block, or more: see chunk_keys. */
 #define QUANT_CHUNK(d) ((d) <= 128 ? 256 : 128)
 
-/* Keys that have four scales, one for each (key / 2) % 4: see cpu.h. */
+/* Keys that share four scales, one for each (key / 2) % 4: see cpu.h. */
 constexpr int k_run(bool fp8)
 {
     return fp8 ? 2 * K_RUN : K_RUN;

@@ -151,6 +151,12 @@ template <bool BF16> __device__ __forceinline__ uint32_t pack_finite_16(float lo
     return r;
 }
 
+/* Barrier `id` of a block, 1 to 15: wait for `threads` of it, whole warps. */
+__device__ __forceinline__ void barrier_wait(int id, int threads)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 /* Four numbers to e4m3, saturating at 448, NaN to NaN, the first one below. sm_89 on. */
 __device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1, float x2, float x3)
 {

@@ -321,12 +321,6 @@ __device__ void add_up_v(const cuda_args &a, const chunk &c, v_channels<D> &ch, 
     }
 }
 
-/* A barrier of some warps of the block. */
-__device__ __forceinline__ void team_wait(int team, int threads)
-{
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(threads) : "memory");
-}
-
 /*
  * A warp's way through K. Each lane has one vector of 8 channels of the four keys of a group, keys
  * 2g, 2g + 1, 2g + 8 and 2g + 9 of a run of 16, for the g-th; so many groups at a time as there
@@ -421,7 +415,7 @@ __device__ void quantise_k(const cuda_args &a, const chunk &c, const Rows &rows,
         turn ^= 1;
         if (quantiser.vector == 0)
             now[warp][group] = top;
-        team_wait(warp / (2 * WARPS), 64 * WARPS);
+        barrier_wait(1 + warp / (2 * WARPS), 64 * WARPS); /* of both runs' warps */
         return max_nan(top, now[warp ^ WARPS][group]);
     };
     const int64_t block0 = c.head * a.blocks.total + c.block;

@@ -198,17 +198,6 @@ template <int N> __device__ __forceinline__ void registers_less()
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-/* Barrier `id` of `threads`: wait for all of them; only count. */
-__device__ __forceinline__ void barrier_wait(int id, int threads)
-{
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-__device__ __forceinline__ void barrier_count(int id, int threads)
-{
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 } // namespace sage
 
 #endif
