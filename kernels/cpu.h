@@ -8,7 +8,7 @@
  *
  * This implementation defines the numerics that the GPU kernels answer to:
  *   q_int = round(q / sq), sq = amax/127 of the row;  k_int likewise of k - mean(k), by k_group(),
- *   the mean being that of the keys of sample.h
+ *   the mean being that of the keys of numerics.h
  *   s = q_int . k_int * (sq * scale * log2 e) * sk + mask * log2 e
  *   p = 2^(s - m), m the row's maximum so far;  P = p in V's dtype, or 2^8 p in e4m3
  *   V in e4m3: (v - mean(v)) / sv, sv = amax/256 of the channel
@@ -18,6 +18,7 @@
 #ifndef SAGE_CPU_H
 #define SAGE_CPU_H
 
+#include "numerics.h"
 #include "problem.h"
 
 enum {
@@ -26,18 +27,6 @@ enum {
     CHUNK_K = 16 * BLOCK_K, /* keys of a task in phases 1 and 2 */
     LINE = 64,              /* a cache line, and the widest vector */
 };
-
-/*
- * Of each run of keys, those with the same (key / 2) % 4 share a scale: of 16 keys four, which are
- * the columns that one thread holds of a tensor core's 16 x 16 accumulator. So to a GPU thread this
- * is one scale for a run, as cheap as one for all its keys, and the error of S's K part is that of
- * a group of 4 (0.94 of a group of 16 on normal inputs, together with Q's part). With P V in e4m3,
- * which has most of the error, twice as many: a GPU thread has less to do.
- */
-#define K_RUN(fp8) ((fp8) ? 32 : 16)
-
-/* Magnitudes below count as zero: 256 divided by this is still finite. */
-#define QUANT_MIN 0x1p-117f
 
 /* Where things lie in the workspace: offsets from its start, sizes of one element. */
 struct cpu_layout {

@@ -7,7 +7,6 @@
 #include <math.h>
 
 #include "half.h"
-#include "rotate.h"
 
 /* Unroll loops whose bounds are constants, at any optimisation level. */
 #define UNROLL _Pragma("GCC unroll 16")

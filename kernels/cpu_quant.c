@@ -8,8 +8,6 @@
 #include <math.h>
 
 #include "half.h"
-#include "rotate.h"
-#include "sample.h"
 
 /* One row of K or V as floats. */
 static void load(float *x, const struct sage_tensor *t, const struct cpu_group *g, int64_t key)
@@ -85,8 +83,9 @@ static void k_channels(const struct cpu_job *job, const struct cpu_group *g, str
     for (int64_t c = 0; c * CHUNK_K < g->seq.nk; c++)
         for (int64_t i = 0; i < d; i++)
             ch->k_mean[i] += sums_of(job, g, c)[SUM_K * d + i];
+    const float keys = (float)(g->seq.nk >> sample_shift(g->seq.nk));
     for (int64_t i = 0; i < d; i++)
-        ch->k_mean[i] /= (float)(g->seq.nk >> sample_shift(g->seq.nk));
+        ch->k_mean[i] /= keys;
 }
 
 /*

@@ -12,7 +12,6 @@
 
 extern "C" {
 #include "problem.h"
-#include "rotate.h"
 }
 
 namespace
@@ -277,9 +276,9 @@ int find_exact(const struct sage_attn *attn, int sm)
     const double keys = static_cast<double>(k[0] * k[1]) * static_cast<double>(k[2]);
     const double pairs = sage_attn_ops(attn, nullptr) / (4 * static_cast<double>(q[3]));
     const double sequences = attn->n_seqs > 0 ? attn->n_seqs : 1;
-    const bool is_short =
-        pairs > 0 && pairs <= sage_exact_share * EXACT_PAIRS(x->max_head_dim) * keys &&
-        static_cast<double>(k[2]) <= sage_exact_share * EXACT_KEYS(x->max_head_dim) * sequences;
+    const double most = sage_exact_share * EXACT_PAIRS(x->max_head_dim);
+    const bool is_short = pairs > 0 && pairs <= most * keys &&
+                          (x->max_head_dim <= 64 || static_cast<double>(k[2]) <= most * sequences);
     return is_short && tiles + static_cast<double>(attn->n_seqs * q[1]) < CALL_COUNT ? index : -1;
 }
 

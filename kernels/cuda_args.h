@@ -23,13 +23,14 @@
 #include <stdint.h>
 
 #include "kernels.h"
+#include "numerics.h"
 
 enum {
     QUANT_THREADS = 256,
-    QUANT_CHUNKS = 64,                   /* and about that many chunks at most in a sequence */
-    K_RUN = 16,                          /* keys with four places for scales: see k_run() */
-    SPLIT_UNITS = 132,                   /* splits of all tiles, at most, where tiles are split */
-    SPLITS_MAX = 32,                     /* of a tile: one warp adds them up */
+    QUANT_CHUNKS = 64, /* and about that many chunks at most in a sequence */
+    QUANT_RUN = 16,    /* keys with four places for scales: half of K_RUN in e4m3 */
+    SPLIT_UNITS = 132, /* splits of all tiles, at most, where tiles are split */
+    SPLITS_MAX = 32,   /* of a tile: one warp adds them up */
     COUNTERS = 1 + SPLIT_UNITS / 2 * 12, /* ticket and done, of tiles of 192 rows at most */
     FEW_PROCESSORS = 192,                /* few rows: as many are made use of; more is memory */
     FEW_CHUNK = 128,                     /* keys of a block, or more */
@@ -38,12 +39,6 @@ enum {
 
 /* Keys of a quantising block, or more: see chunk_keys. */
 #define QUANT_CHUNK(d) ((d) <= 128 ? 256 : 128)
-
-/* Keys that share four scales, one for each (key / 2) % 4: see cpu.h. */
-constexpr int k_run(bool fp8)
-{
-    return fp8 ? 2 * K_RUN : K_RUN;
-}
 
 /* A tensor: address of [0, 0, 0, 0], strides in bytes of the first three dimensions. */
 struct cuda_tensor {
@@ -119,9 +114,6 @@ struct cuda_args {
 
 /* Rows of a chunk's sums; without e4m3 only the first is there. */
 enum { SUM_K, SUM_V, MIN_V, MAX_V, N_SUMS };
-
-/* Magnitudes below count as zero: 256 divided by this is still finite. */
-#define QUANT_MIN 0x1p-117f
 
 /* The kernels of the table, by index; launch() only enqueues. */
 struct cuda_kernel {

@@ -11,7 +11,6 @@
 
 #include "cuda_args.h"
 #include "cuda_mma.cuh"
-#include "rotate.h"
 #include "sageattn.h"
 
 namespace sage

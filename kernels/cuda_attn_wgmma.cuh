@@ -609,7 +609,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
 template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     static constexpr int GROUPS = WGMMA_GROUPS(D, FP8);
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K;
-    static constexpr int RUN = k_run(FP8), RUNS = KEYS / RUN;
+    static constexpr int RUN = K_RUN(FP8), RUNS = KEYS / RUN;
     static constexpr float MOST = 15; /* above m: binary16 ends at 2^16 */
     using memory = wgmma_memory<D, FP8, EXACT>;
     using layout = wgmma_layout<D, FP8, EXACT>;
@@ -776,7 +776,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
             const float k[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
             for (int run = 0; run < HALF; run += RUN)
-                c.k[(at + run) / RUN] = k[run / K_RUN];
+                c.k[(at + run) / RUN] = k[run / QUANT_RUN];
         }
     }
 
@@ -819,7 +819,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     template <typename Done>
     __device__ void exponentiate(scores &x, const factors &c, float (&top)[2], Done done)
     {
-        constexpr int N = KEYS / 8, AHEAD = FP8 && D > 64 ? 1 : 2;
+        constexpr int N = KEYS / 8, AHEAD = FP8 && D > 64 ? 1 : 2; /* as measured */
 
 #pragma unroll
         for (int n = 0; n < AHEAD; n++)

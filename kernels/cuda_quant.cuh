@@ -8,8 +8,6 @@
 
 #include "cuda_args.h"
 #include "cuda_mma.cuh"
-#include "rotate.h"
-#include "sample.h"
 
 namespace sage
 {
@@ -421,17 +419,18 @@ __device__ void quantise_k(const cuda_args &a, const chunk &c, const Rows &rows,
     const int64_t block0 = c.head * a.blocks.total + c.block;
     /* whole blocks: what is beyond the last key is zero */
     const int runs =
-        (c.end - c.begin + KERNEL_TILE_K - 1) / KERNEL_TILE_K * (KERNEL_TILE_K / K_RUN);
+        (c.end - c.begin + KERNEL_TILE_K - 1) / KERNEL_TILE_K * (KERNEL_TILE_K / QUANT_RUN);
     int8_t *to = a.k8 + block0 * KERNEL_TILE_K * D;
     float *scales = a.k_scale + block0 * 16;
     float top = 0;
 
     for (int run = warp / WARPS; run < runs; run += STEP) {
-        const int keys = c.end - c.begin - run * K_RUN;
-        const Rows from = rows.from(run * K_RUN);
-        int8_t *const bytes = to + run / 4 * KERNEL_TILE_K * D + run % 4 * K_RUN * quantiser.pitch;
+        const int keys = c.end - c.begin - run * QUANT_RUN;
+        const Rows from = rows.from(run * QUANT_RUN);
+        int8_t *const bytes =
+            to + run / 4 * KERNEL_TILE_K * D + run % 4 * QUANT_RUN * quantiser.pitch;
         float *const scale = scales + run / 4 * 16 + run % 4;
-        const float down = a.d == D && keys >= K_RUN
+        const float down = a.d == D && keys >= QUANT_RUN
                                ? quantiser.template run<true>(from, keys, bytes, scale, other)
                                : quantiser.template run<false>(from, keys, bytes, scale, other);
         top = isfinite(down) ? fmaxf(top, down) : top;
@@ -463,7 +462,7 @@ __device__ void quantise_v(const cuda_args &a, const shared_rows<D> &rows, int n
         for (int key0 = 0; key0 < n; key0 += KERNEL_TILE_K) {
             uint32_t words[4];
 #pragma unroll
-            for (int run = 0; run < 4; run += 2, from += 2 * K_RUN * rows.BYTES) {
+            for (int run = 0; run < 4; run += 2, from += 2 * QUANT_RUN * rows.BYTES) {
                 uint32_t r[4];
                 ldmatrix_trans(r, from);
 #pragma unroll
@@ -478,7 +477,7 @@ __device__ void quantise_v(const cuda_args &a, const shared_rows<D> &rows, int n
             if (n - key0 < KERNEL_TILE_K)
 #pragma unroll
                 for (int i = 0; i < 16; i++)
-                    if (i / 4 * K_RUN + lane % 4 * 2 + i % 2 + i % 4 / 2 * 8 >= n - key0)
+                    if (i / 4 * QUANT_RUN + lane % 4 * 2 + i % 2 + i % 4 / 2 * 8 >= n - key0)
                         words[i / 4] &= ~(0xffu << i % 4 * 8);
             *reinterpret_cast<uint4 *>(to + key0 * D + place) = transpose_quad(words);
         }

@@ -144,11 +144,10 @@ enum {
      WGMMA_TILE_Q(d, fp8) * 8 + ((fp8) ? 36 : 12) * (d) + 896)
 
 /*
- * Nothing quantised: where keys of a kv head have so many scores each, on average, or less, and
- * sequences so many keys.
+ * Nothing quantised: where keys of a kv head have so many scores each, on average, or less; beyond
+ * d = 64 sequences so many keys as well.
  */
 #define EXACT_PAIRS(d) ((d) <= 64 ? 9216 : 5120)
-#define EXACT_KEYS(d) ((d) <= 64 ? INFINITY : 5120)
 /* K and V, ones, Q twice; what belongs to Q's rows, barriers, places. */
 #define EXACT_STAGES(d) ((d) <= 64 ? 4 : 2)
 #define EXACT_SMEM(d)                                                                              \
@@ -195,7 +194,7 @@ int sage_kernel_find_few(int head_dim, int bf16, int64_t rows);
 int sage_kernel_first_few(void);
 /* The kernel that quantises nothing; -1: there is none. */
 int sage_kernel_find_exact(int head_dim, int bf16);
-/* Of both, what counts: 1. Tests change that. */
+/* Of EXACT_PAIRS, what counts: 1. Tests change that. */
 extern double sage_exact_share;
 /* Of sage_kernels, the first one of those. */
 int sage_kernel_first_exact(void);

@@ -16,7 +16,6 @@
 
 #include "inputs.h"
 #include "kernels/cpu.h"
-#include "kernels/sample.h"
 #include "ref64.h"
 
 /*
