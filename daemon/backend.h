@@ -22,10 +22,12 @@ struct piece {
     struct sage_page_lane *lane;   /* release job `number` there when this is done; NULL: do not */
     struct sage_page_lane *remote; /* the same for the device, which does it; NULL: we do */
     uint32_t number;
+    uint64_t wait_ns; /* the stream waits for the job's inputs, so long at most; 0: they are ready */
     bool brief; /* takes less than waking somebody, on an idle stream: may be done in start() */
     uint64_t launch_ns; /* CLOCK_MONOTONIC, like the others; just before start() */
     /* Written by the stream, to be read once `done` is seen. */
     int status;                /* SAGE_EDEVICE: the device is lost, and nothing was released */
+    bool missed;               /* the inputs were not ready in time: nothing was done */
     uint64_t start_ns, end_ns; /* start_ns: as soon as it is known, 0 before */
     uint32_t done;             /* the completion word: 1, last of all */
 };
@@ -80,6 +82,8 @@ struct backend {
     int (*stream_open)(struct device *device, size_t workspace, struct stream **stream, char *why);
     void (*stream_close)(struct stream *stream); /* all its pieces are done */
     void (*start)(struct stream *stream, struct piece *piece);
+    /* Can streams wait (wait_ns) and keep nobody else waiting meanwhile? NULL: no. */
+    bool (*can_wait)(struct device *device);
     /* Take note of what the device has done. NULL: streams do that by themselves, and notify. */
     void (*poll)(struct stream *stream);
     /*

@@ -34,6 +34,7 @@ struct stream {
     size_t bytes;
     struct graphs *graphs;
     struct sage_cuda_stamp *stamps; /* pinned: the device writes, the loop reads. By ring entry */
+    uint32_t *go; /* of the device: is the piece that the stream is at to be computed? Owned */
     struct started ring[STREAM_DEPTH];
     unsigned in, out;
     uint64_t asked_ns;
@@ -269,6 +270,7 @@ static void stream_close(struct stream *s)
     cudaStreamDestroy(s->cuda);
     cudaFreeHost(s->stamps);
     cudaFree(s->workspace);
+    cudaFree(s->go);
     free(s);
 }
 
@@ -287,9 +289,12 @@ static int stream_open(struct device *d, size_t workspace, struct stream **strea
                        cudaHostAllocPortable | cudaHostAllocMapped);
     if (rc)
         goto err_stream;
-    rc = cudaMalloc(&s->workspace, workspace);
+    rc = cudaMalloc((void **)&s->go, sizeof(*s->go));
     if (rc)
         goto err_stamps;
+    rc = cudaMalloc(&s->workspace, workspace);
+    if (rc)
+        goto err_go;
     s->graphs = graphs_create();
     if (!s->graphs)
         goto err_workspace;
@@ -299,6 +304,8 @@ static int stream_open(struct device *d, size_t workspace, struct stream **strea
 err_workspace:
     rc = cudaErrorMemoryAllocation;
     cudaFree(s->workspace);
+err_go:
+    cudaFree(s->go);
 err_stamps:
     cudaFreeHost(s->stamps);
 err_stream:
@@ -323,17 +330,25 @@ static void prepare(struct sage_cuda_stamp *stamp, const struct piece *piece)
 
     *stamp = (struct sage_cuda_stamp){.number = piece->number,
                                       .status = remote ? &remote->status[entry] : NULL,
-                                      .release = remote ? &remote->release[entry] : NULL};
+                                      .release = remote ? &remote->release[entry] : NULL,
+                                      .acquire = remote ? &remote->acquire[entry] : NULL,
+                                      .wait_ns = piece->wait_ns};
 }
 
 static int launch(struct stream *s, struct piece *piece, struct sage_cuda_stamp *stamp, char *why)
 {
-    piece->status = sage_attn_cuda_stamped(piece->attn, &piece->part, s->workspace, s->bytes,
-                                           &stamp->start_ns, s->cuda, why, PROTO_TEXT_MAX);
-    if (piece->status)
+    const uint32_t *go = piece->wait_ns ? s->go : NULL;
+    int rc = go ? sage_cuda_stamp_gate(stamp, s->go, s->cuda) : 0;
+
+    if (!rc)
+        piece->status =
+            sage_attn_cuda_stamped(piece->attn, &piece->part, s->workspace, s->bytes,
+                                   &stamp->start_ns, go, s->cuda, why, PROTO_TEXT_MAX);
+    if (rc || piece->status)
         stamp->release = NULL;
     /* Also behind a launch that failed: something before it may run. */
-    return sage_cuda_stamp_end(stamp, s->device->code, s->cuda);
+    int end = sage_cuda_stamp_end(stamp, s->device->code, s->cuda);
+    return rc ? rc : end;
 }
 
 /* By a graph, which is recorded first if need be. false: nothing was launched. */
@@ -368,7 +383,7 @@ static void start(struct stream *s, struct piece *piece)
         rc = launch(s, piece, stamp, why);
     }
     if (!rc && !piece->status) {
-        if (piece->remote && alone) /* among many, it would cost more time than it saves */
+        if (piece->remote && (alone || piece->wait_ns)) /* among many, it would cost more time than it saves */
             share_ring(s->device, s->cuda);
         return;
     }
@@ -408,7 +423,9 @@ static void set_times(struct device *d, struct piece *piece, const struct sage_c
 /* The oldest piece is over, or the device is. */
 static void finish(struct stream *s, struct piece *piece)
 {
-    if (piece->lane && piece->remote)
+    if (piece->missed) /* it is as if it had not been started */
+        ;
+    else if (piece->lane && piece->remote)
         page_wake(piece->lane, piece->number);
     else if (piece->lane && piece->status != SAGE_EDEVICE)
         page_release(piece->lane, piece->number, piece->status);
@@ -437,6 +454,12 @@ static void look_after(struct stream *s, struct piece *piece, struct sage_cuda_s
         lose(d, "stamp", cudaErrorUnknown);
 }
 
+/* Without MPS nothing of a client would run while ours waits. */
+static bool can_wait(struct device *d)
+{
+    return d->mps && d->releases;
+}
+
 static void poll(struct stream *s)
 {
     uint64_t now = daemon_now();
@@ -448,6 +471,7 @@ static void poll(struct stream *s)
             piece->status = SAGE_EDEVICE;
         } else if (__atomic_load_n(&stamp->done, __ATOMIC_ACQUIRE)) {
             set_times(s->device, piece, stamp, now);
+            piece->missed = stamp->missed;
         } else {
             look_after(s, piece, stamp, now);
             return;
@@ -486,6 +510,7 @@ const struct backend backend_cuda = {
     .stream_open = stream_open,
     .stream_close = stream_close,
     .start = start,
+    .can_wait = can_wait,
     .poll = poll,
     .warm = warm,
     .event_open = share_event_open,

@@ -43,6 +43,7 @@ struct completion;
 struct graph {
     struct sage_attn attn;
     struct sage_part part;
+    bool waits;           /* for the inputs first */
     cudaGraphExec_t exec; /* NULL: to be recorded. Owned */
     struct sage_cuda_stamp *stamp;
     uint64_t used; /* when, by graphs.clock; 0: it stands for no piece yet */

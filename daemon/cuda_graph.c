@@ -69,7 +69,7 @@ static bool same_part(const struct sage_part *a, const struct sage_part *b)
 
 static bool is_of(const struct graph *graph, const struct piece *piece)
 {
-    return graph->used && same_attn(&graph->attn, piece->attn) &&
+    return graph->used && graph->waits == (piece->wait_ns > 0) && same_attn(&graph->attn, piece->attn) &&
            same_part(&graph->part, &piece->part);
 }
 
@@ -95,6 +95,7 @@ struct graph *graph_take(struct graphs *graphs, const struct piece *piece)
         clear(oldest);
         oldest->attn = *piece->attn;
         oldest->part = piece->part;
+        oldest->waits = piece->wait_ns > 0;
         oldest->used = ++graphs->clock;
     }
     return NULL;

@@ -429,6 +429,8 @@ void job_next_piece(struct job *job, const struct backend *backend, double quant
     job->piece.number = job->number;
     job->piece.lane = job_is_last_piece(job) && !job->dropped ? &s->page->lane[job->lane] : NULL;
     job->piece.remote = job->piece.lane && s->remote ? &s->remote->lane[job->lane] : NULL;
+    job->piece.wait_ns = 0;
+    job->piece.missed = false;
     job->piece.start_ns = job->piece.end_ns = 0;
     job->piece.done = 0;
     job->made = true;

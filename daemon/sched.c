@@ -20,6 +20,9 @@ enum {
     LOOK_EARLY_NS = 100 * 1000,
     LOOK_MIN_NS = 50 * 1000,
     LOOK_MAX_NS = 1000 * 1000,
+    /* See start_ahead(): inputs come so long after the job before; and are waited for so long. */
+    AHEAD_NS = 50 * 1000,
+    AHEAD_WAIT_NS = 100 * 1000,
     WAIT_FACTOR = 4, /* how much longer than run a piece may wait for the device: see is_hung() */
 };
 
@@ -36,6 +39,7 @@ int sched_init(struct daemon *d, char *why)
     sc->quantum_ns = (double)d->config.quantum_us * 1e3;
     sc->workspace = d->config.slot_bytes;
     sc->ns_per_op = d->backend->ns_per_op;
+    sc->can_wait = d->backend->can_wait && d->backend->can_wait(d->device);
     sc->slots = calloc(d->config.slots, sizeof(sc->slots[0]));
     if (!sc->slots)
         return SAGE_ENOMEM;
@@ -169,6 +173,21 @@ static struct slot *find_slot(struct sched *sc, const struct job *job)
     return best;
 }
 
+/* The job's piece has waited for its inputs in vain. */
+static void put_back(struct job *job)
+{
+    job->state = JOB_WAITING;
+    job->session->daemon->stats.missed++;
+    if (job->dropped) {
+        job_drop(job);
+        return;
+    }
+    job->started = job->made = false;
+    job->ready_ns = 0;
+    job->watched_ns = daemon_now() - job->piece.wait_ns;
+    sched_lane(job->session, job->lane);
+}
+
 static void piece_done(struct daemon *d, struct slot *slot)
 {
     struct sched *sc = &d->sched;
@@ -184,6 +203,12 @@ static void piece_done(struct daemon *d, struct slot *slot)
     s->n_running--;
     s->deficit_ns +=
         job->piece_est_ns - took; /* the estimate was charged, the measured time counts */
+    if (piece->missed) {
+        put_back(job);
+        return;
+    }
+    if (piece->wait_ns)
+        job->ready_ns = piece->start_ns;
     job->run_ns += (uint64_t)took;
     s->lanes[job->lane].pace = took / job->piece_est_ns;
     if (piece->brief)
@@ -279,6 +304,8 @@ static uint64_t look_in(const struct job *job, uint64_t now)
     double age = now > start ? (double)(now - start) : 0, left = est - age;
     double wait = left > 0 ? left - LOOK_EARLY_NS : age / 16;
 
+    if (job->piece.wait_ns && !job->piece.start_ns) /* it may be over soon, and computed again */
+        return 0;
     if (left > -LOOK_EARLY_NS - est / 4 && left < LOOK_EARLY_NS + LOOK_MIN_NS)
         return 0;
     return (uint64_t)fmin(fmax(wait, LOOK_MIN_NS), LOOK_MAX_NS);
@@ -303,20 +330,19 @@ uint64_t sched_look_in(const struct daemon *d, uint64_t now)
  * How long the job's next piece may be. Each cut costs time, and where nothing else runs or could
  * run, a piece that is as long as those which other slots would have delays nobody for longer.
  */
-static double quantum(const struct daemon *d)
+static void make_piece_if(struct daemon *d, struct job *job, bool alone)
 {
-    const struct sched *sc = &d->sched;
-    bool alone = sc->n_active == 1 && sched_slots_used(d) == 0;
+    struct sched *sc = &d->sched;
+    double quantum =
+        alone && sc->n_slots > 2 ? (sc->n_slots - 1) * sc->quantum_ns : sc->quantum_ns;
 
-    return alone && sc->n_slots > 2 ? (sc->n_slots - 1) * sc->quantum_ns : sc->quantum_ns;
+    if (!job->made)
+        job_next_piece(job, d->backend, quantum, sc->workspace, sc->ns_per_op);
 }
 
 static void make_piece(struct daemon *d, struct job *job)
 {
-    struct sched *sc = &d->sched;
-
-    if (!job->made)
-        job_next_piece(job, d->backend, quantum(d), sc->workspace, sc->ns_per_op);
+    make_piece_if(d, job, d->sched.n_active == 1 && sched_slots_used(d) == 0);
 }
 
 /* Make up the job's piece, unless that was done; may it start? Not if it needs a slot to hold. */
@@ -414,12 +440,50 @@ static bool grant(struct daemon *d)
     return true;
 }
 
+/*
+ * The slot's only piece ends a job and is about to end, and nobody else has anything to compute. If
+ * the inputs of the lane's next job come soon after that, as the last ones did, it is started
+ * behind: the stream itself waits for them, for a short time, and the loop need not see them first.
+ * Who comes meanwhile finds another slot idle.
+ */
+static void start_ahead(struct daemon *d, struct slot *slot)
+{
+    struct job *job = slot->jobs[slot->first], *next = TAILQ_NEXT(job, lane_link);
+    struct session *s = job->session;
+    const uint64_t gap = s->lanes[job->lane].gap_ns;
+
+    if (!next || next->event || !s->remote || gap == 0 || gap > AHEAD_NS || !job->piece.start_ns ||
+        job->dropped || !job_is_last_piece(job) || look_in(job, daemon_now()) > 0)
+        return;
+    make_piece_if(d, next, sched_slots_used(d) == 1);
+    next->made = !next->holds && job_is_last_piece(next);
+    if (!next->made)
+        return;
+    d->stats.ahead++;
+    next->piece.wait_ns = AHEAD_WAIT_NS;
+    sched_ready(next);
+    if (s->deficit_ns <= 0)
+        grant(d);
+    start(d, slot, next);
+}
+
+static void look_ahead(struct daemon *d)
+{
+    struct sched *sc = &d->sched;
+
+    for (unsigned i = 0; i < sc->n_slots && sched_slots_used(d) < sc->n_slots; i++)
+        if (sc->slots[i].n == 1)
+            start_ahead(d, &sc->slots[i]);
+}
+
 void sched_dispatch(struct daemon *d)
 {
     struct sched *sc = &d->sched;
 
     sc->brief_ns = 0;
     continue_holders(d);
+    if (sc->n_active == 0 && sc->can_wait && !d->draining)
+        look_ahead(d);
     while (any_room(sc)) {
         struct job *job;
         struct session *s = next_session(d, &job);

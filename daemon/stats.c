@@ -83,6 +83,8 @@ void stats_fill(const struct stats *stats, uint64_t now_ns, struct msg_stats *ms
     msg->refused = stats->refused;
     msg->canceled = stats->canceled;
     msg->dropped = stats->dropped;
+    msg->ahead = stats->ahead;
+    msg->missed = stats->missed;
     msg->failed = stats->failed;
     msg->ops = stats->ops;
     msg->run_ns = stats->run_ns;

@@ -30,6 +30,7 @@ struct stats {
     uint64_t started_ns;
     uint64_t clients_total, clients_dropped;
     uint64_t accepted, done, refused, canceled, dropped, failed;
+    uint64_t ahead, missed;
     double ops;
     uint64_t run_ns, staged_bytes;
     uint64_t workspace_peak;

@@ -688,11 +688,11 @@ int sage_cuda_kernel(const struct sage_attn *attn)
 int sage_attn_cuda(const struct sage_attn *attn, const struct sage_part *part, void *workspace,
                    size_t bytes, struct CUstream_st *stream, char *why, size_t len)
 {
-    return sage_attn_cuda_stamped(attn, part, workspace, bytes, nullptr, stream, why, len);
+    return sage_attn_cuda_stamped(attn, part, workspace, bytes, nullptr, nullptr, stream, why, len);
 }
 
 int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part *part,
-                           void *workspace, size_t bytes, uint64_t *start_ns,
+                           void *workspace, size_t bytes, uint64_t *start_ns, const uint32_t *go,
                            struct CUstream_st *stream, char *why, size_t len)
 {
     const struct sage_part p = whole(attn, part);
@@ -734,6 +734,7 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
         return refuse(why, len, SAGE_EINVAL, "workspace: must be a multiple of %d", ALIGN);
     fill(attn, &at, static_cast<char *>(workspace), &a);
     a.start_ns = start_ns;
+    a.go = go;
     a.swizzled = wgmma;
     a.q_map = maps.q;
     a.k_map = maps.k;

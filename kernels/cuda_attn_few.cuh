@@ -574,7 +574,8 @@ __global__ void __launch_bounds__(32 * FEW_WARPS, 2)
 #if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
 #endif
-    stamp_start(args);
+    if (!begins(args))
+        return;
     if (threadIdx.x == 0)
         find_few(args, blockIdx.x, tile);
     __syncthreads();

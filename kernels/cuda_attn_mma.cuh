@@ -400,7 +400,8 @@ __global__ void __launch_bounds__(32 * KERNEL_WARPS, 2)
     __shared__ tile place;
     __shared__ query queries[KERNEL_TILE_Q(D)];
 
-    stamp_start(args);
+    if (!begins(args))
+        return;
     if (threadIdx.x == 0)
         find_tile(args, KERNEL_TILE_Q(D), blockIdx.x, place);
     __syncthreads();

@@ -1274,7 +1274,8 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D, FP8), 1)
         m.init_barriers();
     __syncthreads();
     cudaGridDependencySynchronize();
-    stamp_start(args);
+    if (!begins(args))
+        return;
     if (threadIdx.x / 128 == WGMMA_GROUPS(D, FP8)) {
         registers_less<WGMMA_FETCH_REGISTERS(D, FP8)>();
         const int warp = threadIdx.x / 32 % 4;

@@ -100,8 +100,9 @@ __global__ void __launch_bounds__(QUANT_THREADS, 3)
     const unsigned each = static_cast<unsigned>(a.chunks.each);
 
     cudaGridDependencySynchronize();
+    if (!begins(a))
+        return;
     if (!is_v && blockIdx.x == 0) {
-        stamp_start(a);
         for (int i = threadIdx.x; i < COUNTERS; i += QUANT_THREADS)
             a.ticket[i] = 0;
     }

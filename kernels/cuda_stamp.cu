@@ -1,7 +1,7 @@
 /*
- * cuda_stamp.cu - the end of a piece: what a stream writes into host memory behind it.
+ * cuda_stamp.cu - around a piece: what its stream waits for, and what it writes into host memory.
  *
- * The kernel goes on when all kernels before it in its stream are over and their writes are
+ * The kernel at the end goes on when all kernels before it in its stream are over and their writes are
  * visible: that, and no fence of theirs, is what `release` and `done` rest on.
  */
 #include <cuda_runtime_api.h>
@@ -26,15 +26,34 @@ __device__ void publish(volatile uint32_t *word, uint32_t value)
     *word = value;
 }
 
+/* It is over before any other kernel of the piece begins: none of them starts earlier. */
+__global__ void gate_kernel(volatile sage_cuda_stamp *stamp, uint32_t *go)
+{
+    const volatile uint32_t *const acquire = stamp->acquire;
+    const uint32_t number = stamp->number;
+    const uint64_t until = globaltimer() + stamp->wait_ns;
+    bool reached;
+
+    do
+        reached = static_cast<int32_t>(*acquire - number) >= 0; /* page_reached() */
+    while (!reached && globaltimer() < until);
+    __threadfence_system();
+    *go = reached;
+    stamp->missed = !reached;
+}
+
 /*
  * On Hopper it may start before the kernel before it is over, so that it has done all that it can
  * do before by then. A job's status says nothing until the job is released.
  */
 __global__ void stamp_end_kernel(volatile sage_cuda_stamp *stamp)
 {
-    volatile uint32_t *const status = stamp->status, *const release = stamp->release;
+    volatile uint32_t *const status = stamp->status;
+    volatile uint32_t *release = stamp->release;
     const uint32_t number = stamp->number;
 
+    if (stamp->missed)
+        release = nullptr;
     if (release) {
         *status = 0;
         __threadfence_system();
@@ -57,7 +76,14 @@ int sage_cuda_stamp_load(int *code)
         cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(stamp_end_kernel));
 
     *code = attributes.ptxVersion;
-    return rc;
+    return rc ? rc
+              : cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(gate_kernel));
+}
+
+int sage_cuda_stamp_gate(struct sage_cuda_stamp *stamp, uint32_t *go, struct CUstream_st *stream)
+{
+    gate_kernel<<<1, 1, 0, stream>>>(stamp, go);
+    return cudaGetLastError();
 }
 
 int sage_cuda_stamp_end(struct sage_cuda_stamp *stamp, int code, struct CUstream_st *stream)

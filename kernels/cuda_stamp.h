@@ -1,6 +1,6 @@
 /*
- * cuda_stamp.h - what a stream writes into host memory around a piece: times, a completion word,
- * the release of a job.
+ * cuda_stamp.h - what a stream reads and writes in host memory around a piece: whether its inputs
+ * are ready, times, a completion word, the release of a job.
  *
  * All return a cudaError_t, if they do not say otherwise. The memory is pinned and mapped.
  */
@@ -28,20 +28,30 @@ struct sage_cuda_stamp {
     uint32_t done;              /* 1, after all the rest */
     uint32_t number;            /* for *release; 0 is for *status */
     uint32_t *status, *release; /* NULL: nothing is */
+    /* For sage_cuda_stamp_gate(): a word of the page, which is to reach `number`, and how long. */
+    const uint32_t *acquire;
+    uint64_t wait_ns;
+    uint32_t missed; /* 1: it did not; nothing was computed, or stored in the page */
 };
 
 /*
- * Load the kernel: a first launch must not wait for what the stream waits for. *code: the compute
+ * Load the kernels: a first launch must not wait for what the stream waits for. *code: the compute
  * capability, as 90, that all that runs here was compiled for; at most the device's.
  */
 int sage_cuda_stamp_load(int *code);
 
 /*
+ * In front of a piece whose inputs should be ready any moment: the stream waits for them, wait_ns at
+ * most. Then *go, device memory, is 1, or 0 if they are not.
+ */
+int sage_cuda_stamp_gate(struct sage_cuda_stamp *stamp, uint32_t *go, struct CUstream_st *stream);
+/*
  * sage_attn_cuda(), whose first kernel writes the time to *start_ns, device memory or mapped host
- * memory; nothing is written where there is nothing to compute. A sage_status.
+ * memory; nothing is written where there is nothing to compute. go: device memory; where there is 0
+ * the kernels leave at once and nothing is written either. NULL: they do not. A sage_status.
  */
 int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part *part,
-                           void *workspace, size_t bytes, uint64_t *start_ns,
+                           void *workspace, size_t bytes, uint64_t *start_ns, const uint32_t *go,
                            struct CUstream_st *stream, char *why, size_t len);
 /*
  * When all before is done and can be seen by everybody, the stream writes: *status, then *release,

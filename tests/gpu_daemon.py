@@ -335,6 +335,44 @@ def child_streams(socket, n):
     client.close()
 
 
+def child_paces(socket, links):
+    """A chain whose links change q, at once or after 0.3 ms, by turns of sixteen."""
+    import torch
+    torch.zeros(1, device="cuda")
+    client, cuda = Client(socket, "paces"), Cuda()
+    stream = own_stream(torch, cuda)
+    source, k, v, o = torch_problem(torch)
+    q = torch.zeros_like(source)
+    attn = torch_attn(q, k, v, o)
+    results = [torch.zeros_like(o) for _ in range(links)]
+    factors = [1 + i / links for i in range(links)]
+    wanted = []
+    for factor in factors:
+        torch.mul(source, factor, out=q)
+        torch.cuda.synchronize()
+        client.enqueue(attn, stream.cuda_stream)
+        torch.cuda.synchronize()
+        client.stream_error(stream.cuda_stream)
+        wanted.append(o.clone())
+    for _ in range(3):
+        o.fill_(float("nan"))
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            for i, factor in enumerate(factors):
+                if i // 16 % 2:
+                    torch.cuda._sleep(SLEEP_CYCLES // 1000)
+                torch.mul(source, factor, out=q)
+                client.enqueue(attn, stream.cuda_stream)
+                torch.mul(o, 1.0, out=results[i])
+        stream.synchronize()
+        client.stream_error(stream.cuda_stream)
+        wrong = [i for i in range(links) if not torch.equal(results[i], wanted[i])]
+        if wrong:
+            break
+    say(wrong=wrong, mode=client.mode(), error=near(torch, wanted[0], source, k, v))
+    client.close()
+
+
 def child_flood(socket, jobs):
     """More jobs than a lane has entries, behind a kernel that takes its time."""
     import torch
@@ -817,6 +855,19 @@ def lanes(env):
         idle(d)
     with daemon(env, slot_bytes="16M") as d:
         print(f"    refused: {run_child('refused', d.path, env=env)}")
+
+
+def test_ahead_mps():
+    """Jobs that are started before their inputs are ready wait for these, or are started again."""
+    need_torch()
+    with mps(True) as env, daemon(env) as d:
+        said = run_child("paces", d.path, 200, env=env)
+        stats = d.stats()
+        ahead, missed = stats.get("ahead", 0), stats.get("missed", 0)
+        print(f"    {said}, {ahead} ahead, {missed} of them in vain")
+        assert not said["wrong"] and said["error"] < BOUNDS["int8_fp16"], said
+        assert stats["done"] == stats["accepted"] and ahead > missed > 0, stats
+        idle(d)
 
 
 def test_lanes():

@@ -98,7 +98,10 @@ static bool step(void)
     piece->start_ns = next->queue[0].start_ns;
     piece->end_ns = model.now_ns = next->queue[0].end_ns;
     memmove(next->queue, next->queue + 1, --next->n * sizeof(next->queue[0]));
-    if (piece->lane)
+    piece->missed = piece->wait_ns && !job_is_ready(job_of(piece));
+    if (piece->missed)
+        piece->end_ns = piece->start_ns;
+    else if (piece->lane)
         page_release(piece->lane, piece->number, 0);
     piece->done = 1;
     uv_run(&d.loop, UV_RUN_NOWAIT);
@@ -1165,6 +1168,146 @@ static void test_expected(void **state)
     disconnect(&peers[0]);
 }
 
+/* --- ahead of their inputs --- */
+
+static void turns(int n)
+{
+    while (n--)
+        uv_run(&d.loop, UV_RUN_NOWAIT);
+}
+
+/* A daemon whose streams can wait, and a client whose inputs come 10 us after the job before. */
+static void start_waiting(unsigned slots, struct peer *p)
+{
+    start_daemon(slots, 500);
+    d.sched.can_wait = true;
+    connect_peer(p, PRIORITY_NORMAL);
+    p->s->remote = p->page;
+    p->s->lanes[0].gap_ns = 10 * 1000;
+}
+
+static void stop_waiting(struct peer *p)
+{
+    p->s->remote = NULL; /* nobody has opened it */
+    stop_daemon();
+    disconnect(p);
+}
+
+/* A job that runs, and one behind it whose inputs are not ready: which is told. */
+static struct job *run_and_hold(struct peer *p)
+{
+    submit(p, 0, problem(1, 64, 64));
+    submit_held(p, 0, problem(1, 64, 64));
+    struct job *first = TAILQ_FIRST(&p->s->lanes[0].jobs), *second = TAILQ_NEXT(first, lane_link);
+    assert_int_equal(first->state, JOB_RUNNING);
+    assert_int_equal(second->state, JOB_WAITING); /* the first has not begun */
+    first->piece.start_ns = daemon_now();
+    turns(1);
+    return second;
+}
+
+/* The inputs come in time: the loop has nothing to do with it. */
+static void test_ahead(void **state)
+{
+    struct peer *p = &peers[0];
+    (void)state;
+
+    start_waiting(2, p);
+    for (int i = 0; i < 3; i++) {
+        struct job *second = run_and_hold(p);
+        assert_int_equal(second->state, JOB_RUNNING);
+        assert_true(second->piece.wait_ns > 0);
+        assert_int_equal(sched_slots_used(&d), 1); /* behind the first */
+        assert_false(job_cancel(p->s, 0, second->number));
+        assert_true(step());
+        acquire(p, 0, p->last[0]);
+        assert_true(step());
+        assert_true(released(p, 0));
+    }
+    assert_int_equal(d.stats.done, 6);
+    assert_int_equal(d.stats.ahead, 3);
+    assert_int_equal(d.stats.missed, 0);
+    stop_waiting(p);
+}
+
+/* They do not: the job waits as any other, and the next one is not started ahead. */
+static void test_ahead_missed(void **state)
+{
+    struct peer *p = &peers[0];
+    (void)state;
+
+    start_waiting(2, p);
+    struct job *second = run_and_hold(p);
+    assert_true(step());
+    double deficit_ns = p->s->deficit_ns;
+    assert_true(step());
+    assert_false(released(p, 0));
+    assert_int_equal(second->state, JOB_WAITING);
+    assert_non_null(second->watched);
+    assert_int_equal(p->s->n_running, 0);
+    assert_true(p->s->deficit_ns > deficit_ns); /* nothing is charged */
+    turns(3);
+    assert_int_equal(second->state, JOB_WAITING);
+    acquire(p, 0, p->last[0]);
+    turns(1);
+    assert_int_equal(second->state, JOB_RUNNING);
+    assert_int_equal(second->piece.wait_ns, 0);
+    assert_true(step());
+    assert_true(released(p, 0));
+    second = run_and_hold(p);
+    assert_int_equal(second->state, JOB_WAITING);
+    assert_int_equal(d.stats.missed, 1);
+    acquire(p, 0, p->last[0]);
+    stop_waiting(p);
+}
+
+/* Whose inputs are never ready may cancel, or go, at any time. */
+static void test_ahead_given_up(void **state)
+{
+    struct peer *p = &peers[0];
+    (void)state;
+
+    start_waiting(2, p);
+    run_and_hold(p);
+    assert_true(step());
+    assert_true(step());
+    assert_true(job_cancel(p->s, 0, p->last[0]));
+    assert_true(released(p, 0));
+    p->s->lanes[0].gap_ns = 10 * 1000;
+    run_and_hold(p);
+    p->s->remote = NULL;
+    session_close(p->s, "gone");
+    while (step())
+        continue;
+    assert_int_equal(d.stats.done, 2);
+    assert_int_equal(d.stats.dropped, 1);
+    assert_int_equal(d.stats.canceled, 1);
+    stop_daemon();
+    disconnect(p);
+}
+
+/* Nobody is kept waiting: it is not done where no other slot is idle. */
+static void test_ahead_alone(void **state)
+{
+    struct peer *p = &peers[0];
+    (void)state;
+
+    for (unsigned slots = 1; slots <= 2; slots++) {
+        start_waiting(slots, p);
+        connect_peer(&peers[1], PRIORITY_NORMAL);
+        if (slots == 2)
+            submit(&peers[1], 0, problem(1, 64, 64));
+        struct job *second = run_and_hold(p);
+        assert_int_equal(second->state, JOB_WAITING);
+        acquire(p, 0, p->last[0]);
+        while (step())
+            continue;
+        assert_true(released(p, 0));
+        stop_waiting(p);
+        disconnect(&peers[1]);
+    }
+}
+
 static struct peer crowd[17]; /* who fill a turn twice over, with all their lanes */
 
 /* All jobs of the session have been watched for a second and for `ns` more. */
@@ -1173,12 +1316,6 @@ static void age_jobs(const struct session *s, uint64_t ns)
     for (int i = 0; i < SAGE_LANES; i++)
         if (!TAILQ_EMPTY(&s->lanes[i].jobs))
             TAILQ_FIRST(&s->lanes[i].jobs)->watched_ns = daemon_now() - 1000000000 - ns;
-}
-
-static void turns(int n)
-{
-    while (n--)
-        uv_run(&d.loop, UV_RUN_NOWAIT);
 }
 
 /*
@@ -1515,6 +1652,10 @@ int main(void)
         cmocka_unit_test(test_expected),
         cmocka_unit_test(test_warm),
         cmocka_unit_test(test_rest),
+        cmocka_unit_test(test_ahead),
+        cmocka_unit_test(test_ahead_missed),
+        cmocka_unit_test(test_ahead_given_up),
+        cmocka_unit_test(test_ahead_alone),
         cmocka_unit_test(test_crowd),
         cmocka_unit_test(test_crowd_of_events),
         cmocka_unit_test(test_heard),
