@@ -22,7 +22,7 @@ struct piece {
     struct sage_page_lane *lane;   /* release job `number` there when this is done; NULL: do not */
     struct sage_page_lane *remote; /* the same for the device, which does it; NULL: we do */
     uint32_t number;
-    uint64_t wait_ns; /* the stream waits for the job's inputs, so long at most; 0: they are ready */
+    uint64_t wait_ns; /* the stream first waits for the inputs, so long at most; 0: it does not */
     bool brief; /* takes less than waking somebody, on an idle stream: may be done in start() */
     uint64_t launch_ns; /* CLOCK_MONOTONIC, like the others; just before start() */
     /* Written by the stream, to be read once `done` is seen. */

@@ -341,9 +341,8 @@ static int launch(struct stream *s, struct piece *piece, struct sage_cuda_stamp 
     int rc = go ? sage_cuda_stamp_gate(stamp, s->go, s->cuda) : 0;
 
     if (!rc)
-        piece->status =
-            sage_attn_cuda_stamped(piece->attn, &piece->part, s->workspace, s->bytes,
-                                   &stamp->start_ns, go, s->cuda, why, PROTO_TEXT_MAX);
+        piece->status = sage_attn_cuda_stamped(piece->attn, &piece->part, s->workspace, s->bytes,
+                                               &stamp->start_ns, go, s->cuda, why, PROTO_TEXT_MAX);
     if (rc || piece->status)
         stamp->release = NULL;
     /* Also behind a launch that failed: something before it may run. */
@@ -383,7 +382,8 @@ static void start(struct stream *s, struct piece *piece)
         rc = launch(s, piece, stamp, why);
     }
     if (!rc && !piece->status) {
-        if (piece->remote && (alone || piece->wait_ns)) /* among many, it would cost more time than it saves */
+        /* Among many it would cost more time than it saves. */
+        if (piece->remote && (alone || piece->wait_ns))
             share_ring(s->device, s->cuda);
         return;
     }

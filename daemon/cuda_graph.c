@@ -69,8 +69,8 @@ static bool same_part(const struct sage_part *a, const struct sage_part *b)
 
 static bool is_of(const struct graph *graph, const struct piece *piece)
 {
-    return graph->used && graph->waits == (piece->wait_ns > 0) && same_attn(&graph->attn, piece->attn) &&
-           same_part(&graph->part, &piece->part);
+    return graph->used && graph->waits == (piece->wait_ns > 0) &&
+           same_attn(&graph->attn, piece->attn) && same_part(&graph->part, &piece->part);
 }
 
 struct graph *graph_take(struct graphs *graphs, const struct piece *piece)

@@ -333,8 +333,7 @@ uint64_t sched_look_in(const struct daemon *d, uint64_t now)
 static void make_piece_if(struct daemon *d, struct job *job, bool alone)
 {
     struct sched *sc = &d->sched;
-    double quantum =
-        alone && sc->n_slots > 2 ? (sc->n_slots - 1) * sc->quantum_ns : sc->quantum_ns;
+    double quantum = alone && sc->n_slots > 2 ? (sc->n_slots - 1) * sc->quantum_ns : sc->quantum_ns;
 
     if (!job->made)
         job_next_piece(job, d->backend, quantum, sc->workspace, sc->ns_per_op);

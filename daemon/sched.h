@@ -29,7 +29,7 @@ struct sched {
     struct slot *slots;
     unsigned n_slots, n_held;
     size_t workspace; /* bytes of a slot */
-    bool can_wait; /* streams can wait for inputs */
+    bool can_wait;    /* streams can wait for inputs */
     double quantum_ns;
     double brief_ns;              /* computed by the loop in this turn */
     double ns_per_op;             /* measured, a moving average over large pieces */
