@@ -196,19 +196,26 @@ __device__ inline cuda_seq seq_of(const cuda_args &a, int64_t s)
     return {0, q0, k0, a.q_offsets[s + 1] - q0, a.k_offsets[s + 1] - k0};
 }
 
-/* The first unit of sequence s: floor(tokens before / unit) + sequences before leaves room. */
+/*
+ * The first unit of sequence s: floor(tokens before / unit) + sequences before leaves room. An int
+ * as unit divides faster.
+ */
+template <typename Unit>
 __device__ inline int64_t space_start(const cuda_args &a, const cuda_space &space,
-                                      const int32_t *offsets, int64_t first, int64_t unit,
-                                      int64_t s)
+                                      const int32_t *offsets, int64_t first, Unit unit, int64_t s)
 {
     if (!offsets)
         return (s - a.seq) * space.each;
+    if constexpr (sizeof(Unit) == 4)
+        return static_cast<unsigned>(offsets[s] - first) / static_cast<unsigned>(unit) +
+               (s - a.seq);
     return (offsets[s] - first) / unit + (s - a.seq);
 }
 
 /* The sequence that unit i belongs to: the last that starts at or before it. */
+template <typename Unit>
 __device__ inline int64_t space_find(const cuda_args &a, const cuda_space &space,
-                                     const int32_t *offsets, int64_t first, int64_t unit, int64_t i)
+                                     const int32_t *offsets, int64_t first, Unit unit, int64_t i)
 {
     if (!offsets)
         return a.seq + static_cast<unsigned>(i) / static_cast<unsigned>(space.each);

@@ -82,7 +82,11 @@ __device__ inline unsigned columns_together(int d_padded, unsigned each)
     return min((TILES_TOGETHER + each - 1) / each, d_padded <= 64 ? 32u : 16u);
 }
 
-/* Tile number `index`, to shared memory; there are only launches whose tiles all fit 31 bits. */
+/*
+ * Tile number `index`, to shared memory; there are only launches whose tiles all fit 31 bits.
+ * QUANTISED: also where its keys lie in the workspace.
+ */
+template <bool QUANTISED = true>
 __device__ inline void find_tile(const cuda_args &a, int tile_q, unsigned index, tile &t)
 {
     const unsigned total = static_cast<unsigned>(a.tiles.total);
@@ -101,15 +105,19 @@ __device__ inline void find_tile(const cuda_args &a, int tile_q, unsigned index,
         rows ? n : n - space_start(a, a.tiles, a.q_offsets, a.q_first, tile_q, s);
     const cuda_seq seq = seq_of(a, s);
     t.seq = seq;
-    t.head_slot = head / q_heads;
-    t.kv_head = a.head + t.head_slot;
+    const unsigned head_slot = head / q_heads;
+    t.kv_head = a.head + head_slot;
     t.q_head = t.kv_head * a.gqa + a.q_head + head % q_heads;
-    t.local = (s - a.seq) * a.n_heads + t.head_slot;
-    t.block = t.head_slot * a.blocks.total +
-              space_start(a, a.blocks, a.k_offsets, a.k_first, KERNEL_TILE_K, s);
-    t.chunk = t.head_slot * a.chunks.total +
-              space_start(a, a.chunks, a.k_offsets, a.k_first, a.chunk_keys, s);
-    t.v = a.v.data + seq.batch * a.v.stride[0] + t.kv_head * a.v.stride[1] + seq.k0 * a.v.stride[2];
+    if constexpr (QUANTISED) {
+        t.head_slot = head_slot;
+        t.local = (s - a.seq) * a.n_heads + head_slot;
+        t.block = head_slot * a.blocks.total +
+                  space_start(a, a.blocks, a.k_offsets, a.k_first, KERNEL_TILE_K, s);
+        t.chunk = head_slot * a.chunks.total +
+                  space_start(a, a.chunks, a.k_offsets, a.k_first, a.chunk_keys, s);
+        t.v = a.v.data + seq.batch * a.v.stride[0] + t.kv_head * a.v.stride[1] +
+              seq.k0 * a.v.stride[2];
+    }
     const int64_t row = (rows ? a.row : 0) + in_seq * tile_q;
     const int64_t end = rows ? a.row + a.n_rows : seq.nq;
     t.row = static_cast<int>(row);
@@ -645,6 +653,27 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
             store_8(a.o.data + t.seq.batch * a.o.stride[0] + t.q_head * a.o.stride[1] +
                         (t.seq.q0 + r) * a.o.stride[2] + 2 * column,
                     eight, a.o.aligned);
+    }
+
+    /* Of the warp's 16 rows every STEPth from `first` on; eight(row): the columns from `column`. */
+    template <int STEP, typename Eight>
+    __device__ void store_rows(int first, int column, Eight eight) const
+    {
+        const int left = column < a.d ? t.end - row() : 0;
+        char *const to = a.o.data + t.seq.batch * a.o.stride[0] + t.q_head * a.o.stride[1] +
+                         (t.seq.q0 + row() + first) * a.o.stride[2] + 2 * column;
+        const auto store = [&](int i, bool aligned) {
+            if (first + i < left)
+                store_8(to + i * a.o.stride[2], eight(first + i), aligned);
+        };
+        if (a.o.aligned)
+#pragma unroll
+            for (int i = 0; i < 16; i += STEP)
+                store(i, true);
+        else
+#pragma unroll 1
+            for (int i = 0; i < 16; i += STEP)
+                store(i, false);
     }
 
     __device__ void finish_lse(int slab, const float (&up)[2]) const

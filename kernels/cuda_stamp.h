@@ -41,8 +41,8 @@ struct sage_cuda_stamp {
 int sage_cuda_stamp_load(int *code);
 
 /*
- * In front of a piece whose inputs should be ready any moment: the stream waits for them, wait_ns at
- * most. Then *go, device memory, is 1, or 0 if they are not.
+ * In front of a piece whose inputs should be ready any moment: the stream waits for them, wait_ns
+ * at most. Then *go, device memory, is 1, or 0 if they are not.
  */
 int sage_cuda_stamp_gate(struct sage_cuda_stamp *stamp, uint32_t *go, struct CUstream_st *stream);
 /*
