@@ -1,8 +1,8 @@
 /*
  * cuda_stamp.cu - around a piece: what its stream waits for, what it writes into host memory.
  *
- * The kernel at the end goes on when all kernels before it in its stream are over and their writes are
- * visible: that, and no fence of theirs, is what `release` and `done` rest on.
+ * The kernel at the end goes on when all kernels before it in its stream are over and their writes
+ * are visible: that, and no fence of theirs, is what `release` and `done` rest on.
  */
 #include <cuda_runtime_api.h>
 
