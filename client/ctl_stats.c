@@ -42,7 +42,8 @@ static void print_jobs(const struct msg_stats *s)
     printf("now         %u waiting, %u running; %u of %u slots in use, %u at most\n", s->queued,
            s->running, s->slots_used, s->slots, s->slots_peak);
     if (s->ahead)
-        printf("ahead       %llu started before their inputs were ready, %llu of them in vain\n",
+        printf("ahead       %llu started before their inputs were seen to be ready, %llu of them "
+               "in vain\n",
                (unsigned long long)s->ahead, (unsigned long long)s->missed);
     printf("throughput  %s TOPS while computing (operations / run time, per slot)\n",
            text_tops(s->ops, (double)s->run_ns).s);

@@ -180,8 +180,9 @@ SAGE_API int sage_wait(struct sage_job job, int timeout_ms);
 
 /*
  * Cancel a job that has not started; it is then over with SAGE_ECANCELED. 0 when it was cancelled,
- * by this call or before, SAGE_ESTARTED when it has started or is over, or the GPU is just waiting
- * for its inputs (0.1 ms at most), SAGE_EINVAL: no such job. Waits for the daemon's answer.
+ * by this call or before, SAGE_ESTARTED when it has started or is over, SAGE_EINVAL: no such job.
+ * A GPU that is about to wait for its inputs counts as started: if they do not come within 0.1 ms,
+ * the job is cancelled then. Waits for the daemon's answer.
  */
 SAGE_API int sage_cancel(struct sage_job job);
 

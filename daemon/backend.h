@@ -28,6 +28,7 @@ struct piece {
     /* Written by the stream, to be read once `done` is seen. */
     int status;                /* SAGE_EDEVICE: the device is lost, and nothing was released */
     bool missed;               /* the inputs were not ready in time: nothing was done */
+    uint64_t ready_ns;         /* when they were, after it began to wait; 0: it had not to */
     uint64_t start_ns, end_ns; /* start_ns: as soon as it is known, 0 before */
     uint32_t done;             /* the completion word: 1, last of all */
 };

@@ -338,16 +338,18 @@ static void prepare(struct sage_cuda_stamp *stamp, const struct piece *piece)
 static int launch(struct stream *s, struct piece *piece, struct sage_cuda_stamp *stamp, char *why)
 {
     const uint32_t *go = piece->wait_ns ? s->go : NULL;
-    int rc = go ? sage_cuda_stamp_gate(stamp, s->go, s->cuda) : 0;
 
-    if (!rc)
+    if (go && sage_cuda_stamp_gate(stamp, s->go, s->cuda)) {
+        snprintf(why, PROTO_TEXT_MAX, "what waits for the inputs cannot be launched");
+        piece->status = SAGE_EINTERNAL;
+    } else {
         piece->status = sage_attn_cuda_stamped(piece->attn, &piece->part, s->workspace, s->bytes,
                                                &stamp->start_ns, go, s->cuda, why, PROTO_TEXT_MAX);
-    if (rc || piece->status)
+    }
+    if (piece->status)
         stamp->release = NULL;
     /* Also behind a launch that failed: something before it may run. */
-    int end = sage_cuda_stamp_end(stamp, s->device->code, s->cuda);
-    return rc ? rc : end;
+    return sage_cuda_stamp_end(stamp, s->device->code, s->cuda);
 }
 
 /* By a graph, which is recorded first if need be. false: nothing was launched. */
@@ -472,6 +474,8 @@ static void poll(struct stream *s)
         } else if (__atomic_load_n(&stamp->done, __ATOMIC_ACQUIRE)) {
             set_times(s->device, piece, stamp, now);
             piece->missed = stamp->missed;
+            if (stamp->ready_ns)
+                piece->ready_ns = stamp->ready_ns + (uint64_t)s->device->clock_ns;
         } else {
             look_after(s, piece, stamp, now);
             return;

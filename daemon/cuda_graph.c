@@ -10,7 +10,7 @@
 
 #include "daemon/backend_cuda.h"
 
-enum { GRAPHS_MAX = 32 }; /* of a stream; each takes about 100 KiB of the device's memory */
+enum { GRAPHS_MAX = 64 }; /* of a stream; each takes about 100 KiB of the device's memory */
 
 struct graphs {
     struct graph list[GRAPHS_MAX];

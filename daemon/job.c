@@ -431,7 +431,7 @@ void job_next_piece(struct job *job, const struct backend *backend, double quant
     job->piece.remote = job->piece.lane && s->remote ? &s->remote->lane[job->lane] : NULL;
     job->piece.wait_ns = 0;
     job->piece.missed = false;
-    job->piece.start_ns = job->piece.end_ns = 0;
+    job->piece.ready_ns = job->piece.start_ns = job->piece.end_ns = 0;
     job->piece.done = 0;
     job->made = true;
 }
@@ -569,7 +569,21 @@ void job_fail(struct job *job, int status, const char *text)
     s->daemon->stats.failed++;
     sched_forget(job);
     job_free(job);
-    session_report(s, &report, true); /* last, as in job_cancel() */
+    session_report(s, &report, true); /* last, as in job_end_canceled() */
+}
+
+void job_end_canceled(struct job *job)
+{
+    struct msg_done_job report = {
+        .lane = job->lane, .number = job->number, .status = (uint32_t)-SAGE_ECANCELED};
+    struct session *s = job->session;
+
+    snprintf(report.text, sizeof(report.text), "%s", sage_strerror(SAGE_ECANCELED));
+    page_release(&s->page->lane[job->lane], job->number, SAGE_ECANCELED);
+    s->daemon->stats.canceled++;
+    sched_forget(job);
+    job_free(job);
+    session_report(s, &report, true); /* last: it may close the session, with all its jobs */
 }
 
 bool job_cancel(struct session *s, uint32_t lane, uint32_t number)
@@ -581,16 +595,10 @@ bool job_cancel(struct session *s, uint32_t lane, uint32_t number)
     TAILQ_FOREACH(job, &s->lanes[lane].jobs, lane_link)
         if (job->number == number)
             break;
+    if (job && job->state == JOB_RUNNING && job->piece.wait_ns)
+        job->unwanted = true;
     if (!job || job->started)
         return false;
-
-    struct msg_done_job report = {
-        .lane = lane, .number = number, .status = (uint32_t)-SAGE_ECANCELED};
-    snprintf(report.text, sizeof(report.text), "%s", sage_strerror(SAGE_ECANCELED));
-    page_release(&s->page->lane[lane], number, SAGE_ECANCELED);
-    s->daemon->stats.canceled++;
-    sched_forget(job);
-    job_free(job);
-    session_report(s, &report, true); /* last: it may close the session, with all its jobs */
+    job_end_canceled(job);
     return true;
 }

@@ -26,7 +26,9 @@ struct job {
     struct session *session;
     uint32_t lane, number;
     enum job_state state;
-    bool started;  /* a piece of it has run */
+    bool started; /* a piece of it has been: it runs, or is in a stream that waits for its inputs */
+    bool unwanted; /* to be cancelled, if it is put back */
+    bool no_ahead; /* see start_ahead(): not this one */
     bool prompt;   /* its client waits for the report */
     bool dropped;  /* its session is closing: no further piece, no word to anybody */
     bool by_event; /* its client wants to be told of an event behind it */
@@ -66,8 +68,13 @@ bool job_submit(struct session *s, const struct msg_submit *msg, char *why);
 bool job_refuse(struct session *s, uint32_t lane, uint32_t number, int status, const char *text,
                 char *why);
 
-/* Cancel if it has not started. false: it has, or it is unknown. */
+/*
+ * Cancel if it has not started. false: it has, or it is unknown. One whose stream waits for its
+ * inputs is cancelled as soon as that was in vain.
+ */
 bool job_cancel(struct session *s, uint32_t lane, uint32_t number);
+/* Release and report it as cancelled: it is in no slot. Frees it. */
+void job_end_canceled(struct job *job);
 
 /* Are its inputs ready? 1, 0 or SAGE_E*: they never will be. */
 int job_is_ready(const struct job *job);

@@ -23,6 +23,9 @@ enum {
     /* See start_ahead(): inputs come so long after the job before; and are waited for so long. */
     AHEAD_NS = 50 * 1000,
     AHEAD_WAIT_NS = 100 * 1000,
+    SHY_MIN =
+        8, /* jobs that are not started ahead after one that was in vain; then twice as many */
+    SHY_MAX = 1024,
     WAIT_FACTOR = 4, /* how much longer than run a piece may wait for the device: see is_hung() */
 };
 
@@ -173,19 +176,41 @@ static struct slot *find_slot(struct sched *sc, const struct job *job)
     return best;
 }
 
-/* The job's piece has waited for its inputs in vain. */
+/*
+ * The job's piece has waited for its inputs in vain. What waits is in the way of a kernel that has
+ * all of the device, so it may be the reason.
+ */
 static void put_back(struct job *job)
 {
-    job->state = JOB_WAITING;
+    struct lane *lane = &job->session->lanes[job->lane];
+
     job->session->daemon->stats.missed++;
+    lane->shy = lane->next_shy < SHY_MIN ? SHY_MIN : lane->next_shy;
+    lane->next_shy = lane->shy < SHY_MAX ? 2 * lane->shy : SHY_MAX;
+    lane->gap_ns = job->piece.wait_ns;
+    job->state = JOB_WAITING;
     if (job->dropped) {
         job_drop(job);
-        return;
+    } else if (job->unwanted) {
+        job_end_canceled(job);
+    } else {
+        job->started = job->made = false;
+        job->ready_ns = 0;
+        job->watched_ns = daemon_now() - job->piece.wait_ns;
+        sched_lane(job->session, job->lane);
     }
-    job->started = job->made = false;
-    job->ready_ns = 0;
-    job->watched_ns = daemon_now() - job->piece.wait_ns;
-    sched_lane(job->session, job->lane);
+}
+
+/* It was started ahead, and its inputs came. */
+static void note_ahead(struct job *job)
+{
+    struct lane *lane = &job->session->lanes[job->lane];
+    const struct piece *piece = &job->piece;
+
+    lane->next_shy = 0;
+    job->ready_ns = piece->ready_ns > lane->end_ns ? piece->ready_ns : lane->end_ns;
+    if (job->ready_ns > piece->start_ns) /* clocks are compared to some us */
+        job->ready_ns = piece->start_ns;
 }
 
 static void piece_done(struct daemon *d, struct slot *slot)
@@ -208,7 +233,7 @@ static void piece_done(struct daemon *d, struct slot *slot)
         return;
     }
     if (piece->wait_ns)
-        job->ready_ns = piece->start_ns;
+        note_ahead(job);
     job->run_ns += (uint64_t)took;
     s->lanes[job->lane].pace = took / job->piece_est_ns;
     if (piece->brief)
@@ -225,6 +250,7 @@ static void piece_done(struct daemon *d, struct slot *slot)
         sc->ns_per_op += (measured - sc->ns_per_op) / 8;
     }
 
+    struct lane *lane = &s->lanes[job->lane];
     bool last = piece->status || job_is_last_piece(job) || job->dropped;
     if (!last) {
         job_advance(job);
@@ -233,6 +259,8 @@ static void piece_done(struct daemon *d, struct slot *slot)
         sched_ready(job);
         return;
     }
+    lane->end_ns = piece->end_ns;
+    lane->shy -= lane->shy > 0;
     let_go(sc, job);
     if (piece->status && !piece->lane && !job->dropped)
         page_release(&s->page->lane[job->lane], job->number, piece->status);
@@ -304,8 +332,11 @@ static uint64_t look_in(const struct job *job, uint64_t now)
     double age = now > start ? (double)(now - start) : 0, left = est - age;
     double wait = left > 0 ? left - LOOK_EARLY_NS : age / 16;
 
-    if (job->piece.wait_ns && !job->piece.start_ns) /* it may be over soon, and computed again */
-        return 0;
+    if (job->piece.wait_ns && !job->piece.start_ns) {
+        /* It may be over soon, and computed again; unless others keep it from beginning. */
+        uint64_t end = job->session->lanes[job->lane].end_ns, from = end > start ? end : start;
+        return now < from + 2 * job->piece.wait_ns ? 0 : LOOK_MIN_NS;
+    }
     if (left > -LOOK_EARLY_NS - est / 4 && left < LOOK_EARLY_NS + LOOK_MIN_NS)
         return 0;
     return (uint64_t)fmin(fmax(wait, LOOK_MIN_NS), LOOK_MAX_NS);
@@ -441,22 +472,28 @@ static bool grant(struct daemon *d)
 
 /*
  * The slot's only piece ends a job and is about to end, and nobody else has anything to compute. If
- * the inputs of the lane's next job come soon after that, as the last ones did, it is started
- * behind: the stream itself waits for them, for a short time, and the loop need not see them first.
- * Who comes meanwhile finds another slot idle.
+ * the inputs of the lane's next job should come soon after that, going by the last job that was
+ * watched, it is started behind: the stream itself waits for them, for a short time, and the loop
+ * need not see them first. Another slot is idle for who comes meanwhile. The device must release
+ * the first of both as well, or they would be released in the wrong order; and there must be
+ * something to compute, or what ends the piece might not know that it was in vain.
  */
 static void start_ahead(struct daemon *d, struct slot *slot)
 {
     struct job *job = slot->jobs[slot->first], *next = TAILQ_NEXT(job, lane_link);
     struct session *s = job->session;
-    const uint64_t gap = s->lanes[job->lane].gap_ns;
+    const struct lane *lane = &s->lanes[job->lane];
 
-    if (!next || next->event || !s->remote || gap == 0 || gap > AHEAD_NS || !job->piece.start_ns ||
-        job->dropped || !job_is_last_piece(job) || look_in(job, daemon_now()) > 0)
+    if (!next || next->event || next->no_ahead || lane->shy || lane->gap_ns == 0 ||
+        lane->gap_ns > AHEAD_NS)
+        return;
+    if (!job->piece.start_ns || !job->piece.remote || job->piece.status || job->dropped ||
+        look_in(job, daemon_now()) > 0)
         return;
     make_piece_if(d, next, sched_slots_used(d) == 1);
-    next->made = !next->holds && job_is_last_piece(next);
-    if (!next->made)
+    next->made = !next->holds && next->piece.remote && next->piece_ops > 0;
+    next->no_ahead = !next->made;
+    if (next->no_ahead)
         return;
     d->stats.ahead++;
     next->piece.wait_ns = AHEAD_WAIT_NS;

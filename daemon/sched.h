@@ -43,7 +43,7 @@ void sched_finish(struct daemon *d); /* all jobs are over */
 
 /* The lane's first job may have changed: is it runnable, or to be watched? */
 void sched_lane(struct session *s, uint32_t lane);
-/* The job's inputs are ready and it is the first of its lane. */
+/* The job is the first of its lane, its inputs are ready. Or start_ahead() is about to start it. */
 void sched_ready(struct job *job);
 /* The job is in no slot and will never be again. */
 void sched_forget(struct job *job);

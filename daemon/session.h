@@ -26,11 +26,15 @@ struct user {
 };
 
 struct lane {
-    TAILQ_HEAD(, job) jobs; /* in order; only the first can run. Owned */
-    uint32_t last;          /* number of the newest job that came */
+    TAILQ_HEAD(, job)
+    jobs;          /* in order; the first runs, the second at most waits in its slot. Owned */
+    uint32_t last; /* number of the newest job that came */
     bool used;
-    uint64_t gap_ns; /* how long the last job was the first before its inputs were ready */
-    double pace;     /* measured time of the last piece to its estimate; 0: there is none */
+    uint64_t gap_ns; /* how long the last job that was watched was the first before it was ready */
+    uint64_t end_ns; /* when its last job ended */
+    /* See start_ahead(): so many jobs are not; and so many after the next one that is in vain. */
+    unsigned shy, next_shy;
+    double pace; /* measured time of the last piece to its estimate; 0: there is none */
 };
 
 struct outgoing {

@@ -79,7 +79,7 @@ void watch_finish(struct daemon *d)
 void watch_add(struct daemon *d, struct job *job)
 {
     job->watched = &d->watch.young;
-    if (!job->watched_ns) /* or its slot has waited for its inputs */
+    if (!job->watched_ns) /* or put_back() has set it */
         job->watched_ns = daemon_now();
     TAILQ_INSERT_TAIL(job->watched, job, watch_link);
     watch_again(d); /* this turn's watch_turn() may be over */

@@ -32,14 +32,17 @@ __global__ void gate_kernel(volatile sage_cuda_stamp *stamp, uint32_t *go)
     const volatile uint32_t *const acquire = stamp->acquire;
     const uint32_t number = stamp->number;
     const uint64_t until = globaltimer() + stamp->wait_ns;
-    bool reached;
+    const auto reached = [&] { return static_cast<int32_t>(*acquire - number) >= 0; };
+    bool is = reached(); /* page_reached() */
 
-    do
-        reached = static_cast<int32_t>(*acquire - number) >= 0; /* page_reached() */
-    while (!reached && globaltimer() < until);
+    if (!is) {
+        while (!is && globaltimer() < until)
+            is = reached();
+        stamp->ready_ns = globaltimer();
+    }
     __threadfence_system();
-    *go = reached;
-    stamp->missed = !reached;
+    *go = is;
+    stamp->missed = !is;
 }
 
 /*

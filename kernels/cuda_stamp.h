@@ -31,7 +31,8 @@ struct sage_cuda_stamp {
     /* For sage_cuda_stamp_gate(): a word of the page, which is to reach `number`, and how long. */
     const uint32_t *acquire;
     uint64_t wait_ns;
-    uint32_t missed; /* 1: it did not; nothing was computed, or stored in the page */
+    uint64_t ready_ns; /* when it did, if that was not so at once */
+    uint32_t missed;   /* 1: it did not; nothing was computed, or stored in the page */
 };
 
 /*

@@ -216,7 +216,7 @@ struct msg_kernel {
     X(U64, canceled, counter, "jobs cancelled while queued")                                       \
     X(U64, dropped, counter, "jobs whose client went away")                                        \
     X(U64, failed, counter, "jobs that failed while running")                                      \
-    X(U64, ahead, counter, "jobs started before their inputs were ready, which a GPU waited for")  \
+    X(U64, ahead, counter, "jobs started before their inputs were seen to be ready")               \
     X(U64, missed, counter, "of these, in vain: started once more when the inputs were ready")     \
     X(F64, ops, counter, "operations done: 4*B*Hq*Nq*Nk*D, masked part not counted")               \
     X(U64, run_ns, counter, "time that jobs ran, summed over slots")                               \

@@ -1231,7 +1231,7 @@ static void test_ahead(void **state)
     stop_waiting(p);
 }
 
-/* They do not: the job waits as any other, and the next one is not started ahead. */
+/* They do not: the job waits as any other, and the next ones are not started ahead. */
 static void test_ahead_missed(void **state)
 {
     struct peer *p = &peers[0];
@@ -1255,36 +1255,71 @@ static void test_ahead_missed(void **state)
     assert_int_equal(second->piece.wait_ns, 0);
     assert_true(step());
     assert_true(released(p, 0));
-    second = run_and_hold(p);
-    assert_int_equal(second->state, JOB_WAITING);
     assert_int_equal(d.stats.missed, 1);
+    p->s->lanes[0].gap_ns = 10 * 1000; /* as if it had been quick again */
+    for (int i = 0; i < 4; i++) {
+        second = run_and_hold(p);
+        assert_int_equal(second->state, JOB_WAITING);
+        acquire(p, 0, p->last[0]);
+        while (step())
+            continue;
+        p->s->lanes[0].gap_ns = 10 * 1000;
+    }
+    assert_int_equal(run_and_hold(p)->state, JOB_RUNNING); /* but after ten of them */
     acquire(p, 0, p->last[0]);
     stop_waiting(p);
 }
 
-/* Whose inputs are never ready may cancel, or go, at any time. */
+/* Whose inputs are never ready may cancel, or go, at any time: before the wait is over, or after. */
 static void test_ahead_given_up(void **state)
 {
     struct peer *p = &peers[0];
     (void)state;
 
     start_waiting(2, p);
-    run_and_hold(p);
-    assert_true(step());
-    assert_true(step());
-    assert_true(job_cancel(p->s, 0, p->last[0]));
-    assert_true(released(p, 0));
-    p->s->lanes[0].gap_ns = 10 * 1000;
+    for (int early = 0; early < 2; early++) {
+        run_and_hold(p);
+        if (early)
+            assert_false(job_cancel(p->s, 0, p->last[0]));
+        assert_true(step());
+        assert_false(released(p, 0));
+        assert_true(step());
+        if (!early)
+            assert_true(job_cancel(p->s, 0, p->last[0]));
+        assert_true(released(p, 0));
+        assert_int_equal(d.stats.canceled, early + 1);
+        p->s->lanes[0].gap_ns = 10 * 1000;
+        p->s->lanes[0].shy = 0;
+    }
     run_and_hold(p);
     p->s->remote = NULL;
     session_close(p->s, "gone");
     while (step())
         continue;
-    assert_int_equal(d.stats.done, 2);
+    assert_int_equal(d.stats.missed, 3);
+    assert_int_equal(d.stats.done, 3);
     assert_int_equal(d.stats.dropped, 1);
-    assert_int_equal(d.stats.canceled, 1);
     stop_daemon();
     disconnect(p);
+}
+
+/* A job of several pieces is not started ahead, and is made up for that once only. */
+static void test_ahead_long(void **state)
+{
+    struct peer *p = &peers[0];
+    (void)state;
+
+    start_waiting(2, p);
+    submit(p, 0, problem(1, 64, 64));
+    submit_held(p, 0, problem(64, 512, 2048));
+    struct job *first = TAILQ_FIRST(&p->s->lanes[0].jobs), *second = TAILQ_NEXT(first, lane_link);
+    first->piece.start_ns = daemon_now();
+    turns(2);
+    assert_int_equal(second->state, JOB_WAITING);
+    assert_true(second->no_ahead);
+    assert_false(second->made);
+    acquire(p, 0, p->last[0]);
+    stop_waiting(p);
 }
 
 /* Nobody is kept waiting: it is not done where no other slot is idle. */
@@ -1632,33 +1667,20 @@ static void test_hung(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_fair),
-        cmocka_unit_test(test_measured),
-        cmocka_unit_test(test_priorities),
-        cmocka_unit_test(test_work_conserving),
-        cmocka_unit_test(test_pieces),
-        cmocka_unit_test(test_held_slots),
-        cmocka_unit_test(test_stood),
-        cmocka_unit_test(test_lanes),
-        cmocka_unit_test(test_close_anywhere),
-        cmocka_unit_test(test_events),
-        cmocka_unit_test(test_event_limit),
-        cmocka_unit_test(test_page),
-        cmocka_unit_test(test_drain_streamed),
-        cmocka_unit_test(test_chunks),
-        cmocka_unit_test(test_polled),
-        cmocka_unit_test(test_hung),
-        cmocka_unit_test(test_events_lost),
-        cmocka_unit_test(test_alone),
-        cmocka_unit_test(test_expected),
-        cmocka_unit_test(test_warm),
-        cmocka_unit_test(test_rest),
-        cmocka_unit_test(test_ahead),
-        cmocka_unit_test(test_ahead_missed),
-        cmocka_unit_test(test_ahead_given_up),
-        cmocka_unit_test(test_ahead_alone),
-        cmocka_unit_test(test_crowd),
-        cmocka_unit_test(test_crowd_of_events),
+        cmocka_unit_test(test_fair),           cmocka_unit_test(test_measured),
+        cmocka_unit_test(test_priorities),     cmocka_unit_test(test_work_conserving),
+        cmocka_unit_test(test_pieces),         cmocka_unit_test(test_held_slots),
+        cmocka_unit_test(test_stood),          cmocka_unit_test(test_lanes),
+        cmocka_unit_test(test_close_anywhere), cmocka_unit_test(test_events),
+        cmocka_unit_test(test_event_limit),    cmocka_unit_test(test_page),
+        cmocka_unit_test(test_drain_streamed), cmocka_unit_test(test_chunks),
+        cmocka_unit_test(test_polled),         cmocka_unit_test(test_hung),
+        cmocka_unit_test(test_events_lost),    cmocka_unit_test(test_alone),
+        cmocka_unit_test(test_expected),       cmocka_unit_test(test_warm),
+        cmocka_unit_test(test_rest),           cmocka_unit_test(test_ahead),
+        cmocka_unit_test(test_ahead_missed),   cmocka_unit_test(test_ahead_given_up),
+        cmocka_unit_test(test_ahead_long),     cmocka_unit_test(test_ahead_alone),
+        cmocka_unit_test(test_crowd),          cmocka_unit_test(test_crowd_of_events),
         cmocka_unit_test(test_heard),
     };
     log_set_level(3);
