@@ -1270,7 +1270,7 @@ static void test_ahead_missed(void **state)
     stop_waiting(p);
 }
 
-/* Whose inputs are never ready may cancel, or go, at any time: before the wait is over, or after. */
+/* Whose inputs are never ready may cancel, or go: before the wait is over, or after. */
 static void test_ahead_given_up(void **state)
 {
     struct peer *p = &peers[0];
