@@ -425,11 +425,11 @@ static void set_times(struct device *d, struct piece *piece, const struct sage_c
 /* The oldest piece is over, or the device is. */
 static void finish(struct stream *s, struct piece *piece)
 {
-    if (piece->missed) /* it is as if it had not been started */
-        ;
-    else if (piece->lane && piece->remote)
+    const bool tell = piece->lane && !piece->missed; /* it is as if it had not been started */
+
+    if (tell && piece->remote)
         page_wake(piece->lane, piece->number);
-    else if (piece->lane && piece->status != SAGE_EDEVICE)
+    else if (tell && piece->status != SAGE_EDEVICE)
         page_release(piece->lane, piece->number, piece->status);
     graph_put(s->ring[s->out++ % STREAM_DEPTH].graph);
     piece->done = 1;

@@ -557,7 +557,8 @@ void job_drop(struct job *job)
     job_free(job);
 }
 
-void job_fail(struct job *job, int status, const char *text)
+/* Over before it ran: release and report it. Frees it; this may close the session, too. */
+static void end_waiting(struct job *job, int status, const char *text)
 {
     struct msg_done_job report = {
         .lane = job->lane, .number = job->number, .status = (uint32_t)-status};
@@ -565,25 +566,22 @@ void job_fail(struct job *job, int status, const char *text)
 
     snprintf(report.text, sizeof(report.text), "%s", text);
     page_release(&s->page->lane[job->lane], job->number, status);
-    s->failed++;
-    s->daemon->stats.failed++;
     sched_forget(job);
     job_free(job);
-    session_report(s, &report, true); /* last, as in job_end_canceled() */
+    session_report(s, &report, true);
+}
+
+void job_fail(struct job *job, int status, const char *text)
+{
+    job->session->failed++;
+    job->session->daemon->stats.failed++;
+    end_waiting(job, status, text);
 }
 
 void job_end_canceled(struct job *job)
 {
-    struct msg_done_job report = {
-        .lane = job->lane, .number = job->number, .status = (uint32_t)-SAGE_ECANCELED};
-    struct session *s = job->session;
-
-    snprintf(report.text, sizeof(report.text), "%s", sage_strerror(SAGE_ECANCELED));
-    page_release(&s->page->lane[job->lane], job->number, SAGE_ECANCELED);
-    s->daemon->stats.canceled++;
-    sched_forget(job);
-    job_free(job);
-    session_report(s, &report, true); /* last: it may close the session, with all its jobs */
+    job->session->daemon->stats.canceled++;
+    end_waiting(job, SAGE_ECANCELED, sage_strerror(SAGE_ECANCELED));
 }
 
 bool job_cancel(struct session *s, uint32_t lane, uint32_t number)

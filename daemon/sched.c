@@ -23,8 +23,8 @@ enum {
     /* See start_ahead(): inputs come so long after the job before; and are waited for so long. */
     AHEAD_NS = 50 * 1000,
     AHEAD_WAIT_NS = 100 * 1000,
-    SHY_MIN =
-        8, /* jobs that are not started ahead after one that was in vain; then twice as many */
+    /* After one in vain so many jobs are not started ahead; after the next one twice as many. */
+    SHY_MIN = 8,
     SHY_MAX = 1024,
     WAIT_FACTOR = 4, /* how much longer than run a piece may wait for the device: see is_hung() */
 };
@@ -218,6 +218,7 @@ static void piece_done(struct daemon *d, struct slot *slot)
     struct sched *sc = &d->sched;
     struct job *job = slot->jobs[slot->first];
     struct session *s = job->session;
+    struct lane *lane = &s->lanes[job->lane];
     struct piece *piece = &job->piece;
     double took = (double)(piece->end_ns - piece->start_ns);
 
@@ -235,7 +236,7 @@ static void piece_done(struct daemon *d, struct slot *slot)
     if (piece->wait_ns)
         note_ahead(job);
     job->run_ns += (uint64_t)took;
-    s->lanes[job->lane].pace = took / job->piece_est_ns;
+    lane->pace = took / job->piece_est_ns;
     if (piece->brief)
         sc->brief_ns += took;
     if (!job->start_ns)
@@ -250,7 +251,6 @@ static void piece_done(struct daemon *d, struct slot *slot)
         sc->ns_per_op += (measured - sc->ns_per_op) / 8;
     }
 
-    struct lane *lane = &s->lanes[job->lane];
     bool last = piece->status || job_is_last_piece(job) || job->dropped;
     if (!last) {
         job_advance(job);
@@ -334,7 +334,8 @@ static uint64_t look_in(const struct job *job, uint64_t now)
 
     if (job->piece.wait_ns && !job->piece.start_ns) {
         /* It may be over soon, and computed again; unless others keep it from beginning. */
-        uint64_t end = job->session->lanes[job->lane].end_ns, from = end > start ? end : start;
+        uint64_t before_ns = job->session->lanes[job->lane].end_ns;
+        uint64_t from = before_ns > start ? before_ns : start;
         return now < from + 2 * job->piece.wait_ns ? 0 : LOOK_MIN_NS;
     }
     if (left > -LOOK_EARLY_NS - est / 4 && left < LOOK_EARLY_NS + LOOK_MIN_NS)
@@ -361,18 +362,23 @@ uint64_t sched_look_in(const struct daemon *d, uint64_t now)
  * How long the job's next piece may be. Each cut costs time, and where nothing else runs or could
  * run, a piece that is as long as those which other slots would have delays nobody for longer.
  */
-static void make_piece_if(struct daemon *d, struct job *job, bool alone)
+static double quantum(const struct sched *sc, bool alone)
 {
-    struct sched *sc = &d->sched;
-    double quantum = alone && sc->n_slots > 2 ? (sc->n_slots - 1) * sc->quantum_ns : sc->quantum_ns;
-
-    if (!job->made)
-        job_next_piece(job, d->backend, quantum, sc->workspace, sc->ns_per_op);
+    return alone && sc->n_slots > 2 ? (sc->n_slots - 1) * sc->quantum_ns : sc->quantum_ns;
 }
 
-static void make_piece(struct daemon *d, struct job *job)
+static void make_piece(struct daemon *d, struct job *job, bool alone)
 {
-    make_piece_if(d, job, d->sched.n_active == 1 && sched_slots_used(d) == 0);
+    struct sched *sc = &d->sched;
+
+    if (!job->made)
+        job_next_piece(job, d->backend, quantum(sc, alone), sc->workspace, sc->ns_per_op);
+}
+
+/* Of one that could start now. */
+static bool is_alone(const struct daemon *d)
+{
+    return d->sched.n_active == 1 && sched_slots_used(d) == 0;
 }
 
 /* Make up the job's piece, unless that was done; may it start? Not if it needs a slot to hold. */
@@ -380,7 +386,7 @@ static bool may_start(struct daemon *d, struct job *job)
 {
     struct sched *sc = &d->sched;
 
-    make_piece(d, job);
+    make_piece(d, job, is_alone(d));
     return !job->holds || may_hold(sc) || held_slot(sc, job);
 }
 
@@ -432,7 +438,7 @@ static void continue_holders(struct daemon *d)
         struct job *job = sc->slots[i].holder;
         if (!job || job->state != JOB_READY || (job->session->deficit_ns <= 0 && sc->n_slots > 1))
             continue;
-        make_piece(d, job);
+        make_piece(d, job, is_alone(d));
         start(d, &sc->slots[i], job);
     }
 }
@@ -478,7 +484,7 @@ static bool grant(struct daemon *d)
  * the first of both as well, or they would be released in the wrong order; and there must be
  * something to compute, or what ends the piece might not know that it was in vain.
  */
-static void start_ahead(struct daemon *d, struct slot *slot)
+static void start_ahead(struct daemon *d, struct slot *slot, bool alone)
 {
     struct job *job = slot->jobs[slot->first], *next = TAILQ_NEXT(job, lane_link);
     struct session *s = job->session;
@@ -490,7 +496,7 @@ static void start_ahead(struct daemon *d, struct slot *slot)
     if (!job->piece.start_ns || !job->piece.remote || job->piece.status || job->dropped ||
         look_in(job, daemon_now()) > 0)
         return;
-    make_piece_if(d, next, sched_slots_used(d) == 1);
+    make_piece(d, next, alone);
     next->made = !next->holds && next->piece.remote && next->piece_ops > 0;
     next->no_ahead = !next->made;
     if (next->no_ahead)
@@ -506,10 +512,11 @@ static void start_ahead(struct daemon *d, struct slot *slot)
 static void look_ahead(struct daemon *d)
 {
     struct sched *sc = &d->sched;
+    const unsigned used = sched_slots_used(d); /* which stays */
 
-    for (unsigned i = 0; i < sc->n_slots && sched_slots_used(d) < sc->n_slots; i++)
+    for (unsigned i = 0; i < sc->n_slots && used < sc->n_slots; i++)
         if (sc->slots[i].n == 1)
-            start_ahead(d, &sc->slots[i]);
+            start_ahead(d, &sc->slots[i], used == 1);
 }
 
 void sched_dispatch(struct daemon *d)

@@ -26,9 +26,8 @@ struct user {
 };
 
 struct lane {
-    TAILQ_HEAD(, job)
-    jobs;          /* in order; the first runs, the second at most waits in its slot. Owned */
-    uint32_t last; /* number of the newest job that came */
+    TAILQ_HEAD(, job) jobs; /* in order; the first runs, one may wait behind it. Owned */
+    uint32_t last;          /* number of the newest job that came */
     bool used;
     uint64_t gap_ns; /* how long the last job that was watched was the first before it was ready */
     uint64_t end_ns; /* when its last job ended */
