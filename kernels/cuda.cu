@@ -569,6 +569,16 @@ bool map_rows(const struct sage_tensor *t, int rows, CUtensorMap *map)
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+/* o, up to the part's last row. A tile of a sequence may reach into the next one. */
+bool map_o(const struct sage_attn *attn, const struct sage_part *part, int rows, CUtensorMap *map)
+{
+    struct sage_tensor o = attn->o;
+
+    if (part->n_rows >= 0)
+        o.shape[2] = part->row + part->n_rows;
+    return attn->n_seqs == 0 && map_rows(&o, rows, map);
+}
+
 struct maps {
     CUtensorMap q, k, v;
 };
@@ -739,6 +749,7 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
     a.q_map = maps.q;
     a.k_map = maps.k;
     a.v_map = maps.v;
+    a.o_mapped = is_exact(index) && map_o(attn, &p, sage_kernels[index].tile_q, &a.o_map);
     a.processors = static_cast<unsigned>(gpu.processors);
     a.starts_early = gpu.code >= 90;
     if (quantises && gpu.cluster > 0)

@@ -79,7 +79,8 @@ struct cuda_args {
     float scale_lse;                         /* without */
     int swizzled;                            /* k8 and v8, as wgmma wants them */
     CUtensorMap v_map;                       /* v, for wgmma */
-    CUtensorMap q_map, k_map;                /* exact: q and k, too */
+    CUtensorMap q_map, k_map, o_map;         /* exact: the others, too */
+    int o_mapped;                            /* o is */
     uint64_t *start_ns;                      /* where the first kernel writes its time; NULL */
     const uint32_t *go;                      /* 0 there: nothing is to be computed; NULL */
     unsigned n_tiles, processors;            /* in all; multiprocessors of the device */

@@ -371,6 +371,17 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
         return !MASK && max(r + t.low, INT64_C(0)) <= min(r + t.high, int64_t{t.seq.nk} - 1);
     }
 
+    /*
+     * A lane's keys below `key`, two of every 8, a bit each: R2P makes predicates of them, seven or
+     * eight at a time, where comparisons would make them one by one.
+     */
+    __device__ static uint32_t keys_below(int key)
+    {
+        const int k = min(max(key, 0), 8 * KEY_TILES), n = k / 8 * 2 + min(k % 8, 2);
+
+        return n >= 32 ? ~0u : (1u << n) - 1;
+    }
+
     /* Scores of keys that a row does not see become -inf. */
     __device__ void hide(float (&p)[SLABS][KEY_TILES][4], int key0) const
     {
@@ -389,11 +400,12 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
                 const int r = row_of(slab, 2 * half);
                 const int first = max(low + r, 0) - key;
                 const int last = max(min(high + r, t.seq.nk - 1), -1) - key;
+                const uint32_t seen = keys_below(last + 1) & ~keys_below(first);
 #pragma unroll
                 for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
                     for (int e = 0; e < 2; e++)
-                        if (8 * n + e < first || 8 * n + e > last)
+                        if (!(seen >> (2 * n + e) & 1))
                             p[slab][n][2 * half + e] = -INFINITY;
             }
     }

@@ -253,7 +253,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_memory {
     /* of the tiles: K's mean; V's scales, then its means */
     float k_mean[EXACT ? 1 : WGMMA_TILES][EXACT ? 4 : D], v_means[WGMMA_TILES][FP8 ? 2 * D : 1];
     uint64_t k_full[STAGES], v_full[STAGES], k_empty[STAGES], v_empty[STAGES];
-    uint64_t tile_full[WGMMA_TILES], tile_empty[WGMMA_TILES], tail;
+    uint64_t tile_full[WGMMA_TILES], tile_empty[WGMMA_TILES], few_left, tail;
     uint64_t q_full[QUERIES], q_empty[QUERIES];
 
     __device__ int8_t *q8(int row)
@@ -284,6 +284,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_memory {
             init(q_full[i], EXACT ? 1 : 32);
             init(q_empty[i], EXACT ? WARPS : 32 * WARPS);
         }
+        init(few_left, 1);
         init(tail, 1);
         cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
     }
@@ -294,7 +295,8 @@ template <int D, bool FP8, bool EXACT> struct wgmma_memory {
 template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K, SCALES = HALF / 4;
     static constexpr int HALVES = KEYS / HALF;
-    static constexpr int AHEAD = EXACT && D > 64 ? 2 : 0; /* blocks: see prefetch() */
+    static constexpr int AHEAD = EXACT && D > 64 ? 2 : 0;     /* blocks: see prefetch() */
+    static constexpr int LEFT = !EXACT ? 12 : D > 64 ? 4 : 2; /* blocks: see tiles() */
     using memory = wgmma_memory<D, FP8, EXACT>;
     using layout = wgmma_layout<D, FP8, EXACT>;
     static constexpr int STAGES = memory::STAGES;
@@ -329,12 +331,14 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
     }
 
     /*
-     * The number of the next split of a tile. Each block's first is its own; the last number that
-     * anybody takes leaves the counter as it was.
+     * The number of the next split of a tile, after `before`. Each block's first is its own; the
+     * last number that anybody takes leaves the counter as it was.
      */
-    __device__ static unsigned next_ticket(const cuda_args &a)
+    __device__ static unsigned next_ticket(const cuda_args &a, unsigned before)
     {
         if constexpr (EXACT) {
+            if (before < gridDim.x)
+                open_counter(a, a.arrived);
             const auto n = static_cast<unsigned>(atomicAdd(a.arrived, 1) - a.call);
 
             if (n == a.n_tiles - 1)
@@ -362,36 +366,34 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
     }
 
     /*
-     * A warp: where the next tiles are; after the last one, that there is none. A number is drawn
-     * when there is room for its tile, not before: others may be done sooner.
+     * A warp: where the next tiles are; after the last one, that there is none. Where tiles are of
+     * different length a number is drawn when few blocks of the tile before are left to be asked
+     * for, not sooner: others may be done first, and would have nothing to do in the end.
      */
     __device__ static void tiles(const cuda_args &a, memory &m)
     {
         const bool first_lane = threadIdx.x % 32 == 0;
+        const unsigned splits = EXACT ? 1 : a.n_splits;
         unsigned ticket = blockIdx.x;
+        uint32_t parity = 0;
         ring_place<WGMMA_TILES> slot;
-        bool there = true;
 
-        if (EXACT && first_lane)
-            open_counter(a, a.arrived);
-        for (bool first = true; there; first = false, slot.next()) {
+        for (;; slot.next(), parity ^= 1) {
             tile &t = m.tiles[slot.stage];
             wait(m.tile_empty[slot.stage], slot.parity ^ 1);
             if (first_lane) {
-                if (!first)
-                    ticket = next_ticket(a);
                 t.there = false;
-                while (ticket < a.n_tiles * a.n_splits) {
-                    find_tile<!EXACT>(a, WGMMA_TILE_Q(D, FP8), ticket / a.n_splits, t);
-                    if (t.there) {
-                        take_split(a, ticket, t);
+                while (ticket < a.n_tiles * splits) {
+                    find_tile<!EXACT>(a, WGMMA_TILE_Q(D, FP8), ticket / splits, t);
+                    if (t.there)
                         break;
-                    }
-                    ticket = next_ticket(a);
+                    ticket = next_ticket(a, ticket);
                 }
+                if (!EXACT && t.there)
+                    take_split(a, ticket, t);
             }
             __syncwarp();
-            there = __any_sync(~0u, t.there);
+            const bool there = __any_sync(~0u, t.there);
             if (AHEAD > 0 && first_lane && t.there)
 #pragma unroll 1
                 for (int i = 0; i < AHEAD; i++)
@@ -407,6 +409,12 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
                     m.v_means[slot.stage][i] = a.means[(3 * t.local + 1) * D + i];
             }
             release(m.tile_full[slot.stage]);
+            if (!there)
+                return;
+            if (a.high < a.nk)
+                wait(m.few_left, parity);
+            if (first_lane)
+                ticket = next_ticket(a, ticket);
         }
     }
 
@@ -512,7 +520,10 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
             if (!__any_sync(~0u, t.there))
                 return;
             const int halves = (t.seq.nk + HALF - 1) / HALF, end = last_block(t);
-            for (int block = first_block(t); block < end; block++, at.next()) {
+            const int begin = first_block(t), few = max(begin, end - LEFT);
+            for (int block = begin; block < end; block++, at.next()) {
+                if (block == few)
+                    release(m.few_left);
                 __syncwarp();
                 wait(m.k_empty[at.stage], at.parity ^ 1);
                 if (first_lane) {
@@ -545,6 +556,8 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
                     release(m.v_full[at.stage]);
                 }
             }
+            if (begin >= end)
+                release(m.few_left);
             leave(m.tile_empty[slot.stage]);
         }
     }
@@ -578,20 +591,69 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
     __device__ static void queries(const cuda_args &a, memory &m)
     {
         ring_place<WGMMA_TILES> slot;
-        ring_place<memory::QUERIES> q;
+        uint32_t parity = 0;
 
-        for (;; slot.next(), q.next()) {
+        for (;; slot.next(), parity ^= 1) {
             const tile &t = m.tiles[slot.stage];
             wait(m.tile_full[slot.stage], slot.parity);
             if (!__any_sync(~0u, t.there))
                 return;
-            wait(m.q_empty[q.stage], q.parity ^ 1);
-            if constexpr (!EXACT)
-                fetch_q(a, m, t);
-            else if (threadIdx.x % 32 == 0)
-                fetch_q16(a, m, t, q.stage);
+            wait(m.q_empty[0], parity ^ 1);
+            fetch_q(a, m, t);
             leave(m.tile_empty[slot.stage]);
         }
+    }
+
+    /* Exact: o of a tile leaves Q's place. */
+    __device__ static void store_o(const cuda_args &a, memory &m, const tile &t, int place)
+    {
+        using namespace cuda::ptx;
+        constexpr int ROWS = WGMMA_TILE_Q(D, FP8);
+
+#pragma unroll
+        for (int unit = 0; unit < D / 64; unit++) {
+            const box of = box_of(unit, static_cast<int32_t>(t.seq.q0 + t.row), t.q_head, t);
+            cp_async_bulk_tensor(space_global, space_shared, &a.o_map, of.at,
+                                 m.tensors + layout::q(place) + unit * ROWS * 128);
+        }
+        cp_async_bulk_commit_group();
+        cp_async_bulk_wait_group_read(n32_t<0>());
+    }
+
+    /*
+     * Exact: Q of all tiles, and their o: when a tile ends its o has the place of its Q, and leaves
+     * it before another Q comes, that of the tile after the next. Until then the tile is there.
+     */
+    __device__ static void queries_and_o(const cuda_args &a, memory &m)
+    {
+        static_assert(WGMMA_TILES == memory::QUERIES + 1);
+        const bool first_lane = threadIdx.x % 32 == 0;
+        ring_place<WGMMA_TILES> slot, old;
+        ring_place<memory::QUERIES> q;
+        const auto end_tile = [&] {
+            if (first_lane && a.o_mapped)
+                store_o(a, m, m.tiles[old.stage], q.stage);
+            leave(m.tile_empty[old.stage]);
+            old.next();
+        };
+
+        for (unsigned n = 0;; n++, slot.next(), q.next()) {
+            const tile &t = m.tiles[slot.stage];
+            wait(m.tile_full[slot.stage], slot.parity);
+            wait(m.q_empty[q.stage], q.parity ^ 1);
+            if (n >= memory::QUERIES)
+                end_tile();
+            if (!__any_sync(~0u, t.there))
+                break;
+            if (first_lane)
+                fetch_q16(a, m, t, q.stage);
+        }
+        if (old.stage == slot.stage)
+            return;
+        q.next(); /* the last tile's */
+        wait(m.q_empty[q.stage], q.parity ^ 1);
+        end_tile();
+        cuda::ptx::cp_async_bulk_wait_group(cuda::ptx::n32_t<0>());
     }
 
     /* The blocks of keys that a tile sees. */
@@ -1214,8 +1276,8 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     }
 
     /*
-     * Exact: o by way of the place of Q, of which the warp's own rows are done with: so whole rows
-     * are written side by side. All four warps' products have read Q by now.
+     * Exact: o to the place of Q, of which the warp's own rows are done with, and from there whole
+     * rows side by side, by its tensor map if it has one. All four warps' products have read Q.
      */
     __device__ void finish_exact(int q_place)
     {
@@ -1237,12 +1299,15 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
                     r.element_pair(&r.o[0][n + i / 2][i % 2 * 2], up[i % 2], float2(), float2());
             stmatrix(shared_address(place(r.lane % 16, n + r.lane / 16)), pairs);
         }
-        __syncwarp();
-        r.template store_rows<32 / EACH>(r.lane / EACH, 8 * (r.lane % EACH), [&](int row) {
-            return *reinterpret_cast<const uint4 *>(place(row, r.lane % EACH));
-        });
+        if (!r.a.o_mapped) {
+            __syncwarp();
+            r.template store_rows<32 / EACH>(r.lane / EACH, 8 * (r.lane % EACH), [&](int row) {
+                return *reinterpret_cast<const uint4 *>(place(row, r.lane % EACH));
+            });
+        }
         r.finish_lse(0, up);
-        async_fence(); /* another Q comes there */
+        async_fence();
+        release(m.q_empty[q_place]);
     }
 
     /* Q to INT8, and what that tells. */
@@ -1282,12 +1347,10 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
         if (n > 0)
             steps(at, block * KEYS, end, uniform(q.stage));
         pass(at, all - n);
-        if constexpr (EXACT) {
+        if constexpr (EXACT)
             finish_exact(uniform(q.stage));
-            release(m.q_empty[q.stage]);
-        } else if (r.a.n_splits == 1 || gather()) {
+        else if (r.a.n_splits == 1 || gather())
             r.finish(m.v_means[slot]);
-        }
     }
 };
 
@@ -1304,6 +1367,16 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D, FP8), 1)
     extern __shared__ char shared[];
     auto &m = *reinterpret_cast<memory *>(shared + (-shared_address(shared) & (WGMMA_ALIGN - 1)));
 
+    if (threadIdx.x == 0) {
+        if constexpr (!FP8)
+            prefetch_map(args.v_map);
+        if constexpr (EXACT) {
+            prefetch_map(args.q_map);
+            prefetch_map(args.k_map);
+            if (args.o_mapped)
+                prefetch_map(args.o_map);
+        }
+    }
     memory::layout::fill_ones(m.tensors, BF16);
     async_fence();
     for (int i = threadIdx.x; EXACT && i < WGMMA_TILE_Q(D, FP8); i += blockDim.x)
@@ -1321,8 +1394,12 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D, FP8), 1)
             fetch::tiles(args, m);
         else if (warp == 1)
             fetch::keys_and_values(args, m);
-        else if (warp == 2)
-            fetch::queries(args, m);
+        else if (warp == 2) {
+            if constexpr (EXACT)
+                fetch::queries_and_o(args, m);
+            else
+                fetch::queries(args, m);
+        }
     } else {
         ring_place<memory::STAGES> at;
         ring_place<WGMMA_TILES> slot;

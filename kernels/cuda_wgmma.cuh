@@ -78,6 +78,12 @@ __device__ __forceinline__ void prefetch_tensor(const CUtensorMap &map, const in
         : "memory");
 }
 
+/* A tensor map to where the copies look for it. */
+__device__ __forceinline__ void prefetch_map(const CUtensorMap &map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 /* Accumulators, as text and as registers: of 64, 72, 128 and 136 columns. */
 #define WGMMA_32                                                                                   \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "                                           \
