@@ -3,8 +3,9 @@
  *
  * A block stays on its processor and takes one tile of query rows after the other. Three warps work
  * ahead: one finds the next tiles, one fetches K and V, some stages ahead and across tiles, one
- * fetches Q, and stores o where its place in shared memory is Q's. WGMMA_GROUPS warpgroups compute, 64 query rows each, against WGMMA_TILE_K keys at a
- * time (FlashAttention-3, Shah et al., arXiv:2407.08608, section 3):
+ * fetches Q, and stores o where o takes Q's place. WGMMA_GROUPS warpgroups compute, 64 query rows
+ * each, against WGMMA_TILE_K keys at a time (FlashAttention-3, Shah et al., arXiv:2407.08608,
+ * section 3):
  *
  *   16 bits   S(j) = Q K(j)^T begins -> O += P(j - 1) V(j - 1) begins -> softmax of S(j)
  *   e4m3      S(j) -> softmax -> P(j) V(j), apart, then added to O
