@@ -569,7 +569,7 @@ bool map_rows(const struct sage_tensor *t, int rows, CUtensorMap *map)
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-/* o, up to the part's last row. A tile of a sequence may reach into the next one. */
+/* o, up to the part's last row. False for sequences: a tile may reach into the next one. */
 bool map_o(const struct sage_attn *attn, const struct sage_part *part, int rows, CUtensorMap *map)
 {
     struct sage_tensor o = attn->o;

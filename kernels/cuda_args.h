@@ -80,7 +80,7 @@ struct cuda_args {
     int swizzled;                            /* k8 and v8, as wgmma wants them */
     CUtensorMap v_map;                       /* v, for wgmma */
     CUtensorMap q_map, k_map, o_map;         /* exact: the others, too */
-    int o_mapped;                            /* o is */
+    int o_mapped;                            /* there is an o_map */
     uint64_t *start_ns;                      /* where the first kernel writes its time; NULL */
     const uint32_t *go;                      /* 0 there: nothing is to be computed; NULL */
     unsigned n_tiles, processors;            /* in all; multiprocessors of the device */

@@ -377,6 +377,7 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
      */
     __device__ static uint32_t keys_below(int key)
     {
+        static_assert(2 * KEY_TILES <= 32);
         const int k = min(max(key, 0), 8 * KEY_TILES), n = k / 8 * 2 + min(k % 8, 2);
 
         return n >= 32 ? ~0u : (1u << n) - 1;

@@ -332,8 +332,9 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
     }
 
     /*
-     * The number of the next split of a tile, after `before`. Each block's first is its own; the
-     * last number that anybody takes leaves the counter as it was.
+     * The number of the next split of a tile, or tile, after `before`. A block's first is its own:
+     * when it draws the next, exact: then the counter may not be open yet. The last number that
+     * anybody draws leaves the counter as it was.
      */
     __device__ static unsigned next_ticket(const cuda_args &a, unsigned before)
     {
@@ -367,9 +368,9 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
     }
 
     /*
-     * A warp: where the next tiles are; after the last one, that there is none. Where tiles are of
-     * different length a number is drawn when few blocks of the tile before are left to be asked
-     * for, not sooner: others may be done first, and would have nothing to do in the end.
+     * A warp: where the next tiles are; after the last one, that there is none. Where later rows
+     * see more keys a number is drawn when few blocks of the tile before are left to be asked for,
+     * not sooner: others may be done first, and would have nothing to do in the end.
      */
     __device__ static void tiles(const cuda_args &a, memory &m)
     {
@@ -592,7 +593,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
     __device__ static void queries(const cuda_args &a, memory &m)
     {
         ring_place<WGMMA_TILES> slot;
-        uint32_t parity = 0;
+        uint32_t parity = 0; /* of Q's place */
 
         for (;; slot.next(), parity ^= 1) {
             const tile &t = m.tiles[slot.stage];
@@ -1277,8 +1278,8 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     }
 
     /*
-     * Exact: o to the place of Q, of which the warp's own rows are done with, and from there whole
-     * rows side by side, by its tensor map if it has one. All four warps' products have read Q.
+     * Exact: o to the place of Q, when the products of all four warps have read that, and from
+     * there whole rows side by side: by its tensor map, if it has one, else here.
      */
     __device__ void finish_exact(int q_place)
     {
