@@ -373,11 +373,13 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
 
     /*
      * A lane's keys below `key`, two of every 8, a bit each: R2P makes predicates of them, seven or
-     * eight at a time, where comparisons would make them one by one.
+     * eight at a time, where comparisons would make them one by one. Not for 64 keys: there mma.sync
+     * kernels, which have no register left, would spill.
      */
+    static constexpr bool BITS = KEY_TILES == 16;
+
     __device__ static uint32_t keys_below(int key)
     {
-        static_assert(2 * KEY_TILES <= 32);
         const int k = min(max(key, 0), 8 * KEY_TILES), n = k / 8 * 2 + min(k % 8, 2);
 
         return n >= 32 ? ~0u : (1u << n) - 1;
@@ -401,12 +403,13 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
                 const int r = row_of(slab, 2 * half);
                 const int first = max(low + r, 0) - key;
                 const int last = max(min(high + r, t.seq.nk - 1), -1) - key;
-                const uint32_t seen = keys_below(last + 1) & ~keys_below(first);
+                const uint32_t seen = BITS ? keys_below(last + 1) & ~keys_below(first) : 0;
 #pragma unroll
                 for (int n = 0; n < KEY_TILES; n++)
 #pragma unroll
                     for (int e = 0; e < 2; e++)
-                        if (!(seen >> (2 * n + e) & 1))
+                        if (BITS ? !(seen >> (2 * n + e) & 1)
+                                 : 8 * n + e < first || 8 * n + e > last)
                             p[slab][n][2 * half + e] = -INFINITY;
             }
     }
