@@ -59,6 +59,13 @@ struct sage_lane {
     struct entry entry[SAGE_ENTRIES];
 };
 
+/* That a job of the stream failed, which has no lane any more; 0: nothing. */
+struct stream_error {
+    uint64_t stream;
+    int status;
+    char text[PROTO_TEXT_MAX];
+};
+
 /* Memory that the daemon can reach: a memfd that both sides map, or device memory. */
 struct sage_buffer {
     struct sage_client *client;
@@ -134,9 +141,11 @@ struct sage_client {
     struct request *requests;
     struct sage_buffer **buffers; /* by address; the pointers are the callers' */
     uint32_t n_buffers, buffers_capacity, last_buffer;
-    uint32_t runners; /* threads in a call that hold a lane for its time */
-    uint64_t turns;   /* lanes that were ever taken */
-    uint64_t epoch;   /* counts connections */
+    uint32_t runners;                     /* threads in a call that hold a lane for its time */
+    uint64_t turns;                       /* lanes that were ever taken */
+    struct stream_error lost[SAGE_LANES]; /* the last of n_lost ones */
+    uint32_t n_lost;
+    uint64_t epoch; /* counts connections */
     struct msg_welcome welcome;
     struct gpu gpu;
 };
@@ -223,6 +232,12 @@ void part_close(struct part *part);
 
 /* With `lock` held: note the first error among jobs that are over, up to the last one of these. */
 void lane_look(struct sage_lane *lane, uint32_t last);
+
+/*
+ * With `lock` held: what sage_stream_error() is to say of the stream, whether it has a lane still or
+ * had one; once. 0, or the status and what is to be known of it in text[PROTO_TEXT_MAX].
+ */
+int lane_stream_error(struct sage_client *client, uint64_t stream, char *text);
 
 /*
  * A lane for one call: the stream's, or any (0). If other calls and other streams' jobs have them

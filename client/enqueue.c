@@ -575,7 +575,7 @@ int sage_stream_error(struct sage_client *client, struct CUstream_st *stream)
 {
     struct CUctx_st *context = NULL;
     unsigned long long id;
-    int status = 0;
+    char text[PROTO_TEXT_MAX];
 
     if (client->forked)
         return client_alien();
@@ -589,21 +589,8 @@ int sage_stream_error(struct sage_client *client, struct CUstream_st *stream)
         rc = gpu_check_stream(cu, stream);
     if (rc)
         return rc;
-    uint64_t key = stream_key(cu, stream, id);
     pthread_mutex_lock(&client->lock);
-    for (int i = 0; i < SAGE_LANES; i++) {
-        struct sage_lane *lane = client->lanes[i];
-        if (!lane || lane->stream != key)
-            continue;
-        lane_look(lane, lane_tail(lane));
-        if (lane->error && !status) {
-            const struct msg_done_job *done = &lane->entry[lane->error_number % SAGE_ENTRIES].done;
-            bool told = done->number == lane->error_number && done->text[0];
-            status = error_set(lane->error, "a job of this stream: %s",
-                               told ? done->text : sage_strerror(lane->error));
-        }
-        lane->error = 0;
-    }
+    int status = lane_stream_error(client, stream_key(cu, stream, id), text);
     pthread_mutex_unlock(&client->lock);
-    return status;
+    return status ? error_set(status, "a job of this stream: %s", text) : 0;
 }

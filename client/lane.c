@@ -3,6 +3,7 @@
  */
 #include "client/client.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -48,6 +49,51 @@ void lane_look(struct sage_lane *lane, uint32_t last)
             lane->error_number = n;
         }
     }
+}
+
+/* The error that the lane's stream has not been told; then it has. 0: none. */
+static int tell_error(struct sage_lane *lane, char *text)
+{
+    lane_look(lane, lane_tail(lane));
+    int status = lane->error;
+    if (status) {
+        const struct msg_done_job *done = &lane->entry[lane->error_number % SAGE_ENTRIES].done;
+        bool told = done->number == lane->error_number && done->text[0];
+        snprintf(text, PROTO_TEXT_MAX, "%s", told ? done->text : sage_strerror(status));
+        lane->error = 0;
+    }
+    return status;
+}
+
+/* For a stream that loses its lane to another: what it was not told it still will be. */
+static void keep_error(struct sage_client *c, struct sage_lane *lane)
+{
+    struct stream_error e = {.stream = lane->stream};
+
+    e.status = tell_error(lane, e.text);
+    if (e.status && e.stream)
+        c->lost[c->n_lost++ % SAGE_LANES] = e;
+}
+
+int lane_stream_error(struct sage_client *c, uint64_t stream, char *text)
+{
+    char other[PROTO_TEXT_MAX];
+    int status = 0;
+
+    for (uint32_t i = c->n_lost - SAGE_LANES; i != c->n_lost && !status; i++) { /* the oldest */
+        struct stream_error *e = &c->lost[i % SAGE_LANES];
+        if (e->stream != stream)
+            continue;
+        status = e->status;
+        memcpy(text, e->text, sizeof(e->text));
+        e->stream = 0;
+    }
+    for (int i = 0; i < SAGE_LANES; i++)
+        if (c->lanes[i] && c->lanes[i]->stream == stream) {
+            int error = tell_error(c->lanes[i], status ? other : text);
+            status = status ? status : error;
+        }
+    return status;
 }
 
 static bool is_ready(const struct sage_lane *lane, uint32_t n)
@@ -118,6 +164,7 @@ static int take(struct sage_client *c, uint64_t stream, struct sage_lane **out)
     if (!lane)
         return error_set(SAGE_ENOMEM, "out of memory");
     if (!stream || lane->stream != stream) {
+        keep_error(c, lane);
         lane->stream = stream;
         lane->looked = lane_tail(lane);
         lane->error = 0;

@@ -210,7 +210,8 @@ static int check(struct session *s, const struct msg_submit *msg, char *why)
                  (unsigned long long)s->daemon->config.client_jobs);
         return SAGE_EBUSY;
     }
-    if (s->user->n_jobs >= s->daemon->config.user_jobs) {
+    /* One of a stream nobody could submit again: those are as many as clients have credits. */
+    if (!msg->streamed && s->user->n_jobs >= s->daemon->config.user_jobs) {
         snprintf(why, PROTO_TEXT_MAX, "%u jobs of this user in flight, the limit is %llu",
                  s->user->n_jobs, (unsigned long long)s->daemon->config.user_jobs);
         return SAGE_EBUSY;

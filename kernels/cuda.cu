@@ -755,9 +755,10 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
     if (quantises && gpu.cluster > 0)
         a.cluster = cuda_cluster_blocks(&a, static_cast<unsigned>(gpu.cluster));
     /* numbers of rows and keys are int, to the end of a tile */
-    if (a.nq > INT_MAX - MAX_TILE || a.nk > INT_MAX - MAX_TILE)
-        return refuse(why, len, SAGE_EUNSUPPORTED, "%s.shape: more than %d tokens on a GPU",
-                      a.nq > a.nk ? "q" : "k", INT_MAX - MAX_TILE);
+    static_assert(SAGE_MAX_TOKENS <= INT_MAX - MAX_TILE);
+    if (a.nq > SAGE_MAX_TOKENS || a.nk > SAGE_MAX_TOKENS)
+        return refuse(why, len, SAGE_EUNSUPPORTED, "%s.shape[2]: more than %d tokens",
+                      a.nq > a.nk ? "q" : "k", SAGE_MAX_TOKENS);
     if (__builtin_mul_overflow(a.n_heads, a.chunks.total, &chunks) || chunks > INT_MAX ||
         __builtin_mul_overflow(a.n_heads * a.n_q_heads, a.tiles.total, &tiles) || tiles > INT_MAX)
         return refuse(why, len, SAGE_EUNSUPPORTED,

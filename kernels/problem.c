@@ -359,10 +359,10 @@ static int check_limits(const struct sage_attn *a, const struct why *why)
         return refuse(why, SAGE_EUNSUPPORTED,
                       "q.shape: batch %lld x %lld heads, must be at most %d together",
                       (long long)q[0], (long long)q[1], INT32_MAX);
-    if (q[2] > INT32_MAX || k[2] > INT32_MAX)
+    if (q[2] > SAGE_MAX_TOKENS || k[2] > SAGE_MAX_TOKENS)
         return refuse(why, SAGE_EUNSUPPORTED, "%s.shape[2]: %lld tokens, must be at most %d",
-                      q[2] > INT32_MAX ? "q" : "k", (long long)(q[2] > INT32_MAX ? q[2] : k[2]),
-                      INT32_MAX);
+                      q[2] > SAGE_MAX_TOKENS ? "q" : "k",
+                      (long long)(q[2] > SAGE_MAX_TOKENS ? q[2] : k[2]), SAGE_MAX_TOKENS);
     return SAGE_OK;
 }
 

@@ -445,6 +445,19 @@ def test_credits():
         Problem(client)
 
 
+def test_user_jobs():
+    """One user's clients together; not jobs of streams, which nobody could submit again."""
+    with served(user_jobs=2) as (daemon, _), daemon.client() as one, daemon.client() as two:
+        held = [one.submit(Problem(one).attn, lane=i, ready=False) for i in range(2)]
+        p = Problem(two)
+        with refused("EBUSY", "of this user", "limit is 2"):
+            two.run(p.attn)
+        two.run(p.attn, streamed=True)
+        one.page.acquire(*held[0])
+        one.wait_done(held[0])
+        two.run(p.attn)
+
+
 def test_connections():
     with served(max_clients=6, user_clients=4) as (daemon, _):
         crowd = [daemon.client(page=False) for _ in range(3)]

@@ -300,6 +300,46 @@ static void keeps_the_first_error_of_a_full_lane(void **state)
     sage_disconnect(client);
 }
 
+static int stream_error(struct sage_client *client, uint64_t stream, char *text)
+{
+    pthread_mutex_lock(&client->lock);
+    int status = lane_stream_error(client, stream, text);
+    pthread_mutex_unlock(&client->lock);
+    return status;
+}
+
+/* A stream whose lane goes to another is told of its job's error all the same, once. */
+static void keeps_the_error_of_a_lost_lane(void **state)
+{
+    struct sage_client *client = private_connect(*state, 0);
+    struct private_problem p;
+    struct sage_lane *lane;
+    struct sage_job job;
+    char text[PROTO_TEXT_MAX];
+
+    private_problem_init(&p, client, 16, 4);
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(lane_take(client, 77, &lane), 0);
+        assert_int_equal(sage_attn_submit(lane, &p.attn, SAGE_HELD, &job), 0);
+        assert_int_equal(sage_cancel(job), 0);
+        assert_int_equal(sage_wait(job, 10000), SAGE_ECANCELED);
+        page_store(&lane->words->acquire[job.number % SAGE_ENTRIES], job.number);
+        lane_put(lane);
+        for (uint64_t stream = 1000; i == 0 && stream < 1000 + SAGE_LANES; stream++) {
+            assert_int_equal(lane_take(client, stream, &lane), 0);
+            lane_put(lane);
+        }
+    }
+    /* the first in a lane that another stream has, the second in one of its own */
+    assert_int_equal(client->n_lost, 1);
+    assert_int_equal(stream_error(client, 78, text), 0);
+    assert_int_equal(stream_error(client, 77, text), SAGE_ECANCELED);
+    assert_true(text[0] != 0);
+    assert_int_equal(stream_error(client, 77, text), 0);
+    private_problem_finish(&p);
+    sage_disconnect(client);
+}
+
 enum { THREADS = 8, PER_THREAD = 40 };
 
 /*
@@ -1087,6 +1127,7 @@ int main(void)
         cmocka_unit_test(tells_times),
         cmocka_unit_test(runs_out_of_entries),
         cmocka_unit_test(keeps_the_first_error_of_a_full_lane),
+        cmocka_unit_test(keeps_the_error_of_a_lost_lane),
         cmocka_unit_test(serves_threads),
         cmocka_unit_test(survives_a_fork),
         cmocka_unit_test(leaves_a_grandchild_its_files),

@@ -199,7 +199,7 @@ static void test_shapes(void **state)
     REFUSED((a.q.shape[0] = 1 << 20, a.q.shape[1] = 1 << 20), SAGE_EUNSUPPORTED,
             "q.shape: batch 1048576 x 1048576 heads, must be at most 2147483647 together");
     REFUSED((a.k.shape[2] = INT64_C(1) << 31, a.k.stride[2] = 0), SAGE_EUNSUPPORTED,
-            "k.shape[2]: 2147483648 tokens, must be at most 2147483647");
+            "k.shape[2]: 2147483648 tokens, must be at most 2147482623");
     REFUSED(a.k.shape[0] = 1, SAGE_EINVAL, "k.shape[0]: 1, must be 2 like q");
     REFUSED(a.k.shape[3] = 32, SAGE_EINVAL, "k.shape[3]: 32, must be 64 like q");
     REFUSED(a.v.shape[2] = 11, SAGE_EINVAL, "v.shape[2]: 11, must be 12 like k");

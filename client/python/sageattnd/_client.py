@@ -31,7 +31,10 @@ class Connection:
         self.handle = ctypes.c_void_p()
         self.cache_bytes = memory // SHARE
         options = _native.ConnectOptions(name=_name(), gpu=gpu.encode() if gpu else None)
-        if not os.environ.get("SAGE_CACHE_BYTES"):
+        given = os.environ.get("SAGE_CACHE_BYTES")
+        if given and given.isascii() and given.isdigit():
+            self.cache_bytes = int(given)
+        elif not given:  # what is no number the library refuses
             options.cache_bytes = self.cache_bytes
         self._must(self.lib.sage_connect(ctypes.byref(options), ctypes.byref(self.handle)))
         self.server = _native.Server()
@@ -127,6 +130,11 @@ def connection(device: int, memory: int = 0) -> Connection:
                 raise SageError(_native.EUNSUPPORTED, text)
             _connections[device] = made
         return _connections[device]
+
+
+def made(device: int) -> Connection | None:
+    """connection(), if there is one already."""
+    return _connections.get(device)
 
 
 def connections() -> dict[int, Connection]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import statistics
 import threading
 import time
@@ -17,14 +18,16 @@ log = logging.getLogger("sageattnd")
 
 WELL_ABOVE = 10  # a job that takes so many hand-offs is made slower by a tenth at most
 TRIES = 9
+AGAIN_S = 10  # after what may be otherwise soon
 
 
 class Choice(NamedTuple):
     """connection: None where this process computes by itself; least: operations of the smallest
-    job for the daemon."""
+    job for the daemon; until: when to look again, by time.monotonic()."""
 
     connection: Optional[_client.Connection]
     least: float
+    until: float = math.inf
 
 
 _lock = threading.Lock()
@@ -46,10 +49,11 @@ def choose(problem: bytes, device: int, mode: str) -> Optional[_client.Connectio
     if capturing:
         return None
     choice = _choices.get(device)
-    if not choice:
+    if not choice or choice.until < time.monotonic():
         with _lock:
-            choice = _choices.get(device) or _look(device)
-            _choices[device] = choice
+            if _choices.get(device) is choice:
+                _choices[device] = _look(device)
+            choice = _choices[device]
     if not choice.connection or _native.attn().sage_attn_ops(problem, None) < choice.least:
         return None
     return _connect(device)
@@ -74,7 +78,12 @@ def _look(device: int) -> Choice:
         known = isinstance(error, SageError) and error.name == "SAGE_ENODAEMON"
         log.log(logging.INFO if known else logging.WARNING,
                 "cuda:%d: attention in this process, not by a daemon: %s", device, error)
-        return Choice(None, 0.0)
+        full = isinstance(error, torch.cuda.OutOfMemoryError)
+        return Choice(None, 0.0, time.monotonic() + AGAIN_S if full else math.inf)
+    if rate is None:
+        log.info("cuda:%d: attention in this process for %d s: others keep the GPU too busy to "
+                 "measure a hand-off, %.0f us now", device, AGAIN_S, handoff * 1e6)
+        return Choice(None, 0.0, time.monotonic() + AGAIN_S)
     least = WELL_ABOVE * handoff * rate
     log.info("cuda:%d: jobs above %.2g ms (%.3g operations) go to the daemon, process %d: a "
              "hand-off takes %.0f us", device, WELL_ABOVE * handoff * 1e3, least,
@@ -82,8 +91,9 @@ def _look(device: int) -> Choice:
     return Choice(connection, least)
 
 
-def _measure(connection: _client.Connection, device: int) -> tuple[float, float]:
-    """Seconds from here to the daemon and back with the smallest job; operations a second."""
+def _measure(connection: _client.Connection, device: int) -> tuple[float, Optional[float]]:
+    """Seconds from here to the daemon and back with the smallest job; operations a second, None
+    where a job of some 1 ms takes hardly longer, for both wait for others."""
     place = torch.device("cuda", device)
     stream = torch.cuda.Stream(place)
 
@@ -107,10 +117,19 @@ def _measure(connection: _client.Connection, device: int) -> tuple[float, float]
 
     handoff, _ = seconds(64)
     whole, ops = seconds(32768)  # a millisecond of an H100, and 16 MiB
-    return handoff, ops / max(whole - handoff, 1e-6)
+    return handoff, ops / (whole - handoff) if whole > 2 * handoff else None
 
 
 # --- errors ---
+
+def check_stream(device: int, stream: int) -> None:
+    """This process is about to compute with what is on the stream, the device's current one: an
+    earlier job there that a daemon had may have failed."""
+    connection = _client.made(device)
+    if (connection and stream in connection.streams
+            and not torch.cuda.is_current_stream_capturing()):
+        connection.check_stream(stream)
+
 
 def check_errors() -> None:
     """Wait for the GPUs that daemons have computed on for this process, and raise SageError for

@@ -25,20 +25,15 @@ def _code(dtype: np.dtype) -> int:
 
 
 def _cast(q, k, v):
-    """To one 16-bit type: that of those that have one, else float16."""
-    kind = None
+    """To one 16-bit type, as SageAttention 1.0.x has it: bfloat16 where q is, else float16."""
     for field, a in (("q", q), ("k", k), ("v", v)):
         if not isinstance(a, np.ndarray):
             raise TypeError(f"{field}: {type(a).__name__}: must be a numpy.ndarray, like q")
-        if _code(a.dtype) in HALVES:
-            if kind not in (None, a.dtype):
-                raise TypeError(f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype} differ: cast "
-                                "them to one")
-            kind = a.dtype
-        elif _code(a.dtype) != _native.F32:
+        if _code(a.dtype) not in (*HALVES, _native.F32):
             raise TypeError(f"{field}: dtype {a.dtype}: must be float16, bfloat16 or float32, "
                             "in the byte order of this machine")
-    return [a.astype(kind or np.float16, copy=False) for a in (q, k, v)]
+    kind = q.dtype if _code(q.dtype) == _native.BF16 else np.float16
+    return [a.astype(kind, copy=False) for a in (q, k, v)]
 
 
 def _usable(a: np.ndarray) -> np.ndarray:

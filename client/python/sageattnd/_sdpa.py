@@ -3,23 +3,32 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from typing import Any, Iterator, Optional, Sequence
 
 import torch
 import torch.nn.functional as F
 
-from . import _torch
+from . import _native, _torch
 
 log = logging.getLogger("sageattnd")
 MAX_HEAD_DIM = 256  # SAGE_MAX_HEAD_DIM
 PYTORCH = tuple(map(int, torch.__version__.split(".")[:2]))
-pytorch = F.scaled_dot_product_attention
+pytorch = torch._C._nn.scaled_dot_product_attention  # F's, whoever has put another one there
 
 _lock = threading.Lock()
 _fallbacks: dict[str, int] = {}
 _blocks: list = []  # of sdpa(), in the order in which they were entered
-_before = pytorch  # what there was before the first of them
+_before = F.scaled_dot_product_attention  # what there was before the first of them
+
+
+def _fork_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_fork_child)
 
 
 class Unsupported(ValueError):
@@ -125,6 +134,8 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
             raise Unsupported(f"scaled_dot_product_attention: the kernels cannot do it: {reason}")
         if not _torch.compiling():
             _fall_back(reason)
+            if query.is_cuda:
+                _torch.check_stream(query.device)
         more = {} if scale is None else {"scale": scale}
         if enable_gqa and PYTORCH >= (2, 5):
             more["enable_gqa"] = True
@@ -133,7 +144,7 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
                           for t in (key, value))
         return pytorch(query, key, value, attn_mask, dropout_p, is_causal, **more)
     from ._api import sageattn
-    if key_lengths is not None:
+    if key_lengths is not None and 2 * query.shape[0] <= _native.MAX_SEQS:
         return sageattn(query, key, value, "HND", is_causal, scale, rotate_qk=rotate_qk,
                         variant=variant, mode=mode, key_lengths=key_lengths)
     if query.dim() == 4:

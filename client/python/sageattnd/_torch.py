@@ -20,19 +20,13 @@ UNIT = 64  # tensors in a daemon's buffer start at multiples of it
 
 
 def _cast(q, k, v):
-    """To one 16-bit type: that of those that have one, else float16."""
+    """To one 16-bit type, as SageAttention 1.0.x has it: bfloat16 where q is, else float16."""
     if q.dtype == k.dtype == v.dtype and q.dtype in DTYPES:
         return q, k, v
-    kind = None
     for field, t in (("q", q), ("k", k), ("v", v)):
         if t.dtype not in DTYPES and t.dtype != torch.float32:
             raise TypeError(f"{field}: dtype {t.dtype}: must be float16, bfloat16 or float32")
-        if t.dtype in DTYPES:
-            if kind not in (None, t.dtype):
-                raise TypeError(f"q, k, v: dtypes {q.dtype}, {k.dtype}, {v.dtype} differ: cast "
-                                "them to one")
-            kind = t.dtype
-    kind = kind or torch.float16
+    kind = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float16
     return q.to(kind), k.to(kind), v.to(kind)
 
 
@@ -211,6 +205,7 @@ def _on_cuda(problem: bytes, tensors, mode: str) -> None:
     stream = torch.cuda.current_stream()
     connection = _daemon.choose(problem, device.index, mode)
     if not connection:
+        _daemon.check_stream(device.index, stream.cuda_stream)
         size = _native.cuda_workspace(problem)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         return _native.cuda_run(problem, workspace.data_ptr(), size, stream.cuda_stream)
@@ -220,6 +215,11 @@ def _on_cuda(problem: bytes, tensors, mode: str) -> None:
         # daemon must not hold what was freed. Who has tensors of this size does not miss the wait.
         stream.synchronize()
         connection.trim()
+
+
+def check_stream(device: torch.device) -> None:
+    """Raise the error of an earlier daemon's job on the device's current stream."""
+    _daemon.check_stream(device.index, torch.cuda.current_stream(device).cuda_stream)
 
 
 def _on_cpu(problem: bytes) -> None:

@@ -21,6 +21,7 @@ VERSION = "2.2.0"
 NAMES = ("sageattn", "sageattn_varlen", "sageattn_qk_int8_pv_fp16_triton",
          "sageattn_qk_int8_pv_fp16_cuda", "sageattn_qk_int8_pv_fp8_cuda",
          "sageattn_qk_int8_pv_fp8_cuda_sm90")
+MODULES = ("core", "fa3_wrapper")  # of the package; examples import the latter, whatever they call
 
 
 class _Distribution(importlib.metadata.Distribution):
@@ -47,6 +48,12 @@ class _Finder(importlib.metadata.DistributionFinder):
 _finder = _Finder()
 
 
+def fa3(*_: object, **__: object) -> None:
+    """What upstream's fa3_wrapper hands to FlashAttention-3: refused, it is another package's."""
+    raise NotImplementedError("sageattention.fa3_wrapper: FlashAttention-3 is not part of sageattnd: "
+                              "call flash_attn_interface itself")
+
+
 def _module(name: str) -> types.ModuleType:
     module = types.ModuleType(name, __doc__)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None, origin=__file__,
@@ -57,8 +64,8 @@ def _module(name: str) -> types.ModuleType:
 
 
 def install(replace: bool = False) -> types.ModuleType:
-    """Let `import sageattention` (and `sageattention.core`) find these functions, and return the
-    module. Where a real sageattention is installed this raises RuntimeError unless `replace`."""
+    """Let `import sageattention` (and its `core` and `fa3_wrapper`) find these functions, and return
+    the module. Where a real sageattention is installed this raises RuntimeError unless `replace`."""
     there = sys.modules.get("sageattention")
     if there is not None and there.__spec__ and there.__spec__.origin == __file__:
         return there
@@ -66,8 +73,11 @@ def install(replace: bool = False) -> types.ModuleType:
         raise RuntimeError("sageattention is installed: install(replace=True) hides it")
     package = _module("sageattention")
     package.core = _module("sageattention.core")
+    package.fa3_wrapper = _module("sageattention.fa3_wrapper")
+    package.fa3_wrapper.fa3 = package.fa3_wrapper.fa3_fp8 = fa3
     package.__path__ = []
-    sys.modules.update({"sageattention": package, "sageattention.core": package.core})
+    sys.modules["sageattention"] = package
+    sys.modules.update({f"sageattention.{name}": getattr(package, name) for name in MODULES})
     sys.meta_path.insert(0, _finder)
     return package
 
@@ -76,5 +86,5 @@ def uninstall() -> None:
     """Undo install()."""
     if _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
-        for name in ("sageattention", "sageattention.core"):
+        for name in ("sageattention", *(f"sageattention.{module}" for module in MODULES)):
             sys.modules.pop(name, None)
