@@ -234,8 +234,8 @@ void part_close(struct part *part);
 void lane_look(struct sage_lane *lane, uint32_t last);
 
 /*
- * With `lock` held: what sage_stream_error() is to say of the stream, whether it has a lane still or
- * had one; once. 0, or the status and what is to be known of it in text[PROTO_TEXT_MAX].
+ * With `lock` held: what sage_stream_error() is to say of the stream, whether it has a lane still
+ * or had one; once. 0, or the status and what is to be known of it in text[PROTO_TEXT_MAX].
  */
 int lane_stream_error(struct sage_client *client, uint64_t stream, char *text);
 

@@ -12,6 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "client/client.h"
 #include "client/ctl_work.h"
 
 /* --- namespaces --- */
@@ -286,7 +287,16 @@ static void check_handoff(struct doctor *d, struct work *work)
 }
 
 /* Which mode do streams get? By the daemon's account of the jobs that were measured. */
-static void check_mode(struct doctor *d)
+/* Why streams cannot use the page, if somebody found out. */
+static const char *why_no_lane(const struct work *work)
+{
+    for (const struct page_view *v = work->client->gpu.views; v; v = v->next)
+        if (!v->device)
+            return v->why;
+    return "";
+}
+
+static void check_mode(struct doctor *d, const struct work *work)
 {
     static const struct {
         const char *mode, *text;
@@ -306,7 +316,9 @@ static void check_mode(struct doctor *d)
     for (size_t i = 0; i < sizeof(modes) / sizeof(modes[0]); i++)
         if (!strcmp(self.mode, modes[i].mode))
             text = modes[i].text;
-    report(d, PASS, "mode", "", "%s%s", self.mode, text);
+    const char *why = strcmp(self.mode, "lane") ? why_no_lane(work) : "";
+    report(d, *why ? WARN : PASS, "mode", "", "%s%s%s%s", self.mode, text, *why ? "; lane: " : "",
+           why);
 }
 
 void check_jobs(struct doctor *d)
@@ -328,7 +340,7 @@ void check_jobs(struct doctor *d)
              check_variant(d, &work, SAGE_INT8_FP8, "int8_fp8")) {
         check_handoff(d, &work);
         if (work.gpu.cu)
-            check_mode(d);
+            check_mode(d, &work);
     }
     work_close(&work);
 }

@@ -248,8 +248,8 @@ SAGE_API int sage_attn_enqueue(struct sage_client *client, const struct sage_att
  * had returned, since this was last asked; 0: none that is known of. Synchronise with the stream,
  * then ask. Such a job's outputs are undefined: SAGE_ELOST (the daemon died, and had no successor
  * within retry_ms), SAGE_EDEVICE, and in lane mode what the daemon refuses it for. Waits for
- * nothing, so it also tells why a stream waits for ever. Of the 64 streams that were used last, and of
- * others whose lane another stream has taken since the last 64 errors that were not asked for.
+ * nothing, so it also tells why a stream waits for ever. Of the 64 streams that were used last, and
+ * of others, whose lane another stream has since, the last 64 errors.
  * SAGE_EINVAL: the driver refused the stream. SAGE_ECAPTURE: it is being captured, ask later; the
  * capture goes on.
  */

@@ -88,6 +88,21 @@ static void block_signals(void)
     sigprocmask(SIG_BLOCK, &set, NULL);
 }
 
+/* Why, and who is attached: under MPS their contexts are gone, too, and go before ours comes. */
+static void tell_lost(const struct daemon *d)
+{
+    char who[512] = "";
+    size_t len = 0;
+    const struct session *s;
+
+    TAILQ_FOREACH(s, &d->sessions, link)
+        if (len < sizeof(who))
+            len += (size_t)snprintf(who + len, sizeof(who) - len, "%s %s (%d)", len ? "," : "",
+                                    s->name, (int)s->pid);
+    sd_notifyf(0, "STATUS=device lost: %s; attached:%s", d->lost_why, len ? who : " nobody");
+    log_notice("attached", "clients=\"%s\"", len ? who + 1 : "");
+}
+
 static int serve(const struct config *config)
 {
     static struct daemon daemon;
@@ -109,7 +124,7 @@ static int serve(const struct config *config)
     server_ready(&server);
     uv_run(&daemon.loop, UV_RUN_DEFAULT);
     if (daemon.device_lost) {
-        sd_notifyf(0, "STATUS=device lost: %s", daemon.lost_why);
+        tell_lost(&daemon);
         _exit(EXIT_DEVICE_LOST); /* its streams may never end */
     }
     block_signals(); /* told once is enough */

@@ -329,7 +329,7 @@ def daemon_killed(place, row, state):
 
 def unreplaced(place, row, state):
     """No successor before retry_ms is over."""
-    patience = PATIENCE_MS + 800 * (state == "lazy")
+    patience, base = PATIENCE_MS + 800 * (state == "lazy"), place.snapshot()
     child = place.spawn("patient", "client", "patient", patience)
     hear(child)
     if place.mps:
@@ -354,6 +354,7 @@ def unreplaced(place, row, state):
         outcome(place.children["witness"])
         time.sleep(0.1)
     place.others(row)
+    place.back(base, row)
 
 
 def device_lost(place, row, since):

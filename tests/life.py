@@ -252,20 +252,23 @@ def test_notify():
         shutil.rmtree(directory)
 
 
-def lost(fault, reason, work):
-    """The daemon ends with its own status while work(daemon) goes on; it has said why. What work()
-    returns stays connected."""
+def lost(fault, reason, work, clients=1):
+    """The daemon ends with its own status while work(daemon) goes on; it has said why, and whose
+    `clients` connections there are. What work() returns stays connected."""
     directory = tempfile.mkdtemp(prefix="sage")
     try:
         manager = Manager(directory)
         with Daemon(env={"NOTIFY_SOCKET": manager.path}, directory=directory, backend="fault",
                     fault=fault) as daemon:
             _connected = work(daemon)
-            assert manager.wait_for("STATUS=device lost") == f"STATUS=device lost: {reason}"
+            attached = ", ".join([f"test ({os.getpid()})"] * clients)
+            assert manager.wait_for("STATUS=device lost") == (
+                f"STATUS=device lost: {reason}; attached: {attached}")
             assert daemon.wait() == sage.EXIT_DEVICE_LOST
             log = daemon.log()
             assert f'event=device_lost backend=fault reason="{reason}"' in log, log
             assert log.count("device_lost") == 1, log
+            assert f'event=attached clients="{attached}"' in log, log
     finally:
         shutil.rmtree(directory)
 
@@ -300,7 +303,7 @@ def test_lost_by_registration():
         assert all(op == "PING" and seq < register for _, op, seq, _ in told), told
         assert not other.page.released(*held)
 
-    lost("lose_map=2", "fault: lose_map=2", work)
+    lost("lose_map=2", "fault: lose_map=2", work, clients=2)
 
 
 def test_lost_while_idle():
