@@ -134,6 +134,21 @@ def test_perplexity():
         assert float(table[variant]["perplexity"]) != float(table["sdpa"]["perplexity"]), said
 
 
+def test_perplexity_gemma():
+    """Head dimension 256, one kv head, a sliding window. 250 MB of packages: not fetched for tests,
+    see `prepare --only=gemma3`."""
+    weights("gemma3")
+    with tempfile.TemporaryDirectory() as folder:
+        tsv = os.path.join(folder, "t")
+        said = run("perplexity", "--model=gemma3", "--contexts=768", "--tokens=1536",
+                   "--attention=int8_fp16_rotated,int8_fp8_rotated", f"--tsv={tsv}", DATA)
+        table = {row["attention"]: row for row in rows(tsv)}
+    assert 10 < float(table["float32"]["perplexity"]) < 100, said
+    for variant in ("int8_fp16_rotated", "int8_fp8_rotated"):
+        assert table[variant]["judged"] == "ok" and table[variant]["mode"] == "daemon", said
+        assert 0.99 < float(table[variant]["cosine_least"]) < 1, said
+
+
 def test_embeddings():
     weights("minilm")
     with tempfile.TemporaryDirectory() as folder:
