@@ -226,19 +226,25 @@ static void advance(struct sage_lane *lane)
     }
 }
 
+/* As many jobs are in flight as the daemon allows. With `submit_lock` held. */
+static bool credits_are_used(struct sage_client *c)
+{
+    for (int i = 0; c->in_flight >= c->credits && i < SAGE_LANES; i++)
+        if (c->lanes[i])
+            advance(c->lanes[i]);
+    return c->in_flight >= c->credits;
+}
+
 static int take_credit(struct sage_lane *lane)
 {
     struct sage_client *c = lane->client;
-    uint32_t credits = c->credits;
 
     advance(lane);
     if (lane_tail(lane) + 1 - lane->head >= MAX_IN_FLIGHT)
         return error_set(SAGE_EBUSY, "%d jobs are in flight on this lane", MAX_IN_FLIGHT);
-    for (int i = 0; c->in_flight >= credits && i < SAGE_LANES; i++)
-        if (c->lanes[i])
-            advance(c->lanes[i]);
-    if (c->in_flight >= credits)
-        return error_set(SAGE_EBUSY, "%u jobs are in flight, all that the daemon allows", credits);
+    if (credits_are_used(c))
+        return error_set(SAGE_EBUSY, "%u jobs are in flight, all that the daemon allows",
+                         (uint32_t)c->credits);
     if (client_state(c) == LINK_LIVE && !conn_has_room(c->fd))
         return error_set(SAGE_EBUSY, "the daemon does not read its socket, and it is full");
     return 0;
@@ -353,9 +359,16 @@ bool lane_drained(struct sage_lane *lane, int status)
 {
     uint32_t oldest = lane_tail(lane) - MAX_IN_FLIGHT + 1;
 
-    if (status != SAGE_EBUSY || lane_released(lane, oldest))
+    if (status != SAGE_EBUSY)
         return false;
-    return page_wait(&lane->words->release[oldest % SAGE_ENTRIES], oldest, -1);
+    if (!lane_released(lane, oldest))
+        return page_wait(&lane->words->release[oldest % SAGE_ENTRIES], oldest, -1);
+    pthread_mutex_lock(&lane->client->submit_lock);
+    bool used = credits_are_used(lane->client);
+    pthread_mutex_unlock(&lane->client->submit_lock);
+    if (used) /* any of them may be over first */
+        nanosleep(&(struct timespec){.tv_nsec = NAP_MIN_US * 1000}, NULL);
+    return used;
 }
 
 int lane_submit(struct sage_lane *lane, const struct sage_attn *attn, unsigned flags,

@@ -90,6 +90,13 @@ void sched_ready(struct job *job)
     TAILQ_INSERT_TAIL(&sc->active, s, active_link);
 }
 
+/* What was not used is not saved up by who has nothing to do; a debt stays. */
+static void forget_credit(struct session *s)
+{
+    if (!s->active && s->deficit_ns > 0)
+        s->deficit_ns = 0;
+}
+
 static void leave(struct session *s)
 {
     struct sched *sc = &s->daemon->sched;
@@ -99,8 +106,7 @@ static void leave(struct session *s)
     s->active = false;
     sc->n_active--;
     TAILQ_REMOVE(&sc->active, s, active_link);
-    if (s->deficit_ns > 0) /* what was not used is not saved up; a debt stays */
-        s->deficit_ns = 0;
+    forget_credit(s);
 }
 
 /* The slot that the job keeps between its pieces, or NULL. */
@@ -229,6 +235,7 @@ static void piece_done(struct daemon *d, struct slot *slot)
     s->n_running--;
     s->deficit_ns +=
         job->piece_est_ns - took; /* the estimate was charged, the measured time counts */
+    forget_credit(s);
     if (piece->missed) {
         put_back(job);
         return;

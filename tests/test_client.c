@@ -340,6 +340,37 @@ static void keeps_the_error_of_a_lost_lane(void **state)
     sage_disconnect(client);
 }
 
+/* A call waits for a credit as it does for its lane: without a limit, and for nothing else. */
+static void waits_for_a_credit(void **state)
+{
+    enum { CREDITS = 256, EACH = 60 };
+    struct sage_client *client = private_connect(*state, 0);
+    struct sage_lane *lanes[CREDITS / EACH + 1], *last = lane_of(client);
+    struct private_problem p;
+    struct sage_job jobs[CREDITS], job;
+
+    private_problem_init(&p, client, 16, 4);
+    assert_int_equal(client->credits, CREDITS);
+    for (int i = 0; i < CREDITS; i++) {
+        if (i % EACH == 0)
+            lanes[i / EACH] = lane_of(client);
+        assert_int_equal(sage_attn_submit(lanes[i / EACH], &p.attn, SAGE_HELD, &jobs[i]), 0);
+    }
+    assert_int_equal(sage_attn_submit(last, &p.attn, 0, &job), SAGE_EBUSY);
+    assert_true(lane_drained(last, SAGE_EBUSY));
+    assert_false(lane_drained(last, SAGE_ENOMEM));
+    assert_int_equal(sage_cancel(jobs[0]), 0);
+    assert_int_equal(sage_wait(jobs[0], 10000), SAGE_ECANCELED);
+    assert_false(lane_drained(last, SAGE_EBUSY));
+    assert_int_equal(sage_attn_submit(last, &p.attn, 0, &job), 0);
+    assert_int_equal(sage_wait(job, 10000), 0);
+    for (size_t i = 0; i < sizeof(lanes) / sizeof(lanes[0]); i++)
+        sage_lane_destroy(lanes[i]);
+    sage_lane_destroy(last);
+    private_problem_finish(&p);
+    sage_disconnect(client);
+}
+
 enum { THREADS = 8, PER_THREAD = 40 };
 
 /*
@@ -1128,6 +1159,7 @@ int main(void)
         cmocka_unit_test(runs_out_of_entries),
         cmocka_unit_test(keeps_the_first_error_of_a_full_lane),
         cmocka_unit_test(keeps_the_error_of_a_lost_lane),
+        cmocka_unit_test(waits_for_a_credit),
         cmocka_unit_test(serves_threads),
         cmocka_unit_test(survives_a_fork),
         cmocka_unit_test(leaves_a_grandchild_its_files),
