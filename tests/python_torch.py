@@ -370,6 +370,46 @@ def test_daemon():
 
 # --- in place of PyTorch's ---
 
+class Named:
+    """A connection's place, where there is no GPU."""
+
+    def __init__(self, streams=()):
+        self.streams, self.server, self.asked = streams, Named, []
+
+    pid = 1
+
+    def check_stream(self, stream):
+        self.asked.append(stream)
+
+
+def test_choice():
+    """mode="auto": a GPU that was too busy to measure a hand-off on is looked at again later. And
+    where this process computes by itself it asks for the errors of the stream's earlier jobs."""
+    from unittest import mock
+
+    from sageattnd import _client, _daemon, _native
+    there, now, measures = Named([5]), [100.0], [(1e-3, None), (1e-5, 1e12)]
+    shape = (_native.F16, 0, 0, 0, 1, 1, 4096, 64, 0, 0, 64, 1)  # 4.3e9 operations
+    problem = _native.pack(*4 * [shape], _native.ABSENT, _native.ABSENT,
+                           _native.Options(False, 0.0, 1, True, False, False, 0, -1, -1))
+    capturing = [False]
+    with mock.patch.object(_daemon, "_connect", lambda device: there), \
+            mock.patch.object(_daemon, "_measure", lambda *_: measures.pop(0)), \
+            mock.patch.object(_daemon.time, "monotonic", lambda: now[0]), \
+            mock.patch.dict(_daemon._choices), mock.patch.dict(_client._connections, {7: there}), \
+            mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: capturing[0]):
+        for wanted, later in ((None, 9), (None, 2), (there, 1e6), (there, 0)):
+            assert _daemon.choose(problem, 7, "auto") is wanted, now
+            now[0] += later
+        assert not measures
+        _daemon.check_stream(7, 5)
+        _daemon.check_stream(7, 6)
+        _daemon.check_stream(8, 5)
+        capturing[0] = True
+        _daemon.check_stream(7, 5)
+    assert there.asked == [5]
+
+
 def test_sdpa():
     """PyTorch's meaning of each argument."""
     q, k, v = inputs(nq=40, nk=70)
@@ -569,7 +609,7 @@ def calls():
     try:
         F.scaled_dot_product_attention = sageattn
         with sageattnd.sdpa():  # what it leaves to PyTorch goes there, not to what F had
-            assert F.scaled_dot_product_attention(q.double(), k.double(), v.double()).isfinite().all()
+            assert F.scaled_dot_product_attention(*(t.double() for t in (q, k, v))).isfinite().all()
         results.append((F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0.0,
                                                        is_causal=False), 0))
         for function, pv in ((sageattention.sageattn_qk_int8_pv_fp16_cuda, "fp32"),

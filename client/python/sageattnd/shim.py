@@ -50,8 +50,8 @@ _finder = _Finder()
 
 def fa3(*_: object, **__: object) -> None:
     """What upstream's fa3_wrapper hands to FlashAttention-3: refused, it is another package's."""
-    raise NotImplementedError("sageattention.fa3_wrapper: FlashAttention-3 is not part of sageattnd: "
-                              "call flash_attn_interface itself")
+    raise NotImplementedError("sageattention.fa3_wrapper: FlashAttention-3 is not part of "
+                              "sageattnd: call flash_attn_interface itself")
 
 
 def _module(name: str) -> types.ModuleType:
@@ -64,8 +64,8 @@ def _module(name: str) -> types.ModuleType:
 
 
 def install(replace: bool = False) -> types.ModuleType:
-    """Let `import sageattention` (and its `core` and `fa3_wrapper`) find these functions, and return
-    the module. Where a real sageattention is installed this raises RuntimeError unless `replace`."""
+    """Let `import sageattention` (and its `core` and `fa3_wrapper`) find these functions, and
+    return the module. Where a real sageattention is installed this raises RuntimeError unless `replace`."""
     there = sys.modules.get("sageattention")
     if there is not None and there.__spec__ and there.__spec__.origin == __file__:
         return there
