@@ -43,7 +43,7 @@ def fallbacks() -> dict[str, int]:
 
 
 def _autocast(device: str) -> Optional[torch.dtype]:
-    """What torch.autocast() casts to there, for PyTorch's function is one that it knows; or None."""
+    """What torch.autocast() casts to there, for it knows PyTorch's function; or None."""
     if hasattr(torch, "get_autocast_dtype"):  # PyTorch 2.4 and newer
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     if device == "cuda" and torch.is_autocast_enabled():

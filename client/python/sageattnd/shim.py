@@ -65,7 +65,8 @@ def _module(name: str) -> types.ModuleType:
 
 def install(replace: bool = False) -> types.ModuleType:
     """Let `import sageattention` (and its `core` and `fa3_wrapper`) find these functions, and
-    return the module. Where a real sageattention is installed this raises RuntimeError unless `replace`."""
+    return the module. Where a real sageattention is installed this raises RuntimeError unless
+    `replace`."""
     there = sys.modules.get("sageattention")
     if there is not None and there.__spec__ and there.__spec__.origin == __file__:
         return there
