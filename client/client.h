@@ -247,8 +247,8 @@ int lane_take(struct sage_client *client, uint64_t stream, struct sage_lane **la
 void lane_put(struct sage_lane *lane);
 
 /*
- * After SAGE_EBUSY: was the lane full? Then its oldest job is over now, however long it took. Or are
- * all credits used? Then it is to be tried again.
+ * After SAGE_EBUSY: was the lane full? Then its oldest job is over now, however long it took. Or
+ * are all credits used? Then it is to be tried again.
  */
 bool lane_drained(struct sage_lane *lane, int status);
 

@@ -373,7 +373,7 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
 
     /*
      * A lane's keys below `key`, two of every 8, a bit each: R2P makes predicates of them, seven or
-     * eight at a time, where comparisons would make them one by one. Not for 64 keys: there mma.sync
+     * eight at a time, where comparisons would make them one by one. Not for 64 keys: mma.sync's
      * kernels, which have no register left, would spill.
      */
     static constexpr bool BITS = KEY_TILES == 16;
