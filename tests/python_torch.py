@@ -410,6 +410,24 @@ def test_choice():
     assert there.asked == [5]
 
 
+def test_streams_gone():
+    """One that the driver does not know any more is said once; the others are asked all the same."""
+    from sageattnd import _client, _native
+    connection = _client.Connection.__new__(_client.Connection)
+    connection.lock, connection.streams, asked = threading.Lock(), {1: None, 2: None}, []
+
+    def check_stream(stream):
+        asked.append(stream)
+        if stream == 1:
+            raise SageError(_native.EINVAL, "stream: the driver refused it")
+
+    connection.check_stream = check_stream
+    with raises(SageError, "SAGE_EINVAL", "stream"):
+        connection.check()
+    connection.check()
+    assert asked == [1, 2, 2]
+
+
 def test_sdpa():
     """PyTorch's meaning of each argument."""
     q, k, v = inputs(nq=40, nk=70)

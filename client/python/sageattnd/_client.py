@@ -73,7 +73,8 @@ class Connection:
         raise SageError(status, text)
 
     def check(self) -> None:
-        """check_stream() of all; the first error, after all were asked."""
+        """check_stream() of all; the first error, after all were asked. A stream that the driver
+        does not know (any more) is one, once."""
         with self.lock:
             streams = list(self.streams)
         first = None
@@ -82,6 +83,9 @@ class Connection:
                 self.check_stream(stream)
             except SageError as error:
                 first = first or error
+                if error.status == _native.EINVAL:
+                    with self.lock:
+                        self.streams.pop(stream, None)
         if first:
             raise first
 
