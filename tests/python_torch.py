@@ -411,7 +411,7 @@ def test_choice():
 
 
 def test_streams_gone():
-    """One that the driver does not know any more is said once; the others are asked all the same."""
+    """One that the driver does not know any more is said once; the others are asked, too."""
     from sageattnd import _client, _native
     connection = _client.Connection.__new__(_client.Connection)
     connection.lock, connection.streams, asked = threading.Lock(), {1: None, 2: None}, []
