@@ -286,7 +286,6 @@ static void check_handoff(struct doctor *d, struct work *work)
     report_number(d, "tokens", tokens);
 }
 
-/* Which mode do streams get? By the daemon's account of the jobs that were measured. */
 /* Why streams cannot use the page, if somebody found out. */
 static const char *why_no_lane(const struct work *work)
 {
@@ -296,6 +295,7 @@ static const char *why_no_lane(const struct work *work)
     return "";
 }
 
+/* Which mode do streams get? By the daemon's account of the jobs that were measured. */
 static void check_mode(struct doctor *d, const struct work *work)
 {
     static const struct {

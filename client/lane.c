@@ -80,12 +80,13 @@ int lane_stream_error(struct sage_client *c, uint64_t stream, char *text)
     char other[PROTO_TEXT_MAX];
     int status = 0;
 
-    for (uint32_t i = c->n_lost - SAGE_LANES; i != c->n_lost && !status; i++) { /* the oldest */
+    for (uint32_t i = c->n_lost - SAGE_LANES; i != c->n_lost; i++) { /* the oldest first */
         struct stream_error *e = &c->lost[i % SAGE_LANES];
         if (e->stream != stream)
             continue;
-        status = e->status;
-        memcpy(text, e->text, sizeof(e->text));
+        if (!status)
+            memcpy(text, e->text, sizeof(e->text));
+        status = status ? status : e->status;
         e->stream = 0;
     }
     for (int i = 0; i < SAGE_LANES; i++)

@@ -18,6 +18,8 @@ namespace
 {
 
 enum { ALIGN = 256, DEVICES_MAX = 64, MAX_TILE = 1024 };
+/* numbers of rows and keys are int, to the end of a tile */
+static_assert(SAGE_MAX_TOKENS <= INT_MAX - MAX_TILE);
 
 __attribute__((format(printf, 4, 5))) int refuse(char *why, size_t len, int status,
                                                  const char *format, ...)
@@ -754,11 +756,6 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
     a.starts_early = gpu.code >= 90;
     if (quantises && gpu.cluster > 0)
         a.cluster = cuda_cluster_blocks(&a, static_cast<unsigned>(gpu.cluster));
-    /* numbers of rows and keys are int, to the end of a tile */
-    static_assert(SAGE_MAX_TOKENS <= INT_MAX - MAX_TILE);
-    if (a.nq > SAGE_MAX_TOKENS || a.nk > SAGE_MAX_TOKENS)
-        return refuse(why, len, SAGE_EUNSUPPORTED, "%s.shape[2]: more than %d tokens",
-                      a.nq > a.nk ? "q" : "k", SAGE_MAX_TOKENS);
     if (__builtin_mul_overflow(a.n_heads, a.chunks.total, &chunks) || chunks > INT_MAX ||
         __builtin_mul_overflow(a.n_heads * a.n_q_heads, a.tiles.total, &tiles) || tiles > INT_MAX)
         return refuse(why, len, SAGE_EUNSUPPORTED,

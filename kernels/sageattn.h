@@ -266,7 +266,7 @@ SAGE_API size_t sage_attn_cuda_workspace(const struct sage_attn *attn,
  * and write only o, lse and the workspace.
  * SAGE_EINVAL (part, alignment), SAGE_ECAPTURE (n_seqs > 0 on a stream that is being captured),
  * SAGE_EWORKSPACE, SAGE_EUNSUPPORTED (int8_fp8 before compute capability 8.9 or by code for older
- * ones, more than SAGE_MAX_TOKENS or 2^31 tiles of rows), and what sage_cuda_load() returns.
+ * ones, more than 2^31 tiles of rows), and what sage_cuda_load() returns.
  */
 SAGE_API int sage_attn_cuda(const struct sage_attn *attn, const struct sage_part *part,
                             void *workspace, size_t bytes, struct CUstream_st *stream, char *why,

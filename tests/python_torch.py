@@ -392,21 +392,20 @@ def test_choice():
     shape = (_native.F16, 0, 0, 0, 1, 1, 4096, 64, 0, 0, 64, 1)  # 4.3e9 operations
     problem = _native.pack(*4 * [shape], _native.ABSENT, _native.ABSENT,
                            _native.Options(False, 0.0, 1, True, False, False, 0, -1, -1))
-    capturing = [False]
+    capturing, current = [False], Named()
     with mock.patch.object(_daemon, "_connect", lambda device: there), \
             mock.patch.object(_daemon, "_measure", lambda *_: measures.pop(0)), \
             mock.patch.object(_daemon.time, "monotonic", lambda: now[0]), \
             mock.patch.dict(_daemon._choices), mock.patch.dict(_client._connections, {7: there}), \
+            mock.patch.object(torch.cuda, "current_stream", lambda device: current), \
             mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: capturing[0]):
         for wanted, later in ((None, 9), (None, 2), (there, 1e6), (there, 0)):
             assert _daemon.choose(problem, 7, "auto") is wanted, now
             now[0] += later
         assert not measures
-        _daemon.check_stream(7, 5)
-        _daemon.check_stream(7, 6)
-        _daemon.check_stream(8, 5)
-        capturing[0] = True
-        _daemon.check_stream(7, 5)
+        for device, current.cuda_stream, capturing[0] in (
+                (7, 5, False), (7, 6, False), (8, 5, False), (7, 5, True)):
+            _daemon.check_stream(device)
     assert there.asked == [5]
 
 

@@ -122,12 +122,14 @@ def _measure(connection: _client.Connection, device: int) -> tuple[float, Option
 
 # --- errors ---
 
-def check_stream(device: int, stream: int) -> None:
-    """This process is about to compute with what is on the stream, the device's current one: an
-    earlier job there that a daemon had may have failed."""
+def check_stream(device: int) -> None:
+    """This process is about to compute with what is on the device's current stream: an earlier job
+    there that a daemon had may have failed."""
     connection = _client.made(device)
-    if (connection and stream in connection.streams
-            and not torch.cuda.is_current_stream_capturing()):
+    if not connection or torch.cuda.is_current_stream_capturing():
+        return
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if stream in connection.streams:
         connection.check_stream(stream)
 
 

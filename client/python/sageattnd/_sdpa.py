@@ -10,7 +10,7 @@ from typing import Any, Iterator, Optional, Sequence
 import torch
 import torch.nn.functional as F
 
-from . import _native, _torch
+from . import _daemon, _native, _torch
 
 log = logging.getLogger("sageattnd")
 MAX_HEAD_DIM = 256  # SAGE_MAX_HEAD_DIM
@@ -135,7 +135,7 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
         if not _torch.compiling():
             _fall_back(reason)
             if query.is_cuda:
-                _torch.check_stream(query.device)
+                _daemon.check_stream(query.device.index)
         more = {} if scale is None else {"scale": scale}
         if enable_gqa and PYTORCH >= (2, 5):
             more["enable_gqa"] = True

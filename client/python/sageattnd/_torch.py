@@ -205,7 +205,7 @@ def _on_cuda(problem: bytes, tensors, mode: str) -> None:
     stream = torch.cuda.current_stream()
     connection = _daemon.choose(problem, device.index, mode)
     if not connection:
-        _daemon.check_stream(device.index, stream.cuda_stream)
+        _daemon.check_stream(device.index)
         size = _native.cuda_workspace(problem)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         return _native.cuda_run(problem, workspace.data_ptr(), size, stream.cuda_stream)
@@ -215,11 +215,6 @@ def _on_cuda(problem: bytes, tensors, mode: str) -> None:
         # daemon must not hold what was freed. Who has tensors of this size does not miss the wait.
         stream.synchronize()
         connection.trim()
-
-
-def check_stream(device: torch.device) -> None:
-    """Raise the error of an earlier daemon's job on the device's current stream."""
-    _daemon.check_stream(device.index, torch.cuda.current_stream(device).cuda_stream)
 
 
 def _on_cpu(problem: bytes) -> None:
