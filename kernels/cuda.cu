@@ -753,6 +753,8 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
     a.v_map = maps.v;
     a.o_mapped = is_exact(index) && map_o(attn, &p, sage_kernels[index].tile_q, &a.o_map);
     a.processors = static_cast<unsigned>(gpu.processors);
+    if (a.processors > sage_most_blocks)
+        a.processors = sage_most_blocks;
     a.starts_early = gpu.code >= 90;
     if (quantises && gpu.cluster > 0)
         a.cluster = cuda_cluster_blocks(&a, static_cast<unsigned>(gpu.cluster));

@@ -355,6 +355,8 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
         }
     }
 
+    static constexpr unsigned NONE = ~0u;
+
     /* Of a tile's keys those that belong to one split. */
     __device__ static void take_split(const cuda_args &a, unsigned ticket, tile &t)
     {
@@ -368,22 +370,27 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
     }
 
     /*
-     * A warp: where the next tiles are; after the last one, that there is none. Where later rows
-     * see more keys a number is drawn when few blocks of the tile before are left to be asked for,
-     * not sooner: others may be done first, and would have nothing to do in the end.
+     * A warp: where the next tiles are; after the last one, that there is none. A number is drawn
+     * when there is room for its tile, and where later rows see more keys when few blocks of the
+     * tile before are left to be asked for, not sooner: others may be done first, and would have
+     * nothing to do in the end. (Not measured for sequences of different length, so not there.)
      */
     __device__ static void tiles(const cuda_args &a, memory &m)
     {
         const bool first_lane = threadIdx.x % 32 == 0;
         const unsigned splits = EXACT ? 1 : a.n_splits;
-        unsigned ticket = blockIdx.x;
-        uint32_t parity = 0;
+        const bool late = a.high < a.nk && !a.q_offsets;
+        unsigned ticket = NONE;
+        uint32_t parity = 1;
         ring_place<WGMMA_TILES> slot;
 
-        for (;; slot.next(), parity ^= 1) {
+        for (bool there = true; there; slot.next(), parity ^= 1) {
             tile &t = m.tiles[slot.stage];
             wait(m.tile_empty[slot.stage], slot.parity ^ 1);
+            if (late)
+                wait(m.few_left, parity);
             if (first_lane) {
+                ticket = ticket == NONE ? blockIdx.x : next_ticket(a, ticket);
                 t.there = false;
                 while (ticket < a.n_tiles * splits) {
                     find_tile<!EXACT>(a, WGMMA_TILE_Q(D, FP8), ticket / splits, t);
@@ -395,7 +402,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
                     take_split(a, ticket, t);
             }
             __syncwarp();
-            const bool there = __any_sync(~0u, t.there);
+            there = __any_sync(~0u, t.there);
             if (AHEAD > 0 && first_lane && t.there)
 #pragma unroll 1
                 for (int i = 0; i < AHEAD; i++)
@@ -411,12 +418,6 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
                     m.v_means[slot.stage][i] = a.means[(3 * t.local + 1) * D + i];
             }
             release(m.tile_full[slot.stage]);
-            if (!there)
-                return;
-            if (a.high < a.nk)
-                wait(m.few_left, parity);
-            if (first_lane)
-                ticket = next_ticket(a, ticket);
         }
     }
 

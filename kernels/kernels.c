@@ -101,6 +101,7 @@ int sage_kernel_first_exact(void)
 }
 
 double sage_exact_share = 1;
+unsigned sage_most_blocks = UINT_MAX;
 
 int sage_kernel_find_exact(int head_dim, int bf16)
 {

@@ -196,6 +196,8 @@ int sage_kernel_first_few(void);
 int sage_kernel_find_exact(int head_dim, int bf16);
 /* Of EXACT_PAIRS, what counts: 1. Tests change that. */
 extern double sage_exact_share;
+/* Blocks of a kernel on Hopper, at most: a processor each. Tests have few, with many tiles each. */
+extern unsigned sage_most_blocks;
 /* Of sage_kernels, the first one of those. */
 int sage_kernel_first_exact(void);
 /* The kernel for the whole problem on the current device, whose tensors are there; < 0: error. */

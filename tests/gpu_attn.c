@@ -12,6 +12,7 @@
  * wrong, what it was and how to repeat it.
  */
 #include <getopt.h>
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -112,6 +113,7 @@ static int sweep(struct gpu *gpu, const struct options *opt)
         problem_reset(p, seed_of(opt, k));
         problem_random(p, opt->max_tokens, !gpu || gpu->fp8);
         sage_exact_share = k % 2 ? exact_share : 0; /* short sequences are quantised as well */
+        sage_most_blocks = k / 2 % 2 ? 1 + (unsigned)(k / 4 % 5) : UINT_MAX;
         snprintf(p->repeat, sizeof p->repeat, "gpu_attn --seed=%llu --max-tokens=%lld --only=%lld",
                  (unsigned long long)opt->seed, (long long)opt->max_tokens, (long long)k);
         if (opt->list || opt->only >= 0) {
@@ -129,6 +131,7 @@ static int sweep(struct gpu *gpu, const struct options *opt)
         note(rows, p, &far, k);
         done++;
     }
+    sage_most_blocks = UINT_MAX;
     clock_gettime(CLOCK_MONOTONIC, &end);
     print_table(rows);
     printf("sweep: %lld problems, %lld failed, %.1f s\n", (long long)done, (long long)failures,
