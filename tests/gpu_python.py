@@ -253,10 +253,18 @@ def child_daemon(socket):
     sys.stdin.readline()
 
     torch.cuda.current_stream().synchronize()
-    torch.cuda._sleep(SLEEP_CYCLES)
-    s.sageattn(q, k, v, mode="daemon")
+    side = torch.cuda.Stream()
+    for stream in (side, torch.cuda.current_stream()):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(SLEEP_CYCLES)
+            s.sageattn(q, k, v, mode="daemon")
     say(waiting=True)  # now the daemon is killed, and does not come back
     start = time.monotonic()
+    side.synchronize()
+    with torch.cuda.stream(side):  # who computes in this process is told, too, once
+        with t.raises(s.SageError, "SAGE_ELOST"):
+            s.sageattn(q, k, v, mode="inproc")
+        s.sageattn(q, k, v, mode="inproc")
     with t.raises(s.SageError, "SAGE_ELOST"):
         s.check_errors()
     s.check_errors()  # said once
