@@ -152,6 +152,16 @@ static void free_own(struct sage_client *c, bool all)
     cu->cuThreadExchangeStreamCaptureMode(&mode);
 }
 
+uint64_t sage_registered_bytes(struct sage_client *client)
+{
+    if (client->forked)
+        return 0;
+    pthread_mutex_lock(&client->lock);
+    uint64_t bytes = client->gpu.cache.bytes;
+    pthread_mutex_unlock(&client->lock);
+    return bytes;
+}
+
 int sage_trim(struct sage_client *client)
 {
     if (client->forked)

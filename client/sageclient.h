@@ -265,6 +265,9 @@ SAGE_API enum sage_mode sage_client_mode(struct sage_client *client);
  */
 SAGE_API int sage_trim(struct sage_client *client);
 
+/* Bytes of device memory that the daemon maps for this client, freed or not. Waits for nothing. */
+SAGE_API uint64_t sage_registered_bytes(struct sage_client *client);
+
 #ifdef __cplusplus
 }
 #endif

@@ -105,6 +105,10 @@ class Connection:
         """Compute and wait; tensors lie in stage()'s memory."""
         self._must(self.lib.sage_attn_run(self.handle, problem, None))
 
+    def registered(self) -> int:
+        """Bytes of the device that the daemon maps for this process: whole segments."""
+        return self.lib.sage_registered_bytes(self.handle)
+
     def trim(self) -> None:
         self._must(self.lib.sage_trim(self.handle))
 

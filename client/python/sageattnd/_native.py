@@ -138,6 +138,7 @@ def client() -> ctypes.CDLL:
         sage_buffer_free=(_INT, _POINTER), sage_attn_run=(_INT, _POINTER, _TEXT, _POINTER),
         sage_attn_enqueue=(_INT, _POINTER, _TEXT, _POINTER),
         sage_stream_error=(_INT, _POINTER, _POINTER), sage_trim=(_INT, _POINTER),
+        sage_registered_bytes=(ctypes.c_uint64, _POINTER),
         sage_client_mode=(_INT, _POINTER))
 
 

@@ -210,9 +210,10 @@ def _on_cuda(problem: bytes, tensors, mode: str) -> None:
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
         return _native.cuda_run(problem, workspace.data_ptr(), size, stream.cuda_stream)
     connection.enqueue(problem, stream.cuda_stream)
-    if sum(t.numel() * t.element_size() for t in tensors if t is not None) > connection.cache_bytes:
+    tensor_bytes = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    if max(tensor_bytes, connection.registered()) > connection.cache_bytes:
         # PyTorch's allocator frees and asks again when memory runs out, all at once: by then the
-        # daemon must not hold what was freed. Who has tensors of this size does not miss the wait.
+        # daemon must not hold what was freed, whole segments of the allocator.
         stream.synchronize()
         connection.trim()
 
