@@ -290,7 +290,8 @@ __device__ inline float mask_bias(const char *at, int dtype)
  * The rows of one warp, in SLABS of 16, against KEYS keys at a time. Accumulators are those of
  * mma.m16n8: see cuda_mma.cuh.
  */
-template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct rows {
+template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK, bool BITS = false>
+struct rows {
     static constexpr int KEY_TILES = KEYS / 8, D_TILES = D / 8;
     static constexpr float SHIFT = FP8 ? E4M3_SHIFT : 0, LAG = FP8 ? E4M3_LAG : MAX_LAG;
 
@@ -373,13 +374,12 @@ template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK> struct row
 
     /*
      * A lane's keys below `key`, two of every 8, a bit each: R2P makes predicates of them, seven or
-     * eight at a time, where comparisons would make them one by one. Not for 64 keys: mma.sync's
-     * kernels, which have no register left, would spill.
+     * eight at a time, where comparisons would make them one by one. `BITS`: of 128 keys; kernels
+     * that have no register left would spill.
      */
-    static constexpr bool BITS = KEY_TILES == 16;
-
     __device__ static uint32_t keys_below(int key)
     {
+        static_assert(2 * KEY_TILES == 32 || !BITS);
         const int k = min(max(key, 0), 8 * KEY_TILES), n = k / 8 * 2 + min(k % 8, 2);
 
         return n >= 32 ? ~0u : (1u << n) - 1;

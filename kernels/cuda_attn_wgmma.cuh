@@ -689,7 +689,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     };
 
     memory &m;
-    rows<D, 1, KEYS, BF16, FP8, false> r;
+    rows<D, 1, KEYS, BF16, FP8, false, EXACT> r;
     int group;
     bool coarse; /* a step of the scores may be a factor of 2: no sums of roundings then */
     uint32_t p_packed[FP8 ? KEYS / 32 : KEYS / 16][4]; /* A of P V */
