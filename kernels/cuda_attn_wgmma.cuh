@@ -386,11 +386,11 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
 
         for (bool there = true; there; slot.next(), parity ^= 1) {
             tile &t = m.tiles[slot.stage];
-            wait(m.tile_empty[slot.stage], slot.parity ^ 1);
-            if (late)
-                wait(m.few_left, parity);
-            if (first_lane) {
+            wait(late ? m.few_left : m.tile_empty[slot.stage], late ? parity : slot.parity ^ 1);
+            if (first_lane)
                 ticket = ticket == NONE ? blockIdx.x : next_ticket(a, ticket);
+            wait(m.tile_empty[slot.stage], slot.parity ^ 1);
+            if (first_lane) {
                 t.there = false;
                 while (ticket < a.n_tiles * splits) {
                     find_tile<!EXACT>(a, WGMMA_TILE_Q(D, FP8), ticket / splits, t);

@@ -325,13 +325,15 @@ def child_fill(socket, share, attention, rounds):
         assert error < t.BOUNDS["auto"], f"round {i}, batch {b}: relL1 {error}"
         peak = max(peak, torch.cuda.memory_allocated() / total)
         del rest, q, k, v, o, x
-    torch.cuda.empty_cache()
-    large = torch.empty(int(0.5 * free), dtype=torch.uint8, device="cuda")
-    del large  # small tensors get its place: the daemon maps all of that
-    q, k, v = (torch.randn(1, 16, 4096, 64, device="cuda", dtype=torch.float16) for _ in range(3))
-    s.sageattn(q, k, v, mode="daemon")
-    del q, k, v
-    torch.empty(int(share * free), dtype=torch.uint8, device="cuda")
+    if torch.cuda.get_allocator_backend() == "native":
+        torch.cuda.empty_cache()
+        large = torch.empty(int(0.5 * free), dtype=torch.uint8, device="cuda")
+        del large  # small tensors get its place: the daemon maps all of that
+        q, k, v = (torch.randn(1, 16, 4096, 64, device="cuda", dtype=torch.float16)
+                   for _ in range(3))
+        s.sageattn(q, k, v, mode="daemon")
+        del q, k, v
+        torch.empty(int(share * free), dtype=torch.uint8, device="cuda")
     say(peak=peak, gib=total / 2**30, allocator=torch.cuda.get_allocator_backend(),
         retries=torch.cuda.memory_stats().get("num_alloc_retries", -1))
 
