@@ -360,6 +360,9 @@ uint64_t sched_look_in(const struct daemon *d, uint64_t now)
         if (wait < least)
             least = wait;
     }
+    /* Nobody knows which of two that share the device ends first, and after both nothing runs. */
+    if (least != UINT64_MAX && least > LOOK_MIN_NS && sched_slots_used(d) == 2)
+        least = LOOK_MIN_NS;
     return least;
 }
 
