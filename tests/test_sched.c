@@ -1148,6 +1148,34 @@ static void test_polled(void **state)
     disconnect(&peers[0]);
 }
 
+static void poll_nothing(struct stream *stream)
+{
+    (void)stream;
+}
+
+/* When one of two that share the device ends is hard to tell, and soon nothing runs: look often. */
+static void test_two_polled(void **state)
+{
+    const uint64_t often_ns = 50 * 1000;
+    (void)state;
+
+    start_daemon(3, 5000);
+    fake.poll = poll_nothing;
+    for (unsigned i = 0; i < 3; i++) {
+        connect_peer(&peers[i], PRIORITY_NORMAL);
+        submit(&peers[i], 0, problem(16, 256, 1024)); /* 14 ms */
+        assert_int_equal(sched_slots_used(&d), i + 1);
+        uint64_t look_in_ns = sched_look_in(&d, daemon_now());
+        if (i == 1)
+            assert_true(look_in_ns <= often_ns);
+        else
+            assert_true(look_in_ns > often_ns);
+    }
+    stop_daemon();
+    for (unsigned i = 0; i < 3; i++)
+        disconnect(&peers[i]);
+}
+
 /* How often was the loop awake, in the time from..to (ms) since then? */
 static unsigned awake(uint64_t since_ns, double from, double to)
 {
@@ -1704,6 +1732,7 @@ int main(void)
         cmocka_unit_test(test_drain_streamed),
         cmocka_unit_test(test_chunks),
         cmocka_unit_test(test_polled),
+        cmocka_unit_test(test_two_polled),
         cmocka_unit_test(test_hung),
         cmocka_unit_test(test_events_lost),
         cmocka_unit_test(test_alone),
