@@ -3,6 +3,7 @@
  */
 #include "daemon/job.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -418,9 +419,9 @@ void job_next_piece(struct job *job, const struct backend *backend, double quant
     estimate(job, backend, ns_per_op);
     while (part->n_groups > 1 && (job->piece_est_ns > 1.5 * quantum_ns ||
                                   backend->workspace(&job->attn, part) > workspace)) {
-        double fit = (double)part->n_groups * quantum_ns / (job->piece_est_ns + 1);
-        int64_t half = part->n_groups / 2;
-        part->n_groups = fit < 1 ? 1 : fit < (double)half ? (int64_t)fit : half;
+        /* Of equal length: the next job of this kind is cut at the same places. */
+        double pieces = fmax(round(job->piece_est_ns / quantum_ns), 2);
+        part->n_groups = (int64_t)ceil((double)part->n_groups / pieces);
         estimate(job, backend, ns_per_op);
     }
     job->holds = is_within_group(job);
