@@ -1,6 +1,8 @@
 /*
  * gpu_edges.c - what sageattn.h says of edges, errors and streams, on the GPU.
  */
+#include "config.h"
+
 #include <cuda_runtime_api.h>
 #include <float.h>
 #include <math.h>
@@ -773,7 +775,7 @@ static void chosen(struct edges *e)
         int64_t nq, nk, d;
         bool exact;
     } cases[] = {{300, 300, 64, true},    {300, 300, 128, true},    {300, 300, 136, false},
-                 {2500, 300, 64, true},   {2700, 300, 64, false},   {100, 5000, 64, false},
+                 {4500, 300, 64, true},   {4700, 300, 64, false},   {100, 5000, 64, false},
                  {2300, 5000, 128, true}, {2300, 5300, 128, false}, {600, 400, 64, true}};
 
     int major, minor;
