@@ -298,6 +298,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
     static constexpr int HALVES = KEYS / HALF;
     static constexpr int AHEAD = EXACT && D > 64 ? 2 : 0;     /* blocks: see prefetch() */
     static constexpr int LEFT = !EXACT ? 12 : D > 64 ? 4 : 2; /* blocks: see tiles() */
+    static constexpr unsigned NONE = ~0u;                     /* no number yet */
     using memory = wgmma_memory<D, FP8, EXACT>;
     using layout = wgmma_layout<D, FP8, EXACT>;
     static constexpr int STAGES = memory::STAGES;
@@ -355,8 +356,6 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
         }
     }
 
-    static constexpr unsigned NONE = ~0u;
-
     /* Of a tile's keys those that belong to one split. */
     __device__ static void take_split(const cuda_args &a, unsigned ticket, tile &t)
     {
@@ -371,9 +370,9 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
 
     /*
      * A warp: where the next tiles are; after the last one, that there is none. A number is drawn
-     * when there is room for its tile, and where later rows see more keys when few blocks of the
-     * tile before are left to be asked for, not sooner: others may be done first, and would have
-     * nothing to do in the end. (Not measured for sequences of different length, so not there.)
+     * when there is room for its tile; where later rows see more keys, when few blocks of the tile
+     * before are left to be asked for. Not sooner: others may be done first, and would have nothing
+     * to do in the end. (Late was not measured for sequences of different length: not there.)
      */
     __device__ static void tiles(const cuda_args &a, memory &m)
     {
