@@ -9,13 +9,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "kernels/problem.h"
-
-enum { FDS_KEPT_MAX = 1024 }; /* of chunks */
 
 /* --- the list --- */
 
@@ -133,7 +130,12 @@ int buffer_resolve(struct sage_client *c, const char *name, struct sage_tensor *
 
 /* --- registering --- */
 
-void part_take(const struct sage_buffer *b, uint32_t first, struct part *part)
+static void take_fd(struct part *part, int fd)
+{
+    part->fds.fd[part->fds.n++] = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+}
+
+int part_take(const struct sage_buffer *b, uint32_t first, struct part *part)
 {
     struct msg_register *m = &part->msg;
 
@@ -141,55 +143,20 @@ void part_take(const struct sage_buffer *b, uint32_t first, struct part *part)
     part->next = first;
     part->fds.n = 0;
     if (b->kind == BUFFER_MEMFD)
-        part->fds.fd[part->fds.n++] = fcntl(b->fd, F_DUPFD_CLOEXEC, 0);
+        take_fd(part, b->fd);
     if (b->kind == BUFFER_CUDA_IPC) {
         m->n_handle = sizeof(b->handle.bytes);
         memcpy(m->handle, b->handle.bytes, sizeof(b->handle.bytes));
     }
     while (part->next < b->n_spans && m->n_chunks < PROTO_FDS_MAX) {
-        int fd = b->fds ? b->fds[part->next] : -1;
-        part->fds.fd[part->fds.n++] = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 0);
-        part->spans[m->n_chunks] = b->spans[part->next++];
-        m->chunks[m->n_chunks] = part->spans[m->n_chunks].size;
-        m->n_chunks++;
+        take_fd(part, b->fds[part->next]);
+        m->chunks[m->n_chunks++] = b->spans[part->next++].size;
     }
     m->more = part->next < b->n_spans;
-}
-
-int part_open(struct part *part)
-{
-    if (part->msg.kind == BUFFER_MEMFD && part->fds.fd[0] < 0)
-        return error_set(SAGE_ENOMEM, "no descriptor left");
-    for (uint32_t i = 0; i < part->msg.n_chunks; i++) {
-        int rc = part->fds.fd[i] < 0 ? gpu_export(&part->spans[i], &part->fds.fd[i]) : 0;
-        if (rc)
-            return rc;
-    }
+    for (uint32_t i = 0; i < part->fds.n; i++)
+        if (part->fds.fd[i] < 0)
+            return error_set(SAGE_ENOMEM, "no descriptor left: RLIMIT_NOFILE");
     return 0;
-}
-
-/*
- * Keep the chunks' descriptors for the next daemon: who hands them over then, the reader, should
- * need no driver, which may be waiting for what that daemon is to do. Not all that the process may
- * have.
- */
-static void keep_fds(struct sage_buffer *b, struct part *part)
-{
-    struct sage_client *c = b->client;
-    uint32_t first = part->next - part->msg.n_chunks;
-    struct rlimit limit = {0};
-
-    getrlimit(RLIMIT_NOFILE, &limit);
-    uint32_t most = limit.rlim_cur / 4 < FDS_KEPT_MAX ? (uint32_t)limit.rlim_cur / 4 : FDS_KEPT_MAX;
-    pthread_mutex_lock(&c->lock);
-    for (uint32_t i = 0; b->fds && i < part->msg.n_chunks && c->gpu.n_kept < most; i++) {
-        if (b->fds[first + i] >= 0)
-            continue;
-        b->fds[first + i] = part->fds.fd[i];
-        part->fds.fd[i] = -1;
-        c->gpu.n_kept++;
-    }
-    pthread_mutex_unlock(&c->lock);
 }
 
 void part_close(struct part *part)
@@ -210,13 +177,8 @@ static int add_part(struct sage_buffer *b, struct part *part, uint64_t *only)
                               .buffer = b,
                               .more = part->msg.more,
                               .only = *only};
-    int rc = part_open(part);
+    int rc = client_call(b->client, MSG_REGISTER, &part->msg, &part->fds, &request);
 
-    if (!rc)
-        rc = client_call(b->client, MSG_REGISTER, &part->msg, &part->fds, &request);
-    if (!rc)
-        keep_fds(b, part);
-    part_close(part);
     *only = request.epoch;
     return rc;
 }
@@ -224,20 +186,27 @@ static int add_part(struct sage_buffer *b, struct part *part, uint64_t *only)
 int buffer_add(struct sage_buffer *b)
 {
     struct sage_client *c = b->client;
-    struct part part;
+    struct part part = {0};
     uint64_t only = 0;
     int rc;
 
+    /* All, before the reader can see it: it must need no driver to hand them to the next daemon. */
+    for (uint32_t i = 0; i < b->n_spans; i++) {
+        rc = gpu_export(&b->spans[i], &b->fds[i]);
+        if (rc)
+            return rc;
+    }
     pthread_mutex_lock(&c->lock);
     b->id = ++c->last_buffer;
-    part_take(b, 0, &part);
     pthread_mutex_unlock(&c->lock);
-    for (;;) {
-        rc = add_part(b, &part, &only);
-        if (rc || !part.msg.more)
-            break;
-        part_take(b, part.next, &part); /* a memfd, which needs the lock, is one part */
-    }
+    do {
+        pthread_mutex_lock(&c->lock);
+        rc = part_take(b, part.next, &part);
+        pthread_mutex_unlock(&c->lock);
+        if (!rc)
+            rc = add_part(b, &part, &only);
+        part_close(&part);
+    } while (!rc && part.msg.more);
     if (rc != SAGE_ELOST)
         return rc;
     /* The reader has offered it to the next daemon, if there is one. */
@@ -254,10 +223,8 @@ void buffer_close(struct sage_buffer *b)
     if (b->fd >= 0)
         close(b->fd);
     for (uint32_t i = 0; b->fds && i < b->n_spans; i++)
-        if (b->fds[i] >= 0) {
+        if (b->fds[i] >= 0)
             close(b->fds[i]);
-            b->client->gpu.n_kept--;
-        }
 }
 
 void buffer_discard(struct sage_buffer *buffer)

@@ -4,11 +4,13 @@
 #include "client/client.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -87,6 +89,34 @@ static void delist(struct sage_client *c)
     if (c->next)
         c->next->prev = c->prev;
     pthread_mutex_unlock(&clients_lock);
+}
+
+/* --- descriptors --- */
+
+int client_put_away(int *fd)
+{
+    struct rlimit limit = {0}, all;
+
+    pthread_mutex_lock(&clients_lock); /* nobody forks meanwhile */
+    getrlimit(RLIMIT_NOFILE, &limit);
+    all = (struct rlimit){limit.rlim_max, limit.rlim_max};
+    setrlimit(RLIMIT_NOFILE, &all);
+    int up = fcntl(*fd, F_DUPFD_CLOEXEC, limit.rlim_cur);
+    setrlimit(RLIMIT_NOFILE, &limit);
+    pthread_mutex_unlock(&clients_lock);
+    if (up >= 0) {
+        close(*fd);
+        *fd = up;
+        return 0;
+    }
+    if ((rlim_t)*fd < limit.rlim_cur / 2) {
+        fcntl(*fd, F_SETFD, FD_CLOEXEC);
+        return 0;
+    }
+    close(*fd);
+    *fd = -1;
+    return error_set(SAGE_ENOMEM, "no descriptor left for a chunk of memory: RLIMIT_NOFILE is %llu",
+                     (unsigned long long)limit.rlim_max);
 }
 
 /* --- connecting --- */

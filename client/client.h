@@ -77,16 +77,15 @@ struct sage_buffer {
     struct cu_handle handle;  /* cuda_ipc */
     const struct span *spans; /* vmm: the chunks; they belong to whoever owns the buffer */
     uint32_t n_spans;
-    int *fds;       /* of them, for the next daemon; -1: to be exported then. Under `lock` */
+    int *fds;       /* theirs, for this daemon and the next; -1: none yet. Under `lock` */
     bool closing;   /* under `lock`: new jobs are refused it */
     uint64_t epoch; /* under `lock`: the connection on which it is registered */
 };
 
-/* One packet of a registration. Taken under `lock`, opened and closed without. */
+/* One packet of a registration, with descriptors of its own. Taken under `lock`. */
 struct part {
     struct msg_register msg;
     uint32_t next; /* the chunk that the next one begins with */
-    struct span spans[PROTO_FDS_MAX];
     struct conn_fds fds;
 };
 
@@ -180,6 +179,13 @@ static inline bool lane_released(const struct sage_lane *lane, uint32_t n)
 int client_alien(void); /* SAGE_EFORK, with its text */
 
 /*
+ * Give a descriptor that is kept for long a number above the process's soft RLIMIT_NOFILE, which is
+ * for what the process opens. Where there is none above, it may be one of the lower half; otherwise
+ * it is closed, *fd -1: SAGE_ENOMEM.
+ */
+int client_put_away(int *fd);
+
+/*
  * Send a request and wait for its reply. SAGE_ELOST: it was sent, and the connection broke before
  * the reply came; by now there is a new one, or none (LINK_LOST).
  */
@@ -224,8 +230,7 @@ void buffer_close(struct sage_buffer *buffer);
 void buffer_discard(struct sage_buffer *buffer);
 
 /* The packet that begins with chunk `first`; with `lock` held. */
-void part_take(const struct sage_buffer *buffer, uint32_t first, struct part *part);
-int part_open(struct part *part);
+int part_take(const struct sage_buffer *buffer, uint32_t first, struct part *part);
 void part_close(struct part *part);
 
 /* --- lane.c --- */

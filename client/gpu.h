@@ -85,7 +85,6 @@ struct gpu {
     uint32_t n_own, last_event; /* how many there are; the id of the last that was made */
     struct page_view *views;
     uint32_t n_views; /* how many were ever begun */
-    uint32_t n_kept;  /* descriptors that buffers keep */
     struct stage_block blocks[STAGE_BLOCKS];
 };
 

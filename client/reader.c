@@ -118,12 +118,13 @@ static void announce(struct sage_client *c)
 }
 
 /* The descriptors are our own: the buffer's owner may unregister it at any time. */
-static bool next_part(struct sage_client *c, uint32_t *id, uint32_t first, struct part *part)
+static bool next_part(struct sage_client *c, uint32_t *id, uint32_t first, struct part *part,
+                      int *rc)
 {
     pthread_mutex_lock(&c->lock);
     const struct sage_buffer *b = buffer_after(c, first ? *id - 1 : *id);
     if (b) { /* another one, if that is gone in the middle */
-        part_take(b, b->id == *id ? first : 0, part);
+        *rc = part_take(b, b->id == *id ? first : 0, part);
         *id = b->id;
     }
     pthread_mutex_unlock(&c->lock);
@@ -148,12 +149,12 @@ static int register_buffers(struct sage_client *c)
     struct msg_registered reply;
     struct part part;
     uint32_t id = 0, first = 0;
+    int rc;
 
-    while (next_part(c, &id, first, &part)) {
-        int rc = part_open(&part);
-        if (rc == SAGE_ENOMEM)
+    while (next_part(c, &id, first, &part, &rc)) {
+        if (rc) /* there will be descriptors later */
             conn_close(&c->conn);
-        if (!rc)
+        else
             rc = conn_call(&c->conn, OP_REGISTER, MSG_REGISTER, &part.msg, &part.fds,
                            MSG_REGISTERED, &reply);
         part_close(&part);

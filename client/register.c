@@ -229,8 +229,7 @@ int gpu_export(const struct span *span, int *fd)
     cu->cuMemRelease(handle);
     if (result)
         return driver_check(result, "cuMemExportToShareableHandle"), SAGE_EHANDLE;
-    fcntl(*fd, F_SETFD, FD_CLOEXEC);
-    return 0;
+    return client_put_away(fd);
 }
 
 static uint64_t cap_of(struct gpu_job *job)
@@ -247,7 +246,6 @@ static uint64_t cap_of(struct gpu_job *job)
     return total / CAP_SHARE;
 }
 
-/* None of n is there yet. NULL, and none ever will be, where there is no memory. */
 static int *no_fds(uint32_t n)
 {
     int *fds = malloc(n * sizeof(*fds));
@@ -261,16 +259,20 @@ static int *no_fds(uint32_t n)
 static int add_buffer(struct gpu_job *job, struct cached *e, bool ipc)
 {
     struct sage_buffer *b = calloc(1, sizeof(*b));
+    int *fds = ipc ? NULL : no_fds(e->n_spans);
 
-    if (!b)
+    if (!b || (!ipc && !fds)) {
+        free(b);
+        free(fds);
         return error_set(SAGE_ENOMEM, "out of memory");
+    }
     *b = (struct sage_buffer){.client = job->client,
                               .kind = ipc ? BUFFER_CUDA_IPC : BUFFER_VMM,
                               .fd = -1,
                               .size = cached_bytes(e),
                               .spans = ipc ? NULL : e->spans,
                               .n_spans = ipc ? 0 : e->n_spans,
-                              .fds = ipc ? NULL : no_fds(e->n_spans)};
+                              .fds = fds};
     int rc = 0;
     if (ipc &&
         driver_check(job->cu->cuIpcGetMemHandle(&b->handle, cached_base(e)), "cuIpcGetMemHandle"))

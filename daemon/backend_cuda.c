@@ -14,11 +14,17 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/prctl.h>
 
 #include "daemon/daemon.h"
 #include "daemon/log.h"
 
 #define ASK_NS UINT64_C(10000000) /* how often a stream is asked whether it still lives */
+/*
+ * How late the driver's threads may be. One of them wakes ten times a second and finds nothing to
+ * do: what there is to do wakes it by a descriptor.
+ */
+#define DRIVER_SLACK_NS 1000000000ul
 
 struct started {
     struct piece *piece; /* not owned */
@@ -185,7 +191,9 @@ static int open_cuda(struct device **device, const struct config *config, void (
     d->slots = config->slots;
     d->clock_ns = INT64_MAX;
     STAILQ_INIT(&d->idle);
+    prctl(PR_SET_TIMERSLACK, DRIVER_SLACK_NS); /* of the threads that begin here */
     int rc = open_context(d, config, why);
+    prctl(PR_SET_TIMERSLACK, 0);
     if (!rc)
         rc = share_open(d, why);
     if (!rc)

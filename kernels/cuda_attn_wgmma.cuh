@@ -202,8 +202,8 @@ template <int D> struct wgmma_layout<D, true, false> {
 };
 
 /*
- * Exact: K and V in units of 64 channels, Q twice. D = 128 has V's two stages in units 0 3 and 2 4,
- * K's in 1 5 and 7 8, ones in 6, Q in 9 to 12.
+ * Exact: K and V in units of 64 channels, Q twice up to D = 128, which has V's two stages in units
+ * 0 3 and 2 4, K's in 1 5 and 7 8, ones in 6, Q in 9 to 12.
  */
 template <int D> struct wgmma_layout<D, false, true> {
     static constexpr int UNIT = 128 * WGMMA_TILE_K(D), STAGES = EXACT_STAGES(D);
@@ -242,10 +242,28 @@ template <int D> struct wgmma_layout<D, false, true> {
     }
 };
 
+/* D = 256: Q in units 0 to 7, K's stages in 8 to 11 and 12 to 15, V and ones as if quantised. */
+template <> struct wgmma_layout<256, false, true> : wgmma_layout<256, false, false> {
+    static_assert(STAGES == EXACT_STAGES(256) && EXACT_QUERIES(256) == 1);
+
+    __device__ static int k(int stage)
+    {
+        return (8 + 4 * stage) * UNIT;
+    }
+    __device__ static int k_unit(int stage, int unit)
+    {
+        return k(stage) + unit * UNIT;
+    }
+    __device__ static int q(int)
+    {
+        return 0;
+    }
+};
+
 template <int D, bool FP8, bool EXACT> struct wgmma_memory {
     using layout = wgmma_layout<D, FP8, EXACT>;
     static constexpr int STAGES = layout::STAGES, TILE_Q = WGMMA_TILE_Q(D, FP8);
-    static constexpr int QUERIES = EXACT ? 2 : 1; /* tiles that have a Q */
+    static constexpr int QUERIES = EXACT ? EXACT_QUERIES(D) : 1; /* tiles that have a Q */
 
     char tensors[layout::BYTES];
     float k_scale[EXACT ? 1 : STAGES][EXACT ? 4 : WGMMA_TILE_K(D) / 4];
@@ -624,11 +642,11 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
 
     /*
      * Exact: Q of all tiles, and their o: when a tile ends its o has the place of its Q, and leaves
-     * it before another Q comes, that of the tile after the next. Until then the tile is there.
+     * it before another Q comes, QUERIES tiles later. Until then the tile is there.
      */
     __device__ static void queries_and_o(const cuda_args &a, memory &m)
     {
-        static_assert(WGMMA_TILES == memory::QUERIES + 1);
+        static_assert(WGMMA_TILES > memory::QUERIES);
         const bool first_lane = threadIdx.x % 32 == 0;
         ring_place<WGMMA_TILES> slot, old;
         ring_place<memory::QUERIES> q;
@@ -650,11 +668,11 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
             if (first_lane)
                 fetch_q16(a, m, t, q.stage);
         }
-        if (old.stage == slot.stage)
-            return;
-        q.next(); /* the last tile's */
-        wait(m.q_empty[q.stage], q.parity ^ 1);
-        end_tile();
+        if (old.stage != slot.stage) {
+            q.next(); /* the last tile's */
+            wait(m.q_empty[q.stage], q.parity ^ 1);
+            end_tile();
+        }
         cuda::ptx::cp_async_bulk_wait_group(cuda::ptx::n32_t<0>());
     }
 
@@ -688,7 +706,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     };
 
     memory &m;
-    rows<D, 1, KEYS, BF16, FP8, false, EXACT> r;
+    rows<D, 1, KEYS, BF16, FP8, false, EXACT && KEYS == 128> r;
     int group;
     bool coarse; /* a step of the scores may be a factor of 2: no sums of roundings then */
     uint32_t p_packed[FP8 ? KEYS / 32 : KEYS / 16][4]; /* A of P V */

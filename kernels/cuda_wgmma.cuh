@@ -128,28 +128,31 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap &map)
 WGMMA_S8_FUNCTIONS(8, 32, 64)
 WGMMA_S8_FUNCTIONS(16, 64, 128)
 
-/* d = a b (+ d), 16 bits: 64 x 16, 128 x 16; both have their 16 side by side, in shared memory. */
-#define WGMMA_QK(type, add, c)                                                                     \
+/* d = a b (+ d), 16 bits: 64 x 16, 64 or 128 x 16; both have their 16 side by side, as above. */
+#define WGMMA_QK(n, columns, type, add, c)                                                         \
     asm volatile("{\n"                                                                             \
                  ".reg .pred add;\n"                                                               \
                  "setp.ne.b32 add, 0, " #add ";\n"                                                 \
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" WGMMA_64        \
-                 "}, " WGMMA_AB_64 "add, 1, 1, 0, 0;\n"                                            \
-                 "}"                                                                               \
-                 : WGMMA_REGS_64(c)                                                                \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type             \
+                 " {" WGMMA_##n "}, " WGMMA_AB_##n "add, 1, 1, 0, 0;\n"                            \
+                                                   "}"                                             \
+                 : WGMMA_REGS_##n(c)                                                               \
                  : "l"(a), "l"(b))
-template <bool BF16, bool ADD>
-__device__ __forceinline__ void wgmma_16(float (&d)[16][4], uint64_t a, uint64_t b)
-{
-    if constexpr (BF16 && ADD)
-        WGMMA_QK("bf16", 1, "+f");
-    else if constexpr (BF16)
-        WGMMA_QK("bf16", 0, "=f");
-    else if constexpr (ADD)
-        WGMMA_QK("f16", 1, "+f");
-    else
-        WGMMA_QK("f16", 0, "=f");
-}
+#define WGMMA_QK_FUNCTION(tiles, n, columns)                                                       \
+    template <bool BF16, bool ADD>                                                                 \
+    __device__ __forceinline__ void wgmma_16(float(&d)[tiles][4], uint64_t a, uint64_t b)          \
+    {                                                                                              \
+        if constexpr (BF16 && ADD)                                                                 \
+            WGMMA_QK(n, columns, "bf16", 1, "+f");                                                 \
+        else if constexpr (BF16)                                                                   \
+            WGMMA_QK(n, columns, "bf16", 0, "=f");                                                 \
+        else if constexpr (ADD)                                                                    \
+            WGMMA_QK(n, columns, "f16", 1, "+f");                                                  \
+        else                                                                                       \
+            WGMMA_QK(n, columns, "f16", 0, "=f");                                                  \
+    }
+WGMMA_QK_FUNCTION(8, 32, 64)
+WGMMA_QK_FUNCTION(16, 64, 128)
 
 /*
  * d = a b (+ d), 64 x 64, 72, 128 or 136; a in registers. 16 bits: a is 64 x 16, b transposed: it

@@ -90,8 +90,10 @@
 #define SAGE_KERNELS_EXACT(X)                                                                      \
     X(64, f16)                                                                                     \
     X(128, f16)                                                                                    \
+    X(256, f16)                                                                                    \
     X(64, bf16)                                                                                    \
-    X(128, bf16)
+    X(128, bf16)                                                                                   \
+    X(256, bf16)
 
 /* What the words of the list stand for, as conditions. */
 #define SAGE_KERNEL_f16 0
@@ -148,11 +150,12 @@ enum {
  * d = 64 sequences so many keys as well.
  */
 #define EXACT_PAIRS(d) ((d) <= 64 ? 9216 : 5120)
-/* K and V, ones, Q twice; what belongs to Q's rows, barriers, places. */
+/* K and V, ones, Q twice if there is room; what belongs to Q's rows, barriers, places. */
 #define EXACT_STAGES(d) ((d) <= 64 ? 4 : 2)
+#define EXACT_QUERIES(d) ((d) <= 128 ? 2 : 1)
 #define EXACT_SMEM(d)                                                                              \
     (WGMMA_ALIGN + WGMMA_TILE_K(d) * (EXACT_STAGES(d) * 4 * (d) + 128) +                           \
-     WGMMA_TILE_Q(d, 0) * (4 * (d) + 8) + 1024)
+     WGMMA_TILE_Q(d, 0) * (EXACT_QUERIES(d) * 2 * (d) + 8) + 1024)
 
 /*
  * Few rows: warps, keys of a stage, stages of K or V in shared memory, and Q. About 64 KiB of

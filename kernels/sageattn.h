@@ -224,11 +224,11 @@ SAGE_API int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn,
  * are computed without quantisation, whatever the variant and in whatever parts: Q K^T and P V in
  * the tensors' 16-bit type, accumulated in fp32. That reads K and V once and is bound by it;
  * quantising K would read it twice. On compute capability 9.0 so are short sequences, where
- * quantising takes longer than it saves: of D up to 128, without a mask tensor, with at most 9216
- * scores for each key of a kv head on average (Nq * Hq/Hkv, half of it if causal), beyond D = 64
- * 5120 and at most 5120 keys, more than 66 tiles of rows or few keys, rows of q, k and v at
- * multiples of 16 bytes and below 2^40 bytes apart, none expanded. smooth_k, smooth_v and rotate_qk
- * then change nothing.
+ * quantising takes longer than it saves: without a mask tensor, with at most 9216 scores for each
+ * key of a kv head on average (Nq * Hq/Hkv, half of it if causal), beyond D = 64 5120 and at most
+ * 5120 keys, more than 66 tiles of rows or few keys, rows of q, k and v at multiples of 16 bytes
+ * and below 2^40 bytes apart, none expanded. smooth_k, smooth_v and rotate_qk then change
+ * nothing.
  *
  * Compute capability 8.0 or newer; int8_fp8 wants 8.9. A build without CUDA has these functions
  * too: they return SAGE_EUNSUPPORTED and say so. Errors come with a text in why[len], which may be

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -416,10 +417,19 @@ def child_refused(socket):
     client.close()
 
 
+def few_descriptors():
+    """32 more than there are: less than the chunks that expandable segments give here."""
+    soft = max(int(fd) for fd in os.listdir("/proc/self/fd")) + 32
+    resource.setrlimit(resource.RLIMIT_NOFILE,
+                       (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return soft
+
+
 def child_waiting(socket, retry_ms, lost):
     """Streams wait for jobs while something happens to the daemon; results, or errors if `lost`."""
     import torch
     torch.zeros(1, device="cuda")
+    soft = few_descriptors()
     client, cuda = Client(socket, "waiting", retry_ms), Cuda()
     streams = [own_stream(torch, cuda) for _ in range(6)]
     problems = [torch_problem(torch, 4096, 32, 128) for _ in streams]
@@ -443,6 +453,8 @@ def child_waiting(socket, retry_ms, lost):
             for _ in range(8):
                 client.enqueue(attns[i], stream.cuda_stream)
             torch.mul(problems[i][3], 1.0, out=late[i])
+    kept = sum(int(fd) >= soft for fd in os.listdir("/proc/self/fd"))
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == soft
     say(queued=True)
     start, statuses, wrong = time.monotonic(), [], 0
     for i, stream in enumerate(streams):
@@ -456,7 +468,7 @@ def child_waiting(socket, retry_ms, lost):
     seconds = time.monotonic() - start
     if not lost:
         assert statuses == ["OK"] * len(streams), statuses
-    say(statuses=statuses, wrong=wrong, seconds=seconds, mode=client.mode())
+    say(statuses=statuses, wrong=wrong, seconds=seconds, mode=client.mode(), kept=kept)
     client.close()
 
 
@@ -923,7 +935,7 @@ def restarts(env):
         assert said["wrong"] == 0, f"{what.__name__}: {said}"
     chunks = {**env, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     said = waiting(chunks, 30000, restart)
-    assert said["wrong"] == 0, f"with memory in chunks: {said}"
+    assert said["wrong"] == 0 and said["kept"] > 32, f"with memory in chunks: {said}"
     said = waiting(env, 700, kill)
     assert said["wrong"] == 0, f"told to be right, and is not: {said}"
     assert "ELOST" in said["statuses"] and set(said["statuses"]) <= {"ELOST", "OK"}, said

@@ -774,9 +774,10 @@ static void chosen(struct edges *e)
     const struct {
         int64_t nq, nk, d;
         bool exact;
-    } cases[] = {{300, 300, 64, true},    {300, 300, 128, true},    {300, 300, 136, false},
+    } cases[] = {{300, 300, 64, true},    {300, 300, 128, true},    {200, 200, 136, true},
                  {4500, 300, 64, true},   {4700, 300, 64, false},   {100, 5000, 64, false},
-                 {2300, 5000, 128, true}, {2300, 5300, 128, false}, {600, 400, 64, true}};
+                 {2300, 5000, 128, true}, {2300, 5300, 128, false}, {600, 400, 64, true},
+                 {2300, 300, 256, true},  {2700, 300, 256, false}};
 
     int major, minor;
 

@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -478,6 +479,48 @@ static void leaves_a_grandchild_its_files(void **state)
     assert_true(WIFEXITED(status));
     assert_int_equal(WEXITSTATUS(status), 0);
     sage_disconnect(client);
+}
+
+/* --- descriptors --- */
+
+static rlim_t soft_limit(rlim_t soft, rlim_t hard)
+{
+    setrlimit(RLIMIT_NOFILE, &(struct rlimit){soft, hard});
+    struct rlimit limit = {0};
+    getrlimit(RLIMIT_NOFILE, &limit);
+    return limit.rlim_cur;
+}
+
+/* A number for the first of what is wrong. */
+static int put_away(void)
+{
+    int fd = open("/dev/null", O_RDONLY), high = fcntl(fd, F_DUPFD, 40);
+
+    if (soft_limit(64, 128) != 64 || client_put_away(&fd) || fd < 64)
+        return 1;
+    if (!(fcntl(fd, F_GETFD) & FD_CLOEXEC) || soft_limit(64, 128) != 64)
+        return 2;
+    int low = open("/dev/null", O_RDONLY), same = low;
+    if (low >= 32 || soft_limit(64, 64) != 64 || client_put_away(&low) || low != same)
+        return 3;
+    if (!(fcntl(low, F_GETFD) & FD_CLOEXEC))
+        return 4;
+    if (high != 40 || client_put_away(&high) != SAGE_ENOMEM || fcntl(40, F_GETFD) >= 0)
+        return 5;
+    return high == -1 && strstr(sage_last_error(), "RLIMIT_NOFILE is 64") ? 0 : 6;
+}
+
+static void keeps_descriptors_out_of_the_way(void **state)
+{
+    int status;
+    (void)state;
+
+    pid_t child = fork();
+    if (child == 0)
+        _exit(put_away());
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFEXITED(status));
+    assert_int_equal(WEXITSTATUS(status), 0);
 }
 
 /* --- daemons that come and go --- */
@@ -1163,6 +1206,7 @@ int main(void)
         cmocka_unit_test(serves_threads),
         cmocka_unit_test(survives_a_fork),
         cmocka_unit_test(leaves_a_grandchild_its_files),
+        cmocka_unit_test(keeps_descriptors_out_of_the_way),
         cmocka_unit_test(has_no_streams_on_the_cpu),
         cmocka_unit_test(refuses_lanes_on_the_cpu),
         cmocka_unit_test(takes_only_the_gpu_that_was_named),
