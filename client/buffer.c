@@ -130,12 +130,7 @@ int buffer_resolve(struct sage_client *c, const char *name, struct sage_tensor *
 
 /* --- registering --- */
 
-static void take_fd(struct part *part, int fd)
-{
-    part->fds.fd[part->fds.n++] = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-}
-
-int part_take(const struct sage_buffer *b, uint32_t first, struct part *part)
+void part_take(const struct sage_buffer *b, uint32_t first, struct part *part)
 {
     struct msg_register *m = &part->msg;
 
@@ -143,28 +138,16 @@ int part_take(const struct sage_buffer *b, uint32_t first, struct part *part)
     part->next = first;
     part->fds.n = 0;
     if (b->kind == BUFFER_MEMFD)
-        take_fd(part, b->fd);
+        part->fds.fd[part->fds.n++] = b->fd;
     if (b->kind == BUFFER_CUDA_IPC) {
         m->n_handle = sizeof(b->handle.bytes);
         memcpy(m->handle, b->handle.bytes, sizeof(b->handle.bytes));
     }
     while (part->next < b->n_spans && m->n_chunks < PROTO_FDS_MAX) {
-        take_fd(part, b->fds[part->next]);
+        part->fds.fd[part->fds.n++] = b->fds[part->next];
         m->chunks[m->n_chunks++] = b->spans[part->next++].size;
     }
     m->more = part->next < b->n_spans;
-    for (uint32_t i = 0; i < part->fds.n; i++)
-        if (part->fds.fd[i] < 0)
-            return error_set(SAGE_ENOMEM, "no descriptor left: RLIMIT_NOFILE");
-    return 0;
-}
-
-void part_close(struct part *part)
-{
-    for (uint32_t i = 0; i < part->fds.n; i++)
-        if (part->fds.fd[i] >= 0)
-            close(part->fds.fd[i]);
-    part->fds.n = 0;
 }
 
 /* One packet, and its answer. only: 0, or the connection that got the ones before. */
@@ -200,12 +183,8 @@ int buffer_add(struct sage_buffer *b)
     b->id = ++c->last_buffer;
     pthread_mutex_unlock(&c->lock);
     do {
-        pthread_mutex_lock(&c->lock);
-        rc = part_take(b, part.next, &part);
-        pthread_mutex_unlock(&c->lock);
-        if (!rc)
-            rc = add_part(b, &part, &only);
-        part_close(&part);
+        part_take(b, part.next, &part);
+        rc = add_part(b, &part, &only);
     } while (!rc && part.msg.more);
     if (rc != SAGE_ELOST)
         return rc;

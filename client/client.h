@@ -82,7 +82,7 @@ struct sage_buffer {
     uint64_t epoch; /* under `lock`: the connection on which it is registered */
 };
 
-/* One packet of a registration, with descriptors of its own. Taken under `lock`. */
+/* One packet of a registration; the descriptors are the buffer's. */
 struct part {
     struct msg_register msg;
     uint32_t next; /* the chunk that the next one begins with */
@@ -229,9 +229,8 @@ void buffer_close(struct sage_buffer *buffer);
 /* Unmap and free, without telling anybody. */
 void buffer_discard(struct sage_buffer *buffer);
 
-/* The packet that begins with chunk `first`; with `lock` held. */
-int part_take(const struct sage_buffer *buffer, uint32_t first, struct part *part);
-void part_close(struct part *part);
+/* The packet that begins with chunk `first`. */
+void part_take(const struct sage_buffer *buffer, uint32_t first, struct part *part);
 
 /* --- lane.c --- */
 

@@ -117,6 +117,24 @@ static void announce(struct sage_client *c)
     pthread_mutex_unlock(&c->lock);
 }
 
+static int own_fds(struct conn_fds *fds)
+{
+    bool left = true;
+
+    for (uint32_t i = 0; i < fds->n; i++) {
+        fds->fd[i] = fcntl(fds->fd[i], F_DUPFD_CLOEXEC, 0);
+        left = left && fds->fd[i] >= 0;
+    }
+    return left ? 0 : error_set(SAGE_ENOMEM, "no descriptor left: RLIMIT_NOFILE");
+}
+
+static void close_fds(struct conn_fds *fds)
+{
+    for (uint32_t i = 0; i < fds->n; i++)
+        if (fds->fd[i] >= 0)
+            close(fds->fd[i]);
+}
+
 /* The descriptors are our own: the buffer's owner may unregister it at any time. */
 static bool next_part(struct sage_client *c, uint32_t *id, uint32_t first, struct part *part,
                       int *rc)
@@ -124,7 +142,8 @@ static bool next_part(struct sage_client *c, uint32_t *id, uint32_t first, struc
     pthread_mutex_lock(&c->lock);
     const struct sage_buffer *b = buffer_after(c, first ? *id - 1 : *id);
     if (b) { /* another one, if that is gone in the middle */
-        *rc = part_take(b, b->id == *id ? first : 0, part);
+        part_take(b, b->id == *id ? first : 0, part);
+        *rc = own_fds(&part->fds);
         *id = b->id;
     }
     pthread_mutex_unlock(&c->lock);
@@ -157,7 +176,7 @@ static int register_buffers(struct sage_client *c)
         else
             rc = conn_call(&c->conn, OP_REGISTER, MSG_REGISTER, &part.msg, &part.fds,
                            MSG_REGISTERED, &reply);
-        part_close(&part);
+        close_fds(&part.fds);
         if (c->conn.fd < 0)
             return rc;
         if (rc == 0 && !part.msg.more)
