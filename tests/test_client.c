@@ -467,17 +467,23 @@ static int fork_again(void)
     return waitpid(child, &status, 0) == child && WIFEXITED(status) ? WEXITSTATUS(status) : 2;
 }
 
-static void leaves_a_grandchild_its_files(void **state)
+static void is_zero_in_a_child(int (*run)(void))
 {
-    struct sage_client *client = private_connect(*state, 0);
     int status;
 
     pid_t child = fork();
     if (child == 0)
-        _exit(fork_again());
+        _exit(run());
     assert_int_equal(waitpid(child, &status, 0), child);
     assert_true(WIFEXITED(status));
     assert_int_equal(WEXITSTATUS(status), 0);
+}
+
+static void leaves_a_grandchild_its_files(void **state)
+{
+    struct sage_client *client = private_connect(*state, 0);
+
+    is_zero_in_a_child(fork_again);
     sage_disconnect(client);
 }
 
@@ -512,15 +518,8 @@ static int put_away(void)
 
 static void keeps_descriptors_out_of_the_way(void **state)
 {
-    int status;
     (void)state;
-
-    pid_t child = fork();
-    if (child == 0)
-        _exit(put_away());
-    assert_int_equal(waitpid(child, &status, 0), child);
-    assert_true(WIFEXITED(status));
-    assert_int_equal(WEXITSTATUS(status), 0);
+    is_zero_in_a_child(put_away);
 }
 
 /* --- daemons that come and go --- */
