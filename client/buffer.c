@@ -173,12 +173,6 @@ int buffer_add(struct sage_buffer *b)
     uint64_t only = 0;
     int rc;
 
-    /* All, before the reader can see it: it must need no driver to hand them to the next daemon. */
-    for (uint32_t i = 0; i < b->n_spans; i++) {
-        rc = gpu_export(&b->spans[i], &b->fds[i]);
-        if (rc)
-            return rc;
-    }
     pthread_mutex_lock(&c->lock);
     b->id = ++c->last_buffer;
     pthread_mutex_unlock(&c->lock);

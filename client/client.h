@@ -77,7 +77,7 @@ struct sage_buffer {
     struct cu_handle handle;  /* cuda_ipc */
     const struct span *spans; /* vmm: the chunks; they belong to whoever owns the buffer */
     uint32_t n_spans;
-    int *fds;       /* theirs, for this daemon and the next; -1: none yet. Under `lock` */
+    int *fds;       /* theirs, for this daemon and the next; -1: none, and it is not listed */
     bool closing;   /* under `lock`: new jobs are refused it */
     uint64_t epoch; /* under `lock`: the connection on which it is registered */
 };

@@ -165,8 +165,6 @@ int gpu_acquire(struct gpu_job *job, const struct span *spans, uint32_t n_spans,
  * the same. NULL: look closer. It is of the daemon's device, as all that is registered.
  */
 struct cached *gpu_recall(struct gpu_job *job, uint64_t address, uint64_t bytes);
-/* A descriptor of a chunk, if it is still what it was. */
-int gpu_export(const struct span *span, int *fd);
 /* End the watcher, let go of what the driver gave us. The connection is gone by now. */
 void gpu_finish(struct sage_client *client);
 /* Free what is left, in a fork child too. */

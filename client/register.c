@@ -212,7 +212,8 @@ void gpu_destroy(struct sage_client *c)
 
 /* --- registering --- */
 
-int gpu_export(const struct span *span, int *fd)
+/* A descriptor of a chunk, if it is still what it was. */
+static int export_chunk(const struct span *span, int *fd)
 {
     const struct driver *cu = driver_open();
     uint64_t handle;
@@ -246,36 +247,39 @@ static uint64_t cap_of(struct gpu_job *job)
     return total / CAP_SHARE;
 }
 
-static int *no_fds(uint32_t n)
+/* All, before the reader can see the buffer: it must need no driver for the next daemon. */
+static int export_chunks(struct sage_buffer *b)
 {
-    int *fds = malloc(n * sizeof(*fds));
+    int rc = 0;
 
-    for (uint32_t i = 0; fds && i < n; i++)
-        fds[i] = -1;
-    return fds;
+    b->fds = malloc(b->n_spans * sizeof(*b->fds));
+    if (!b->fds)
+        return error_set(SAGE_ENOMEM, "out of memory");
+    for (uint32_t i = 0; i < b->n_spans; i++)
+        b->fds[i] = -1;
+    for (uint32_t i = 0; i < b->n_spans && !rc; i++)
+        rc = export_chunk(&b->spans[i], &b->fds[i]);
+    return rc;
 }
 
 /* The buffer that an entry is for the daemon; several chunks, or one that has no older handle. */
 static int add_buffer(struct gpu_job *job, struct cached *e, bool ipc)
 {
     struct sage_buffer *b = calloc(1, sizeof(*b));
-    int *fds = ipc ? NULL : no_fds(e->n_spans);
 
-    if (!b || (!ipc && !fds)) {
-        free(b);
-        free(fds);
+    if (!b)
         return error_set(SAGE_ENOMEM, "out of memory");
-    }
     *b = (struct sage_buffer){.client = job->client,
                               .kind = ipc ? BUFFER_CUDA_IPC : BUFFER_VMM,
                               .fd = -1,
                               .size = cached_bytes(e),
                               .spans = ipc ? NULL : e->spans,
-                              .n_spans = ipc ? 0 : e->n_spans,
-                              .fds = fds};
+                              .n_spans = ipc ? 0 : e->n_spans};
     int rc = 0;
-    if (ipc &&
-        driver_check(job->cu->cuIpcGetMemHandle(&b->handle, cached_base(e)), "cuIpcGetMemHandle"))
+    if (!ipc)
+        rc = export_chunks(b);
+    else if (driver_check(job->cu->cuIpcGetMemHandle(&b->handle, cached_base(e)),
+                          "cuIpcGetMemHandle"))
         rc = SAGE_EHANDLE;
     if (!rc)
         rc = buffer_add(b);
