@@ -707,6 +707,35 @@ def looked_at(env):
         return checks
 
 
+def falls_back(calls, mode):
+    """Where the driver does not have some of its calls the next mode is taken, and doctor says so."""
+    env = {"LD_PRELOAD": os.path.join(sage.BUILD, "tests", ".libs", "no_call.so"), "NO_CALL": calls}
+    with daemon() as d:
+        work = Child("work", d.path, "witness", "synthetic", 0, env=env)
+        work.line()
+        work.go()
+        result = work.line()
+        assert result["good"] and result["mode"] == mode, result
+        assert [c["mode"] for c in sagectl(d, "clients", "--json")
+                if c["name"] == "witness"] == [mode]
+        work.end()
+        with patched(env):
+            said = {c["check"]: c for c in sagectl(d, "doctor", "--json")}["mode"]
+        print(f"    without {calls}: {said['result']} {said['text']}")
+        assert said["result"] == "WARN" and said["text"].startswith(mode + ":"), said
+        assert calls.split(",")[0] in said["text"], said
+        idle(d)
+
+
+def test_falls_back_to_events():
+    falls_back("cuMemHostRegister", "event")
+    falls_back("cuStreamBatchMemOp", "event")
+
+
+def test_falls_back_to_sync():
+    falls_back("cuMemHostRegister,cuIpcGetEventHandle", "sync")
+
+
 @contextlib.contextmanager
 def patched(env):
     """The same for what is started here."""
