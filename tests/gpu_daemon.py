@@ -708,7 +708,7 @@ def looked_at(env):
 
 
 def falls_back(calls, mode):
-    """Where the driver does not have some of its calls the next mode is taken, and doctor says so."""
+    """Where the driver has not all of its calls the next mode is taken, and doctor says so."""
     env = {"LD_PRELOAD": os.path.join(sage.BUILD, "tests", ".libs", "no_call.so"), "NO_CALL": calls}
     with daemon() as d:
         work = Child("work", d.path, "witness", "synthetic", 0, env=env)
