@@ -353,18 +353,17 @@ static uint64_t look_in(const struct job *job, uint64_t now)
 uint64_t sched_look_in(const struct daemon *d, uint64_t now)
 {
     uint64_t least = UINT64_MAX;
-    unsigned used = 0;
 
-    for (unsigned i = 0; d->backend->poll && i < d->sched.n_slots; i++) {
+    if (!d->backend->poll)
+        return least;
+    for (unsigned i = 0; i < d->sched.n_slots; i++) {
         const struct slot *slot = &d->sched.slots[i];
-        if (!slot->n)
-            continue;
-        uint64_t wait = look_in(slot->jobs[slot->first], now);
-        least = wait < least ? wait : least;
-        used++;
+        uint64_t wait = slot->n ? look_in(slot->jobs[slot->first], now) : UINT64_MAX;
+        if (wait < least)
+            least = wait;
     }
     /* Nobody knows which of two that share the device ends first, and after both nothing runs. */
-    return used == 2 && least > LOOK_MIN_NS ? LOOK_MIN_NS : least;
+    return sched_slots_used(d) == 2 && least > LOOK_MIN_NS ? LOOK_MIN_NS : least;
 }
 
 /* --- turns --- */
