@@ -1633,7 +1633,7 @@ static void test_rest(void **state)
     struct session *s = peers[0].s;
     submit(&peers[0], 0, problem(1, 64, 64));
     finish_jobs(&peers[0]);
-    assert_false(s->resting);               /* it has never come back yet */
+    assert_false(s->resting);                /* it has never come back yet */
     for (int i = 0; i < 200 && !seen; i++) { /* a busy machine may wake us too late */
         submit(&peers[0], 0, problem(1, 64, 64));
         s->rest_ns = 20 * ms;
