@@ -3,7 +3,8 @@
  * bench/bench_handoff and bench/bench_tenants start it.
  *
  *   handoff_gpu chain SOCKET: 20 times (kernel, attention, kernel) on one stream, then a wait for
- *       it. Attention by the daemon and in this process take turns; and how long submissions took.
+ *       it. Attention by the daemon and in this process take turns; medians, also of what the
+ *       daemon added to each turn, as clocks drift; and how long submissions took.
  *       By chains of 40: what each further link takes, without the beginning of a chain
  *   handoff_gpu rate SOCKET SECONDS: tiny jobs on one stream, as many as the daemon takes, from the
  *       first byte on its input on
@@ -185,37 +186,36 @@ static void calibrate(struct bench *b, double target_us)
     make_problem(b, heads < 1 ? 1 : heads, tokens, tokens, 128);
 }
 
-/* What a further link takes longer by the daemon; h, t: a link of CHAINS, here and there. */
-static double further_us(struct bench *b, double h, double t, int rounds)
-{
-    double here[ROUNDS_MAX], there[ROUNDS_MAX], submit[2 * CHAINS];
+/* What the turns of one chain took, a link, in microseconds. */
+struct turns {
+    double here[ROUNDS_MAX], there[ROUNDS_MAX], added[ROUNDS_MAX], submit[ROUNDS_MAX * CHAINS * 2];
+};
 
+/* Here and there take turns. Returns what the daemon adds: of each turn, as clocks drift, the
+ * median. */
+static double take_turns(struct bench *b, int links, int rounds, struct turns *turns)
+{
     for (int i = 0; i < rounds; i++) {
-        here[i] = run_chain(b, 2 * CHAINS, NULL);
-        there[i] = run_chain(b, 2 * CHAINS, submit);
+        turns->here[i] = run_chain(b, links, NULL);
+        turns->there[i] = run_chain(b, links, turns->submit + i * links);
+        turns->added[i] = turns->there[i] - turns->here[i];
     }
-    return 2 * (percentile(there, rounds, 0.5) - percentile(here, rounds, 0.5)) - (t - h);
+    return percentile(turns->added, rounds, 0.5);
 }
 
 static void measure_chain(struct bench *b, const char *name, int rounds)
 {
-    static double here[ROUNDS_MAX], there[ROUNDS_MAX], submit[ROUNDS_MAX * CHAINS];
+    static struct turns warm, t, longer;
 
-    for (int i = 0; i < 3; i++) {
-        run_chain(b, CHAINS, NULL);
-        run_chain(b, CHAINS, submit);
-    }
-    for (int i = 0; i < rounds; i++) {
-        here[i] = run_chain(b, CHAINS, NULL);
-        there[i] = run_chain(b, CHAINS, submit + i * CHAINS);
-    }
-    double h = percentile(here, rounds, 0.5), t = percentile(there, rounds, 0.5);
-    double further = further_us(b, h, t, rounds / 2 + 1);
-    printf("%s_in_process_us\t%.2f\n%s_daemon_us\t%.2f\n", name, h, name, t);
-    printf("%s_added_us\t%.2f\n%s_added_percent\t%.3f\n", name, t - h, name, (t / h - 1) * 100);
+    take_turns(b, CHAINS, 3, &warm);
+    double added = take_turns(b, CHAINS, rounds, &t), here = percentile(t.here, rounds, 0.5);
+    double further = 2 * take_turns(b, 2 * CHAINS, rounds / 2 + 1, &longer) - added;
+    printf("%s_in_process_us\t%.2f\n", name, here);
+    printf("%s_daemon_us\t%.2f\n", name, percentile(t.there, rounds, 0.5));
+    printf("%s_added_us\t%.2f\n%s_added_percent\t%.3f\n", name, added, name, added / here * 100);
     printf("%s_further_added_us\t%.2f\n", name, further);
-    printf("%s_submit_us\t%.2f\n", name, percentile(submit, rounds * CHAINS, 0.5));
-    printf("%s_submit_p99_us\t%.2f\n", name, percentile(submit, rounds * CHAINS, 0.99));
+    printf("%s_submit_us\t%.2f\n", name, percentile(t.submit, rounds * CHAINS, 0.5));
+    printf("%s_submit_p99_us\t%.2f\n", name, percentile(t.submit, rounds * CHAINS, 0.99));
     fflush(stdout);
 }
 
@@ -228,7 +228,7 @@ static void chain(const char *socket)
     make_problem(&b, 1, 64, 64, 64);
     measure_chain(&b, "tiny", ROUNDS_MAX);
     calibrate(&b, 1000);
-    measure_chain(&b, "1ms", 41);
+    measure_chain(&b, "1ms", 121);
     calibrate(&b, 10000);
     measure_chain(&b, "10ms", 11);
     printf("mode\t%s\n", modes[sage_client_mode(b.client)]);
