@@ -288,30 +288,33 @@ static bool grow(struct mapping *m, unsigned n)
 }
 
 /*
- * How many descriptors one user may have us keep. With none left the kernel would drop those of the
- * next packets, whoever sends them.
+ * How many descriptors the user has us keep, and how many it may: half of what others
+ * leave. With none left the kernel would drop those of the next packets, whoever sends them.
  */
-static unsigned user_fds_max(void)
+static unsigned user_fds(const struct daemon *d, const struct user *user, unsigned *most)
 {
+    const struct user *u;
     struct rlimit limit;
+    unsigned others, n = user->n_fds + discard_waiting(user->uid, &others);
 
-    if (getrlimit(RLIMIT_NOFILE, &limit) < 0 || limit.rlim_cur / 2 > USER_FDS_MAX)
-        return USER_FDS_MAX;
-    return (unsigned)(limit.rlim_cur / 2);
-}
-
-/* How many it has. */
-static unsigned user_fds(const struct user *user)
-{
-    return user->n_fds + discard_waiting(user->uid);
+    *most = USER_FDS_MAX;
+    if (n == 0 || getrlimit(RLIMIT_NOFILE, &limit) < 0) /* mostly 0: no system call then */
+        return n;
+    TAILQ_FOREACH(u, &d->users, link)
+        if (u != user)
+            others += u->n_fds;
+    rlim_t left = limit.rlim_cur > others ? limit.rlim_cur - others : 0;
+    if (left / 2 < USER_FDS_MAX)
+        *most = (unsigned)(left / 2);
+    return n;
 }
 
 /* Those of refused packets are open until they are closed: a quarter more is for them. */
-bool buffer_user_is_over(const struct user *user)
+bool buffer_user_is_over(const struct daemon *d, const struct user *user)
 {
-    unsigned n = user_fds(user);
+    unsigned most, n = user_fds(d, user, &most);
 
-    return n && n > user_fds_max() / 4 * 5; /* mostly 0: no system call then */
+    return n > most / 4 * 5;
 }
 
 /* What the packet brings; the descriptors are the buffer's where this says 0. */
@@ -326,10 +329,11 @@ static int add_chunks(struct buffer *b, const struct msg_register *msg, const in
         snprintf(why, PROTO_TEXT_MAX, "chunks: more than %d in buffer %u", CHUNKS_MAX, b->id);
         return SAGE_EQUOTA;
     }
-    if (user_fds(user) + n_fds > user_fds_max()) {
+    unsigned most, kept = user_fds(b->session->daemon, user, &most);
+    if (kept + n_fds > most) {
         snprintf(why, PROTO_TEXT_MAX,
-                 "descriptor: %u of this user wait to be mapped or closed, the limit is %u",
-                 user_fds(user), user_fds_max());
+                 "descriptor: %u of this user wait to be mapped or closed, the limit is %u", kept,
+                 most);
         return SAGE_EBUSY;
     }
     for (unsigned i = 0; i < msg->n_chunks; i++)

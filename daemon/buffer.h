@@ -11,6 +11,7 @@
 #include "daemon/backend.h"
 #include "proto/proto.h"
 
+struct daemon;
 struct session;
 struct user;
 
@@ -42,7 +43,7 @@ void buffer_unregister(struct session *s, uint32_t id, uint32_t seq);
 void buffer_leave_all(struct session *s);
 
 /* Does the user have too many descriptors open here for anything more to be received from it? */
-bool buffer_user_is_over(const struct user *user);
+bool buffer_user_is_over(const struct daemon *d, const struct user *user);
 
 /* A buffer that jobs may use, or NULL. */
 struct buffer *buffer_find(struct session *s, uint32_t id);

@@ -18,6 +18,7 @@ enum {
     TICK_MS = 500,
     IDLE_TICK_MS = 1000, /* while nobody is connected: half of what the loop then costs */
     COMPLAINTS_MAX = 10, /* logged in a tick */
+    VISITS_MAX = 100,
     /* of warm-up jobs */
     HEADS = 2,
     TOKENS = 128,
@@ -121,6 +122,11 @@ bool daemon_may_complain(struct daemon *d)
     return d->complaints++ < COMPLAINTS_MAX;
 }
 
+bool daemon_may_tell_visit(struct daemon *d)
+{
+    return d->visits++ < VISITS_MAX;
+}
+
 static void drop_overdue(struct daemon *d, uint64_t now)
 {
     struct session *s, *next;
@@ -145,7 +151,9 @@ static void on_tick(uv_timer_t *timer)
     d->awake_ns += passed < 2 * TICK_MS * 1000000ull ? passed : TICK_MS * 1000000ull;
     if (d->complaints > COMPLAINTS_MAX)
         log_warning("quiet", "complaints_not_logged=%u", d->complaints - COMPLAINTS_MAX);
-    d->complaints = 0;
+    if (d->visits > VISITS_MAX)
+        log_warning("quiet", "visits_not_logged=%u", d->visits - VISITS_MAX);
+    d->complaints = d->visits = 0;
     drop_overdue(d, now);
     discard_tick();
     if (sched_is_hung(d, why) || (d->backend->is_lost && d->backend->is_lost(d->device, why))) {

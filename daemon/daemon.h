@@ -33,6 +33,7 @@ struct daemon {
     TAILQ_HEAD(, session) flushing; /* with jobs to report */
     TAILQ_HEAD(, user) users;       /* who have a session, or one that is not yet freed */
     TAILQ_HEAD(, job) spare;        /* to be used again. Owned */
+    size_t spare_offsets;           /* that they have room for */
     unsigned n_sessions;            /* connected */
     unsigned n_live;                /* connected or not yet freed */
     uint64_t next_session;
@@ -47,9 +48,9 @@ struct daemon {
     uint64_t idle_since_ns;
     uint64_t heard_ns; /* when this turn began to hear sessions; 0: it has not */
     uint64_t last_tick_ns,
-        awake_ns;           /* time that ticks saw pass, not that this process was stopped */
-    unsigned complaints;    /* logged since the last tick */
-    bool draining, drained; /* no new jobs; nothing left to finish */
+        awake_ns;                /* time that ticks saw pass, not that this process was stopped */
+    unsigned complaints, visits; /* logged since the last tick */
+    bool draining, drained;      /* no new jobs; nothing left to finish */
     bool device_lost;
     char lost_why[PROTO_TEXT_MAX];
     int exit_code;
@@ -85,6 +86,8 @@ void daemon_stats(const struct daemon *d, struct msg_stats *msg);
 
 /* May one more thing that a client did wrong be logged? Nobody shall fill the log. */
 bool daemon_may_complain(struct daemon *d);
+/* One more that came or went? */
+bool daemon_may_tell_visit(struct daemon *d);
 
 uint64_t daemon_now(void); /* ns, CLOCK_MONOTONIC */
 

@@ -28,7 +28,7 @@ struct owner {
 /* Not the daemon's: threads may outlive it, and their users' sessions. The lock is of it all. */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static TAILQ_HEAD(, owner) owners = TAILQ_HEAD_INITIALIZER(owners); /* longest not served first */
-static unsigned n_closers, n_closing;
+static unsigned n_closers, n_closing, n_waiting; /* the last: not closed yet, of all owners */
 
 static struct owner *find(uid_t uid)
 {
@@ -66,6 +66,7 @@ static void *close_them(void *arg)
         close(fd);
         pthread_mutex_lock(&lock);
         n_closing--;
+        n_waiting--;
         if (--o->closing || o->n)
             continue;
         TAILQ_REMOVE(&owners, o, link);
@@ -118,6 +119,7 @@ static bool append(uid_t uid, const int *fds, unsigned n)
     }
     memcpy(o->fds + o->n, fds, n * sizeof(fds[0]));
     o->n += n;
+    n_waiting += n;
     return true;
 }
 
@@ -138,7 +140,7 @@ void discard_socket(uid_t uid, int fd)
     char byte;
 
     shutdown(fd, SHUT_RDWR); /* nothing more comes in behind the look, and the peer knows at once */
-    if (recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0)
+    if (recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0) /* 0: the end, or an empty packet */
         discard(uid, &fd, 1);
     else
         close(fd);
@@ -151,11 +153,12 @@ void discard_tick(void)
     pthread_mutex_unlock(&lock);
 }
 
-unsigned discard_waiting(uid_t uid)
+unsigned discard_waiting(uid_t uid, unsigned *others)
 {
     pthread_mutex_lock(&lock);
     const struct owner *o = find(uid);
     unsigned n = o ? o->n + o->closing : 0;
+    *others = n_waiting - n;
     pthread_mutex_unlock(&lock);
     return n;
 }

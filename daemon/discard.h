@@ -13,11 +13,11 @@
  * them they stay open.
  */
 void discard(uid_t uid, const int *fds, unsigned n);
-/* Close a user's socket: on a thread if packets, which may carry descriptors, wait in it unread. */
+/* Close a user's socket: on a thread if packets, which may carry descriptors, may wait in it. */
 void discard_socket(uid_t uid, int fd);
 /* Once a tick: start a thread that could not be had when it was needed. */
 void discard_tick(void);
-/* How many descriptors of the user wait to be closed, or for their close() to return. */
-unsigned discard_waiting(uid_t uid);
+/* How many descriptors of the user wait to be closed, or for their close() to return; of others. */
+unsigned discard_waiting(uid_t uid, unsigned *others);
 
 #endif

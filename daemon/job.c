@@ -11,6 +11,8 @@
 #include "daemon/daemon.h"
 #include "kernels/problem.h"
 
+enum { SPARE_OFFSETS_MAX = 1 << 20 }; /* that jobs to be used again keep room for, 4 MiB */
+
 static const char *const tensor_names[JOB_TENSORS] = {"q", "k", "v", "o", "mask", "lse"};
 
 static struct sage_tensor *tensor_of(struct sage_attn *attn, int i)
@@ -47,6 +49,12 @@ void job_free_spare(struct daemon *d)
 /* The one that was used last is still in the cache. */
 static void put_spare(struct daemon *d, struct job *job)
 {
+    if (d->spare_offsets + job->offsets_room > SPARE_OFFSETS_MAX) {
+        free(job->offsets);
+        job->offsets = NULL;
+        job->offsets_room = 0;
+    }
+    d->spare_offsets += job->offsets_room;
     TAILQ_INSERT_HEAD(&d->spare, job, lane_link);
 }
 
@@ -60,9 +68,11 @@ static struct job *take_spare(struct daemon *d, size_t n)
         int32_t *offsets = realloc(job->offsets, n * sizeof(*offsets));
         if (!offsets)
             return NULL;
+        d->spare_offsets += n - job->offsets_room;
         job->offsets = offsets;
         job->offsets_room = n;
     }
+    d->spare_offsets -= job->offsets_room;
     TAILQ_REMOVE(&d->spare, job, lane_link);
     *job = (struct job){.offsets = job->offsets, .offsets_room = job->offsets_room};
     return job;
@@ -196,6 +206,12 @@ static int check_event(struct session *s, const struct msg_submit *msg, char *wh
     return 0;
 }
 
+/* On a stream of a device's: where there are none it is the client's word only. */
+static bool is_streamed(const struct session *s, const struct msg_submit *msg)
+{
+    return msg->streamed && s->daemon->backend->modes & MODE_LANES;
+}
+
 static int check(struct session *s, const struct msg_submit *msg, char *why)
 {
     struct sage_attn attn = msg->attn;
@@ -212,7 +228,7 @@ static int check(struct session *s, const struct msg_submit *msg, char *why)
         return SAGE_EBUSY;
     }
     /* One of a stream nobody could submit again: those are as many as clients have credits. */
-    if (!msg->streamed && s->user->n_jobs >= s->daemon->config.user_jobs) {
+    if (!is_streamed(s, msg) && s->user->n_jobs >= s->daemon->config.user_jobs) {
         snprintf(why, PROTO_TEXT_MAX, "%u jobs of this user in flight, the limit is %llu",
                  s->user->n_jobs, (unsigned long long)s->daemon->config.user_jobs);
         return SAGE_EBUSY;
@@ -275,7 +291,8 @@ bool job_submit(struct session *s, const struct msg_submit *msg, char *why)
 
     if (taken != TAKEN)
         return taken == DUPLICATE;
-    if (s->daemon->draining && msg->streamed) /* nobody could try again: for the next daemon */
+    if (s->daemon->draining &&
+        is_streamed(s, msg)) /* nobody could try again: for the next daemon */
         return true;
     int rc = check(s, msg, why);
     struct job *job = rc ? NULL : job_create(s, msg);
@@ -289,7 +306,7 @@ bool job_submit(struct session *s, const struct msg_submit *msg, char *why)
         /* Its word alone; but staged is only what lies in memory that is mapped here. */
         s->daemon->stats.staged_bytes +=
             msg->staged < s->mapped_bytes ? msg->staged : s->mapped_bytes;
-        accept_job(s, job, msg->streamed);
+        accept_job(s, job, is_streamed(s, msg));
         return true;
     }
     if (job)
@@ -384,6 +401,9 @@ static void cut_group(struct job *job, const struct backend *backend, double qua
     struct sage_part *part = &job->piece.part;
     int64_t all = group_rows(job), left = all - job->row, gqa = sage_part_heads(&job->attn, part);
     double share = quantum_ns / job->piece_est_ns;
+
+    if (all == 0) /* of an empty sequence nothing is computed */
+        return;
     /* With a share above 1/2 two halves would only cost a launch more. */
     int64_t rows =
         share > 0.5 ? left : ((int64_t)((double)all * share) / BLOCK_ROWS + 1) * BLOCK_ROWS;
@@ -404,7 +424,7 @@ static void cut_group(struct job *job, const struct backend *backend, double qua
     part->n_rows = rows;
     part->head = job->head;
     part->n_heads = heads;
-    part->prepared = is_within_group(job);
+    part->prepared = job->prepared;
     estimate(job, backend, ns_per_op);
 }
 

@@ -32,6 +32,7 @@ struct job {
     bool prompt;   /* its client waits for the report */
     bool dropped;  /* its session is closing: no further piece, no word to anybody */
     bool by_event; /* its client wants to be told of an event behind it */
+    bool prepared; /* the slot that it keeps has its group's K and V */
     bool holds;    /* one of its groups is longer than a quantum: keeps its slot between pieces */
     struct watched *watched; /* the list of daemon.watch that it is in, or NULL */
     struct sage_attn attn;   /* data pointers into the buffers; offsets below */

@@ -50,7 +50,7 @@ static bool set_flag(struct config *config, const char *flag, char *why)
 /* Defaults, then the file, then the flags. */
 static bool read_config(struct config *config, int argc, char **argv, char *why)
 {
-    const char *file = access(default_file, R_OK) == 0 ? default_file : NULL;
+    const char *file = access(default_file, F_OK) == 0 ? default_file : NULL;
 
     config_init(config);
     for (int i = 1; i < argc; i++)

@@ -103,9 +103,10 @@ static bool serve_hello(struct session *s, const struct packet *packet, struct f
     unquote(msg.library);
     snprintf(s->name, sizeof(s->name), "%s", msg.name);
     s->daemon->stats.clients_total++;
-    log_info("connected", "client=%llu pid=%d uid=%u name=\"%s\" library=\"%s\" page=%d",
-             (unsigned long long)s->id, (int)s->pid, (unsigned)s->user->uid, s->name, msg.library,
-             msg.page);
+    if (daemon_may_tell_visit(s->daemon))
+        log_info("connected", "client=%llu pid=%d uid=%u name=\"%s\" library=\"%s\" page=%d",
+                 (unsigned long long)s->id, (int)s->pid, (unsigned)s->user->uid, s->name,
+                 msg.library, msg.page);
     welcome(s, packet->seq);
     return true;
 }

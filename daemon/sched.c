@@ -13,7 +13,8 @@
 
 enum {
     BRIEF_NS =
-        20 * 1000, /* about half of what handing a piece to a thread and hearing of it costs */
+        20 * 1000,   /* about half of what handing a piece to a thread and hearing of it costs */
+    HOLD_PIECES = 8, /* that others wait for who want to hold a slot, too */
     BRIEF_TURN_NS = 200 * 1000, /* of brief pieces computed by the loop in one turn */
     MEASURED_NS = 500 * 1000,   /* shorter pieces are no measurement of ns_per_op */
     /* When to look for the end of a piece that is polled for: see look_in(). */
@@ -118,14 +119,16 @@ static struct slot *held_slot(struct sched *sc, const struct job *job)
     return NULL;
 }
 
-static void let_go(struct sched *sc, const struct job *job)
+static void let_go(struct sched *sc, struct job *job)
 {
     struct slot *slot = held_slot(sc, job);
 
+    job->prepared = false;
     if (!slot)
         return;
     slot->holder = NULL;
     sc->n_held--;
+    sc->hold_wanted = false;
 }
 
 void sched_forget(struct job *job)
@@ -158,6 +161,17 @@ void sched_lane(struct session *s, uint32_t lane)
 static bool may_hold(const struct sched *sc)
 {
     return sc->n_held < (sc->n_slots > 3 ? sc->n_slots - 2 : 1);
+}
+
+/*
+ * Does somebody wait for the holder's slot who has waited long enough? Then K and V are prepared
+ * once more; a group may take hours.
+ */
+static bool should_let_go(const struct sched *sc, const struct slot *slot)
+{
+    bool wanted = sc->n_slots > 1 ? sc->hold_wanted : sc->n_active > 0;
+
+    return wanted && slot->n_holding >= HOLD_PIECES;
 }
 
 /* Short pieces may queue behind each other in a slot. */
@@ -261,7 +275,8 @@ static void piece_done(struct daemon *d, struct slot *slot)
     bool last = piece->status || job_is_last_piece(job) || job->dropped;
     if (!last) {
         job_advance(job);
-        if (job->row == 0 && job->head == 0) /* the next group needs nothing of this one */
+        if ((job->row == 0 && job->head == 0) || /* the next group needs nothing of this one */
+            should_let_go(sc, slot))
             let_go(sc, job);
         sched_ready(job);
         return;
@@ -285,6 +300,14 @@ static void note_use(struct daemon *d, const struct job *job)
         d->stats.workspace_peak = bytes;
 }
 
+/* Short enough for the loop itself, one thread instead of a slot's. */
+static bool is_brief(const struct daemon *d, const struct job *job)
+{
+    double more = job->piece_ops * d->sched.ns_per_op * (double)(d->config.threads - 1);
+
+    return !d->backend->poll && job->piece_est_ns + more < BRIEF_NS;
+}
+
 static void start(struct daemon *d, struct slot *slot, struct job *job)
 {
     struct session *s = job->session;
@@ -297,12 +320,15 @@ static void start(struct daemon *d, struct slot *slot, struct job *job)
     leave(s);
     if (job->holds && !slot->holder) {
         slot->holder = job;
+        slot->n_holding = 0;
         sc->n_held++;
     }
+    job->prepared = job->holds;
+    slot->n_holding++;
     job->started = true;
     slot->jobs[(slot->first + slot->n++) % STREAM_DEPTH] = job;
     slot->queued_ns += job->piece_est_ns;
-    job->piece.brief = slot->n == 1 && job->piece_est_ns < BRIEF_NS && !d->backend->poll;
+    job->piece.brief = slot->n == 1 && is_brief(d, job);
     job->piece.launch_ns = d->backend->poll ? daemon_now() : 0;
     d->backend->start(slot->stream, &job->piece);
     note_use(d, job);
@@ -397,7 +423,12 @@ static bool may_start(struct daemon *d, struct job *job)
     struct sched *sc = &d->sched;
 
     make_piece(d, job, is_alone(d));
-    return !job->holds || may_hold(sc) || held_slot(sc, job);
+    if (!job->holds || may_hold(sc) || held_slot(sc, job))
+        return true;
+    for (unsigned i = 0; i < sc->n_slots; i++)
+        if (sc->slots[i].holder && sc->slots[i].holder->session != job->session)
+            sc->hold_wanted = true;
+    return false;
 }
 
 static struct job *next_job(struct daemon *d, struct session *s)

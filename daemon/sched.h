@@ -23,11 +23,13 @@ struct slot {
     uint64_t seen_awake_ns;
     bool told;          /* that it waits for too long */
     struct job *holder; /* the slot keeps its K and V between pieces: nobody else may use it */
+    unsigned n_holding; /* the holder's pieces so far */
 };
 
 struct sched {
     struct slot *slots;
     unsigned n_slots, n_held;
+    bool hold_wanted; /* since the last slot was let go of, somebody has waited for one to hold */
     size_t workspace; /* bytes of a slot */
     bool can_wait;    /* streams can wait for inputs */
     double quantum_ns;

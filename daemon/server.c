@@ -191,11 +191,13 @@ static void on_drained(struct daemon *d)
 static void on_signal(uv_signal_t *handle, int number)
 {
     struct daemon *d = handle->data;
+    struct server *server = d->server;
 
-    if (d->draining) { /* told twice: at once, then */
+    if (server->told) { /* twice: at once, then */
         log_warning("aborted", "signal=%d", number);
         _exit(EXIT_FAILURE);
     }
+    server->told = true;
     daemon_drain(d);
 }
 

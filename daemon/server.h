@@ -16,6 +16,7 @@ struct server {
     bool paused; /* out of descriptors: the next tick tries again */
     uint64_t watchdog_ns, fed_ns; /* 0: no watchdog */
     uv_signal_t sigterm, sigint;
+    bool told;        /* to end, by a signal: one more means at once */
     char status[160]; /* last told */
 };
 

@@ -23,10 +23,10 @@
 #endif
 
 enum {
-    CALLS_PER_TURN = 8,           /* to receive from one session, before the others are heard */
-    HEAR_NS = 1000 * 1000,        /* all sessions, in one turn; who comes later is heard for */
-    HEAR_LATE_NS = 20 * 1000,     /* so long, and one packet at least */
-    FDS_ROOM = PROTO_FDS_MAX + 2, /* so that surplus ones are seen, and can be closed */
+    CALLS_PER_TURN = 8,       /* to receive from one session, before the others are heard */
+    HEAR_NS = 1000 * 1000,    /* all sessions, in one turn; who comes later is heard for */
+    HEAR_LATE_NS = 20 * 1000, /* so long, and one packet at least */
+    FDS_ROOM = 253, /* SCM_MAX_FD of the kernel: surplus ones are seen, and closed by others */
 };
 
 static void update_poll(struct session *s);
@@ -127,7 +127,7 @@ struct session *session_create(struct daemon *d, int fd)
     const char *over = NULL;
     if (user->sessions > d->config.user_clients)
         over = "too many connections of this user (user_clients)";
-    else if (buffer_user_is_over(user))
+    else if (buffer_user_is_over(d, user))
         over = too_many_fds;
     if (over || uv_poll_init(&d->loop, &s->poll, fd) < 0) {
         user_put(d, user);
@@ -244,20 +244,22 @@ static bool is_page_in_use(const struct session *s, const struct stat *st)
 int session_set_page(struct session *s, int fd, const char **why)
 {
     struct stat st;
+    struct sage_page *page = page_map(fd, why); /* first: of others fstat() may take for ever */
 
-    *why = "page: descriptor has no status";
-    if (fstat(fd, &st) < 0)
+    if (!page)
         return SAGE_EPROTO;
     *why = "page: another connection uses it, or has jobs that are still running";
-    if (is_page_in_use(TAILQ_FIRST(&s->daemon->sessions), &st) ||
-        is_page_in_use(TAILQ_FIRST(&s->daemon->closing), &st))
+    if (fstat(fd, &st) < 0 || is_page_in_use(TAILQ_FIRST(&s->daemon->sessions), &st) ||
+        is_page_in_use(TAILQ_FIRST(&s->daemon->closing), &st)) {
+        page_unmap(page);
         return SAGE_EBUSY;
-    s->page = page_map(fd, why);
+    }
+    s->page = page;
     s->page_ino = st.st_ino;
     s->page_dev = st.st_dev;
-    if (s->page && s->daemon->backend->page_open)
+    if (s->daemon->backend->page_open)
         queue_page_work(s, open_page_work, after_open_page);
-    return s->page ? 0 : SAGE_EPROTO;
+    return 0;
 }
 
 static void on_closed(uv_handle_t *handle)
@@ -294,9 +296,11 @@ void session_close(struct session *s, const char *reason)
 
     if (s->closing)
         return;
-    log_event(s->welcome ? 6 : 7, "disconnected",
-              "client=%llu pid=%d name=\"%s\" done=%llu reason=\"%s\"", (unsigned long long)s->id,
-              (int)s->pid, s->name, (unsigned long long)s->done, reason);
+    if (daemon_may_tell_visit(d))
+        log_event(s->welcome ? 6 : 7, "disconnected",
+                  "client=%llu pid=%d name=\"%s\" done=%llu reason=\"%s\"",
+                  (unsigned long long)s->id, (int)s->pid, s->name, (unsigned long long)s->done,
+                  reason);
     s->closing = true;
     watch_rested(s);
     TAILQ_REMOVE(&d->sessions, s, link);
@@ -513,7 +517,7 @@ static bool receive(struct session *s, unsigned most)
     struct iovec iov[PACKETS_AT_ONCE];
     struct mmsghdr msgs[PACKETS_AT_ONCE];
 
-    if (buffer_user_is_over(s->user))
+    if (buffer_user_is_over(d, s->user))
         return drop(s, SAGE_EQUOTA, too_many_fds);
     for (int i = 0; i < PACKETS_AT_ONCE; i++) {
         iov[i] = (struct iovec){d->packets[i], sizeof(d->packets[i])};

@@ -446,13 +446,13 @@ def test_credits():
 
 
 def test_user_jobs():
-    """One user's clients together; not jobs of streams, which nobody could submit again."""
+    """One user's clients together, also those who say that it is a stream's: there are none here."""
     with served(user_jobs=2) as (daemon, _), daemon.client() as one, daemon.client() as two:
         held = [one.submit(Problem(one).attn, lane=i, ready=False) for i in range(2)]
         p = Problem(two)
-        with refused("EBUSY", "of this user", "limit is 2"):
-            two.run(p.attn)
-        two.run(p.attn, streamed=True)
+        for streamed in (False, True):
+            with refused("EBUSY", "of this user", "limit is 2"):
+                two.run(p.attn, streamed=streamed)
         one.page.acquire(*held[0])
         one.wait_done(held[0])
         two.run(p.attn)
@@ -556,6 +556,26 @@ def test_slow_close():
             witness.ping()
             assert time.monotonic() - start < 1, "the loop waits for a close()"
 
+        def unheard(packets):
+            """A client that sends these behind something bad, while the daemon is stopped."""
+            daemon.process.send_signal(signal.SIGSTOP)
+            sage.until(lambda: state(daemon) == "T", "the daemon to stop")
+            with lingering(listener, peers) as slow:
+                client.send_raw(b"bad")
+                for data, fds in packets:
+                    client.send_raw(data, fds and [null.fileno()] * (fds - 1) + [slow.fileno()])
+            daemon.process.send_signal(signal.SIGCONT)
+            client.close()
+            prompt()
+            assert threads(daemon) > before, "close() does not take long: this tests nothing"
+
+        for packets in ([(b"more than there is room for", 200)], [(b"x", 0)] * 7 + [(b"", 1)]):
+            client = daemon.client(page=False)
+            unheard(packets)
+        for peer in peers:
+            peer.close()
+        peers.clear()
+        sage.until(lambda: threads(daemon) <= before, "these to be closed")
         refuse(attacker, 20)
         prompt()
         assert threads(daemon) <= before + 4, f"{before} threads, then {threads(daemon)}"

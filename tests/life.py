@@ -126,6 +126,20 @@ def test_sigterm():
         drained(daemon, lambda client: os.kill(daemon.pid, signal.SIGTERM))
 
 
+def test_sigterm_again():
+    """One more signal ends it at once; the first one does not, though it drains already."""
+    with Daemon(backend="fault", fault="delay_ms=1000") as daemon, daemon.client() as client:
+        client.submit(Problem(client).attn)
+        client.call("DRAIN")
+        daemon.process.send_signal(signal.SIGTERM)
+        until(lambda: client.stats()["state"] == "draining", "the drain")
+        assert client.stats()["running"] == 1
+        daemon.ends_with = (1,)
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.wait() == 1
+        assert "event=aborted" in daemon.log()
+
+
 def test_drain():
     with Daemon(backend="fault", fault="delay_ms=1000") as daemon:
         drained(daemon, lambda client: client.call("DRAIN"))

@@ -386,11 +386,13 @@ static struct coverage {
     int64_t group, row; /* all before has been started */
     struct stream *stream;
     double quantum_ns;
-    unsigned most_held;
+    unsigned most_held, there,
+        handed_over; /* pieces since K and V were prepared; how often again */
 } cover;
 
 /*
- * Pieces follow each other without gap or overlap, and rows of a group stay where its K and V are.
+ * Pieces follow each other without gap or overlap, and rows of a group stay where its K and V are,
+ * for a while at least.
  */
 static void check_piece(struct job *job, struct stream *stream, uint64_t took_ns)
 {
@@ -410,8 +412,14 @@ static void check_piece(struct job *job, struct stream *stream, uint64_t took_ns
     } else {
         assert_int_equal(part->n_groups, 1);
         assert_int_equal(part->row, cover.row);
-        assert_int_equal(part->prepared, part->row > 0);
-        assert_true(part->row == 0 || stream == cover.stream);
+        if (part->prepared) {
+            assert_true(part->row > 0);
+            assert_ptr_equal(stream, cover.stream);
+        } else if (part->row > 0) {
+            assert_true(cover.there >= 8);
+            cover.handed_over++;
+        }
+        cover.there = part->prepared ? cover.there + 1 : 1;
         cover.stream = stream;
         cover.row += part->n_rows;
         assert_true(cover.row <= cover.nq);
@@ -544,6 +552,71 @@ static void test_held_slots(void **state)
         for (int i = 0; i < 4; i++)
             disconnect(&peers[i]);
     }
+}
+
+/* Who computes a head of hours lets others with long heads have the slot between its pieces. */
+static void test_handed_over(void **state)
+{
+    (void)state;
+    for (unsigned slots = 1; slots <= 3; slots++) {
+        start_daemon(slots, 500);
+        for (int i = 0; i < 2; i++)
+            connect_peer(&peers[i], PRIORITY_NORMAL);
+        cover = (struct coverage){.nq = 100000, .groups = 1, .quantum_ns = 500e3};
+        model.on_start = check_piece;
+        submit(&peers[0], 0, problem(1, 100000, 8192));
+        for (int i = 0; i < 3; i++)
+            assert_true(step());
+        assert_int_equal(d.sched.n_held, 1);
+        uint64_t start_ns = model.now_ns;
+        submit(&peers[1], 0, problem(1, 4096, 8192));
+        while (!released(&peers[1], 0))
+            assert_true(step());
+        double alone = 2.0 * 2 * 64 * 4096 * 8192 * fake.ns_per_op;
+        assert_true((double)(model.now_ns - start_ns) < 3 * alone + 2 * 9 * 500e3);
+        assert_false(released(&peers[0], 0));
+        assert_true(cover.handed_over >= 1);
+        unsigned before = cover.handed_over;
+        while (!released(&peers[0], 0)) /* for nobody */
+            assert_true(step());
+        assert_true(cover.handed_over <= before + 1);
+        model.on_start = NULL;
+        stop_daemon();
+        for (int i = 0; i < 2; i++)
+            disconnect(&peers[i]);
+    }
+}
+
+/* A sequence without rows, whose keys alone would make a long piece. */
+static void test_empty_sequence(void **state)
+{
+    static struct msg_submit msg;
+    struct peer *p = &peers[0];
+    (void)state;
+
+    start_daemon(2, 500);
+    connect_peer(p, PRIORITY_NORMAL);
+    msg.lane = 0;
+    msg.number = ++p->last[0];
+    msg.attn = problem(1, 64, 60000);
+    msg.attn.n_seqs = 2;
+    msg.n_q_offsets = msg.n_k_offsets = 3;
+    msg.q_offsets[2] = 64;
+    msg.k_offsets[1] = 59000;
+    msg.k_offsets[2] = 60000;
+    acquire(p, 0, msg.number);
+    packet(p, OP_SUBMIT, MSG_SUBMIT, &msg, -1);
+    cover = (struct coverage){.nq = 64, .groups = 2, .quantum_ns = 500e3};
+    model.on_start = check_piece;
+    uv_run(&d.loop, UV_RUN_NOWAIT);
+    while (step())
+        continue;
+    assert_true(released(p, 0));
+    assert_int_equal(cover.group, 2);
+    assert_true(p->s->deficit_ns > -1e9);
+    model.on_start = NULL;
+    stop_daemon();
+    disconnect(p);
 }
 
 /* A piece that was stopped for long says little about the speed, and that is forgotten again. */
@@ -983,7 +1056,10 @@ static void test_page(void **state)
     disconnect(p);
 }
 
-/* A stream's job comes to a daemon that drains: it is left to the next one, not refused. */
+/*
+ * A stream's job comes to a daemon that drains: it is left to the next one, not refused. Nor is it
+ * where its user has jobs enough.
+ */
 static void test_drain_streamed(void **state)
 {
     static struct msg_submit msg;
@@ -993,15 +1069,17 @@ static void test_drain_streamed(void **state)
     (void)state;
 
     start_daemon(1, 1000);
+    fake.modes |= MODE_LANES;
     connect_peer(p, PRIORITY_NORMAL);
     while (recv(p->fd, answer, sizeof(answer), MSG_DONTWAIT) > 0)
         continue;
     submit(p, 0, problem(8, 64, 64)); /* keeps it */
-    d.draining = true;
-    for (uint32_t lane = 1; lane <= 2; lane++) {
+    d.config.user_jobs = 1;           /* which is not for a stream's */
+    for (uint32_t lane = 3; lane >= 1; lane--) {
+        d.draining = lane < 3;
         msg.lane = lane;
         msg.number = ++p->last[lane];
-        msg.streamed = lane == 1;
+        msg.streamed = lane != 2;
         msg.attn = problem(1, 64, 64);
         page_store(&p->page->lane[lane].acquire[msg.number % SAGE_ENTRIES], msg.number);
         say(p, OP_SUBMIT, MSG_SUBMIT, &msg, 0);
@@ -1012,10 +1090,12 @@ static void test_drain_streamed(void **state)
     assert_int_equal(done.jobs[0].status, -SAGE_EDRAIN);
     assert_true(released(p, 2));
     assert_false(released(p, 1));
-    assert_int_equal(p->s->n_jobs, 1);
+    assert_int_equal(p->s->n_jobs, 2);
     d.draining = false;
-    assert_true(step());
+    while (step())
+        continue;
     assert_true(released(p, 0));
+    assert_true(released(p, 3));
     assert_false(released(p, 1));
     stop_daemon();
     disconnect(p);
@@ -1726,6 +1806,8 @@ int main(void)
         cmocka_unit_test(test_quicker_than_expected),
         cmocka_unit_test(test_pieces),
         cmocka_unit_test(test_held_slots),
+        cmocka_unit_test(test_handed_over),
+        cmocka_unit_test(test_empty_sequence),
         cmocka_unit_test(test_stood),
         cmocka_unit_test(test_lanes),
         cmocka_unit_test(test_close_anywhere),
