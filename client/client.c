@@ -272,7 +272,6 @@ void sage_disconnect(struct sage_client *client)
 {
     if (!client)
         return;
-    delist(client);
     if (!client->forked) {
         atomic_store(&client->stop, true);
         eventfd_write(client->event, 1);
@@ -280,9 +279,12 @@ void sage_disconnect(struct sage_client *client)
         abandon_requests(client);
         reader_fail_all(client, "the client is being closed"); /* streams go on */
         gpu_finish(client);
+        delist(client); /* until here a child of a fork lets go of what there is */
         close_all(client);
-    } else if (!client->conn.unpacking) {
-        unpacker_destroy(client->conn.unpacker);
+    } else {
+        delist(client);
+        if (!client->conn.unpacking)
+            unpacker_destroy(client->conn.unpacker);
     }
     destroy(client);
 }
@@ -314,9 +316,11 @@ int client_revive(struct sage_client *c)
         return 0;
     if (c->stop)
         return error_set(SAGE_ECANCELED, "the client is being closed");
+    c->conn.limit = clock_ns() + CONN_TIMEOUT_MS * INT64_C(1000000); /* for all of it */
     int rc = reader_attach(c);
     if (!rc)
         rc = reader_install(c);
+    c->conn.limit = CONN_NO_LIMIT;
     if (rc)
         return rc;
     /* Every job was failed and nobody else can publish one, so the count stands still. The reader,

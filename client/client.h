@@ -37,6 +37,7 @@ struct entry {
     uint32_t len, capacity;
     unsigned char *packet;        /* its SUBMIT, ready to be sent, and sent again */
     bool failed;                  /* by the reader */
+    uint32_t returned;            /* the job whose status a call returned: it is told */
     struct msg_done_job done;     /* of job done.number; status SAGE_ELOST: it will not be told */
     struct msg_launched launched; /* of job launched.number */
     uint64_t launched_epoch;      /* by the daemon of this connection */
@@ -236,6 +237,8 @@ void part_take(const struct sage_buffer *buffer, uint32_t first, struct part *pa
 
 /* With `lock` held: note the first error among jobs that are over, up to the last one of these. */
 void lane_look(struct sage_lane *lane, uint32_t last);
+/* A call returned the job's status, so sage_stream_error() need not tell it. */
+void lane_set_returned(struct sage_job job);
 
 /*
  * With `lock` held: what sage_stream_error() is to say of the stream, whether it has a lane still

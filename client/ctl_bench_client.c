@@ -217,6 +217,8 @@ static int prepare(struct flight *f, const char *name, int index, void **first)
         rc = submit(f); /* as those that count: it registers the memory, and warms up */
     if (!rc)
         rc = finish(f);
+    if (!rc && cu) /* a stream goes on, whatever became of the job */
+        rc = sage_stream_error(f->work.client, f->work.stream);
     if (!rc)
         rc = check(f, first);
     f->submitted = f->over = 0;

@@ -180,9 +180,7 @@ static int run_jobs(struct work *work)
     for (int i = 0; i < JOBS && !rc; i++)
         rc = work->gpu.cu ? sage_attn_enqueue(work->client, &work->attn, work->stream)
                           : work_run(work, NULL);
-    if (!rc && work->gpu.cu)
-        rc = driver_check(work->gpu.cu->cuStreamSynchronize(work->stream), "cuStreamSynchronize");
-    return !rc && work->gpu.cu ? sage_stream_error(work->client, work->stream) : rc;
+    return !rc && work->gpu.cu ? work_await(work) : rc;
 }
 
 static int compare(const void *a, const void *b)

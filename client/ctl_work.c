@@ -8,6 +8,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "client/conn.h"
 #include "kernels/half.h"
@@ -192,16 +193,42 @@ int work_fetch(struct work *w)
         "copy");
 }
 
+enum { JOB_MS = 10000 };
+
 /* Not sage_attn_run(): that waits as long as it takes. */
 int work_run(struct work *w, struct sage_times *times)
 {
-    enum { JOB_MS = 10000 };
     struct sage_job job;
     int rc = sage_attn_submit(w->lane, &w->attn, times ? SAGE_TIMES : 0, &job);
 
     if (!rc)
         rc = sage_wait(job, JOB_MS);
     return rc || !times ? rc : sage_job_times(job, times);
+}
+
+/* Not cuStreamSynchronize(): likewise. It is looked all the time while a job may take so long. */
+int work_await(struct work *w)
+{
+    const struct driver *cu = w->gpu.cu;
+    const int64_t start = clock_ns(), sleep_ns = 50 * 1000000;
+    struct CUevent_st *event;
+    int rc = driver_check(cu->cuEventCreate(&event, CU_EVENT_UNTIMED), "cuEventCreate");
+
+    if (rc)
+        return rc;
+    int result = cu->cuEventRecord(event, w->stream);
+    while (!result && (result = cu->cuEventQuery(event)) == CU_NOT_READY &&
+           clock_ns() - start < JOB_MS * INT64_C(1000000)) {
+        if (clock_ns() - start > sleep_ns)
+            nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+        result = 0;
+    }
+    cu->cuEventDestroy(event);
+    if (result == CU_NOT_READY)
+        return error_set(SAGE_ETIMEDOUT, "the stream's jobs are not over after %d s",
+                         JOB_MS / 1000);
+    rc = driver_check(result, "stream");
+    return rc ? rc : sage_stream_error(w->client, w->stream);
 }
 
 /* --- what it comes to --- */

@@ -340,17 +340,6 @@ static bool await_launch(struct sage_job job, struct msg_launched *launched, uin
     return launched->number == job.number;
 }
 
-/* The caller gets this job's status from the call, so sage_stream_error() need not tell it. */
-static void take_status(struct sage_job job)
-{
-    struct sage_client *c = job.lane->client;
-
-    pthread_mutex_lock(&c->lock);
-    lane_look(job.lane, job.number - 1);
-    job.lane->looked = job.number;
-    pthread_mutex_unlock(&c->lock);
-}
-
 /* Let the stream wait for the job; where it cannot, the CPU does. */
 static int follow(struct gpu_job *job, struct sage_job submitted)
 {
@@ -361,7 +350,7 @@ static int follow(struct gpu_job *job, struct sage_job submitted)
 
     if (!await_launch(submitted, &launched, &epoch)) {
         int status = sage_wait(submitted, -1);
-        take_status(submitted);
+        lane_set_returned(submitted);
         return status;
     }
     int rc = open_event(job, &launched, epoch, &event);
@@ -372,7 +361,7 @@ static int follow(struct gpu_job *job, struct sage_job submitted)
     tell(c, OP_WAITED, MSG_WAITED, &(struct msg_waited){.event = launched.event}, epoch);
     if (!rc)
         return 0;
-    take_status(submitted);
+    lane_set_returned(submitted);
     if (status)
         return status;
     return error_set(rc, rc == SAGE_EHANDLE
@@ -410,7 +399,7 @@ static int give_up(struct sage_job submitted)
     struct msg_cancel msg = {.lane = lane->index, .number = submitted.number};
 
     tell(lane->client, OP_CANCEL, MSG_CANCEL, &msg, 0);
-    take_status(submitted);
+    lane_set_returned(submitted);
     return SAGE_EDEVICE;
 }
 
@@ -432,7 +421,7 @@ static int take_back(struct sage_job submitted, int reason)
     while (!page_wait(&words->release[i], n, CANCEL_NS));
     page_store(&words->acquire[i], n); /* or the lane would wait for it, see is_idle() */
     int status = sage_wait(submitted, -1);
-    take_status(submitted);
+    lane_set_returned(submitted);
     return status == SAGE_ECANCELED ? error_set(reason, "%s", why) : status;
 }
 
@@ -589,8 +578,9 @@ int sage_stream_error(struct sage_client *client, struct CUstream_st *stream)
         rc = gpu_check_stream(cu, stream);
     if (rc)
         return rc;
+    uint64_t key = stream_key(cu, stream, id); /* the driver's lock is not taken within ours */
     pthread_mutex_lock(&client->lock);
-    int status = lane_stream_error(client, stream_key(cu, stream, id), text);
+    int status = lane_stream_error(client, key, text);
     pthread_mutex_unlock(&client->lock);
     return status ? error_set(status, "a job of this stream: %s", text) : 0;
 }

@@ -165,6 +165,8 @@ int gpu_acquire(struct gpu_job *job, const struct span *spans, uint32_t n_spans,
  * the same. NULL: look closer. It is of the daemon's device, as all that is registered.
  */
 struct cached *gpu_recall(struct gpu_job *job, uint64_t address, uint64_t bytes);
+/* Unregister what is stale, and what is beyond the cap; not what is in use. */
+void gpu_evict(struct sage_client *client, uint64_t cap);
 /* End the watcher, let go of what the driver gave us. The connection is gone by now. */
 void gpu_finish(struct sage_client *client);
 /* Free what is left, in a fork child too. */

@@ -44,11 +44,22 @@ void lane_look(struct sage_lane *lane, uint32_t last)
         /* The word may be a daemon's, that finished late what we had failed. */
         if (!status && e->number == n && e->failed)
             status = SAGE_ELOST;
-        if (status && !lane->error) {
+        if (status && !lane->error && e->returned != n) {
             lane->error = status;
             lane->error_number = n;
         }
     }
+}
+
+void lane_set_returned(struct sage_job job)
+{
+    struct sage_lane *lane = job.lane;
+
+    pthread_mutex_lock(&lane->client->lock);
+    lane->entry[job.number % SAGE_ENTRIES].returned = job.number;
+    if (lane->error_number == job.number)
+        lane->error = 0;
+    pthread_mutex_unlock(&lane->client->lock);
 }
 
 /* The error that the lane's stream has not been told; then it has. 0: none. */

@@ -159,6 +159,15 @@ static void set_registered(struct sage_client *c, uint32_t id)
     pthread_mutex_unlock(&c->lock);
 }
 
+/* It had no room for the buffer: it may have soon, as other clients come back to it as well. */
+static bool may_offer_again(const struct sage_client *c, int rc)
+{
+    if (!sage_retryable(rc) || c->stop || clock_ns() >= c->conn.limit)
+        return false;
+    poll(NULL, 0, BACKOFF_MIN_MS);
+    return true;
+}
+
 /*
  * A buffer that this daemon refuses is left out, and so is one whose memory was freed meanwhile:
  * the jobs that name it will tell.
@@ -181,6 +190,8 @@ static int register_buffers(struct sage_client *c)
             return rc;
         if (rc == 0 && !part.msg.more)
             set_registered(c, id);
+        if (may_offer_again(c, rc))
+            id--; /* from its first chunk on */
         first = rc == 0 && part.msg.more ? part.next : 0;
     }
     return 0;

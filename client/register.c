@@ -71,18 +71,22 @@ static void revalidate(struct sage_client *c, const struct driver *cu)
                 set_stale(c, serial);
 }
 
-/* Unregister what is stale, and what is beyond the cap; not what is in use. */
-static void evict(struct sage_client *c, uint64_t cap)
+void gpu_evict(struct sage_client *c, uint64_t cap)
 {
     for (;;) {
+        struct sage_buffer *buffer = NULL;
+
         pthread_mutex_lock(&c->lock);
         struct cached *e = cache_victim(&c->gpu.cache, c->page, cap);
-        if (e)
+        if (e) { /* a child that is forked from now on finds the buffer in the list of all */
             e->leaving = true;
+            buffer = e->buffer;
+            e->buffer = NULL;
+        }
         pthread_mutex_unlock(&c->lock);
         if (!e)
             return;
-        sage_buffer_free(e->buffer);
+        sage_buffer_free(buffer);
         pthread_mutex_lock(&c->lock);
         cache_remove(&c->gpu.cache, e);
         pthread_cond_broadcast(&c->changed);
@@ -112,7 +116,7 @@ static void *watch(void *arg)
         uint64_t cap = c->gpu.cap;
         pthread_mutex_unlock(&c->lock);
         revalidate(c, cu);
-        evict(c, cap);
+        gpu_evict(c, cap);
         pthread_mutex_lock(&c->lock);
     }
     pthread_mutex_unlock(&c->lock);
@@ -173,7 +177,7 @@ int sage_trim(struct sage_client *client)
     if (!used)
         return 0;
     revalidate(client, driver_open());
-    evict(client, cap);
+    gpu_evict(client, cap);
     free_own(client, false);
     return 0;
 }
@@ -300,7 +304,7 @@ static void clear(struct sage_client *c, const struct cached *e, uint64_t cap)
     bool clashes;
 
     do {
-        evict(c, cap);
+        gpu_evict(c, cap);
         pthread_mutex_lock(&c->lock);
         clashes = cache_clashes(&c->gpu.cache, e);
         struct timespec limit = after_ms(1);
@@ -321,7 +325,7 @@ static int enter(struct gpu_job *job, struct cached *e, bool ipc)
         rc = add_buffer(job, e, ipc);
     }
     if (rc == SAGE_EQUOTA || rc == SAGE_ENOMEM) {
-        evict(c, 0);
+        gpu_evict(c, 0);
         rc = add_buffer(job, e, ipc);
     }
     pthread_mutex_lock(&c->lock);

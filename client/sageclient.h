@@ -265,7 +265,10 @@ SAGE_API enum sage_mode sage_client_mode(struct sage_client *client);
  */
 SAGE_API int sage_trim(struct sage_client *client);
 
-/* Bytes of device memory that the daemon maps for this client, freed or not. Waits for nothing. */
+/*
+ * Bytes of this program's device memory that are registered, freed since or not; not the library's
+ * own, through which it copies what cannot be shared. Waits for nothing.
+ */
 SAGE_API uint64_t sage_registered_bytes(struct sage_client *client);
 
 #ifdef __cplusplus

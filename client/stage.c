@@ -179,6 +179,10 @@ static int fill_block(struct gpu_job *job, struct stage_block *b, size_t bytes)
         rc = SAGE_EHANDLE;
     if (!rc)
         rc = buffer_add(buffer);
+    if (rc == SAGE_EQUOTA || rc == SAGE_ENOMEM) { /* as enter() in register.c */
+        gpu_evict(job->client, 0);
+        rc = buffer_add(buffer);
+    }
     if (rc)
         buffer_discard(buffer);
     else

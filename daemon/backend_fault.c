@@ -1,9 +1,9 @@
 /*
  * backend_fault.c - the CPU backend with faults on purpose, for tests: --backend=fault
- * --fault=delay_ms=N,fail=N,lose=N,hang=N,lose_map=N,lose_idle=N,lose_start=N. Every piece takes
- * delay_ms longer; the Nth piece after the warm-up fails, loses the device, or never ends. The
- * device is lost by the Nth registration, by nothing N ms after the last piece of a client, or by
- * the Nth piece of the warm-up.
+ * --fault=delay_ms=N,fail=N,lose=N,hang=N,lose_map=N,lose_idle=N,lose_start=N,busy_map=N. Every
+ * piece takes delay_ms longer; the Nth piece after the warm-up fails, loses the device, or never
+ * ends. The device is lost by the Nth registration, by nothing N ms after the last piece of a
+ * client, or by the Nth piece of the warm-up. There is no room for the first N registrations.
  */
 #include "daemon/backend_cpu.h"
 
@@ -15,7 +15,7 @@
 
 #include "daemon/daemon.h"
 
-enum { DELAY_MS, FAIL, LOSE, HANG, LOSE_MAP, LOSE_IDLE, LOSE_START, N_FAULTS };
+enum { DELAY_MS, FAIL, LOSE, HANG, LOSE_MAP, LOSE_IDLE, LOSE_START, BUSY_MAP, N_FAULTS };
 
 /* One device a process; what is counted is so by all its streams, or threads of the pool. */
 static unsigned long faults[N_FAULTS];
@@ -48,7 +48,13 @@ static int run_faulty(struct sage_cpu *cpu, const struct piece *piece, void *wor
 static int map_faulty(struct device *device, const struct mapping *what, void **base,
                       uint64_t *size, char *why)
 {
-    if (__atomic_add_fetch(&maps, 1, __ATOMIC_RELAXED) != faults[LOSE_MAP])
+    unsigned long n = __atomic_add_fetch(&maps, 1, __ATOMIC_RELAXED);
+
+    if (n <= faults[BUSY_MAP]) {
+        snprintf(why, PROTO_TEXT_MAX, "fault: busy_map=%lu", faults[BUSY_MAP]);
+        return SAGE_EBUSY;
+    }
+    if (n != faults[LOSE_MAP])
         return cpu_map(device, what, base, size, why);
     snprintf(why, PROTO_TEXT_MAX, "fault: lose_map=%lu", faults[LOSE_MAP]);
     return SAGE_EDEVICE;
@@ -68,8 +74,8 @@ static bool is_lost(struct device *device, char *why)
 static int open_fault(struct device **device, const struct config *config, void (*notify)(void *),
                       void *arg, char *why)
 {
-    static char *const names[] = {"delay_ms", "fail",      "lose",       "hang",
-                                  "lose_map", "lose_idle", "lose_start", NULL};
+    static char *const names[] = {"delay_ms",  "fail",       "lose",     "hang", "lose_map",
+                                  "lose_idle", "lose_start", "busy_map", NULL};
     char text[CONFIG_STR_MAX], *rest = text, *value;
 
     memset(faults, 0, sizeof(faults));
@@ -81,7 +87,7 @@ static int open_fault(struct device **device, const struct config *config, void 
         if (fault < 0 || !value) {
             snprintf(why, PROTO_TEXT_MAX,
                      "fault: '%.64s' is none of delay_ms=, fail=, lose=, hang=, lose_map=, "
-                     "lose_idle=, lose_start=",
+                     "lose_idle=, lose_start=, busy_map=",
                      value ? value : "");
             return SAGE_EINVAL;
         }

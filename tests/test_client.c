@@ -341,6 +341,35 @@ static void keeps_the_error_of_a_lost_lane(void **state)
     sage_disconnect(client);
 }
 
+/* What a call returned is not told again, what none did is, whichever of the jobs ended first. */
+static void tells_what_no_call_returned(void **state)
+{
+    struct sage_client *client = private_connect(*state, 0);
+    struct private_problem p;
+    struct sage_lane *lane;
+    struct sage_job jobs[2];
+    char text[PROTO_TEXT_MAX];
+
+    private_problem_init(&p, client, 16, 4);
+    for (int returned = 0; returned < 2; returned++) {
+        assert_int_equal(lane_take(client, 77, &lane), 0);
+        for (int i = 0; i < 2; i++)
+            assert_int_equal(sage_attn_submit(lane, &p.attn, SAGE_HELD, &jobs[i]), 0);
+        for (int i = 1; i >= 0; i--) {
+            assert_int_equal(sage_cancel(jobs[i]), 0);
+            assert_int_equal(sage_wait(jobs[i], 10000), SAGE_ECANCELED);
+            page_store(&lane->words->acquire[jobs[i].number % SAGE_ENTRIES], jobs[i].number);
+            if (i == 1 || returned)
+                lane_set_returned(jobs[i]);
+        }
+        lane_put(lane);
+        assert_int_equal(stream_error(client, 77, text), returned ? 0 : SAGE_ECANCELED);
+        assert_int_equal(stream_error(client, 77, text), 0);
+    }
+    private_problem_finish(&p);
+    sage_disconnect(client);
+}
+
 /* A call waits for a credit as it does for its lane: without a limit, and for nothing else. */
 static void waits_for_a_credit(void **state)
 {
@@ -556,7 +585,7 @@ static void finish_problems(struct private_problem *p)
         private_problem_finish(&p[i]);
 }
 
-static void hands_jobs_to_the_next_daemon(int signal, int status)
+static void hands_jobs_to_the_next_daemon(int signal, int status, const char *const *next)
 {
     struct private_problem p[IN_FLIGHT];
     struct sage_job jobs[IN_FLIGHT];
@@ -568,7 +597,7 @@ static void hands_jobs_to_the_next_daemon(int signal, int status)
     fill(client, p, jobs);
     assert_int_equal(sage_wait(jobs[0], 10000), 0);
     assert_int_equal(private_stop(&d, signal), status);
-    private_start(&d, slow);
+    private_start(&d, next);
     for (int i = 0; i < IN_FLIGHT; i++) {
         struct sage_times times;
         assert_int_equal(sage_wait(jobs[i], 20000), 0);
@@ -586,13 +615,21 @@ static void hands_jobs_to_the_next_daemon(int signal, int status)
 static void outlives_a_killed_daemon(void **state)
 {
     (void)state;
-    hands_jobs_to_the_next_daemon(SIGKILL, -SIGKILL);
+    hands_jobs_to_the_next_daemon(SIGKILL, -SIGKILL, slow);
+}
+
+/* Which has no room for its memory at first: others come back, too. */
+static void outlives_a_daemon_whose_successor_is_busy(void **state)
+{
+    static const char *const busy[] = {"--backend=fault", "--fault=busy_map=5", NULL};
+    (void)state;
+    hands_jobs_to_the_next_daemon(SIGKILL, -SIGKILL, busy);
 }
 
 static void outlives_a_drained_daemon(void **state)
 {
     (void)state;
-    hands_jobs_to_the_next_daemon(SIGTERM, 0);
+    hands_jobs_to_the_next_daemon(SIGTERM, 0, slow);
 }
 
 static void outlives_a_lost_device(void **state)
@@ -1201,6 +1238,7 @@ int main(void)
         cmocka_unit_test(runs_out_of_entries),
         cmocka_unit_test(keeps_the_first_error_of_a_full_lane),
         cmocka_unit_test(keeps_the_error_of_a_lost_lane),
+        cmocka_unit_test(tells_what_no_call_returned),
         cmocka_unit_test(waits_for_a_credit),
         cmocka_unit_test(serves_threads),
         cmocka_unit_test(survives_a_fork),
@@ -1214,6 +1252,7 @@ int main(void)
     const struct CMUnitTest without[] = {
         cmocka_unit_test(explains_that_there_is_none),
         cmocka_unit_test(outlives_a_killed_daemon),
+        cmocka_unit_test(outlives_a_daemon_whose_successor_is_busy),
         cmocka_unit_test(outlives_a_drained_daemon),
         cmocka_unit_test(outlives_a_lost_device),
         cmocka_unit_test(keeps_held_jobs_for_the_next_daemon),
