@@ -83,14 +83,14 @@ __device__ inline void fill_words(char *to, int bytes, uint32_t word)
 }
 
 /* The same of products alone: one lane tells it, without a branch while others are under way. */
-__device__ __forceinline__ void leave_warp(uint64_t &barrier)
+__device__ __forceinline__ void leave_warp(uint64_t &barrier, bool is_done = true)
 {
     asm volatile("{\n"
                  ".reg .pred first;\n"
                  "setp.eq.u32 first, %1, 0;\n"
                  "@first mbarrier.arrive.shared::cta.b64 _, [%0];\n"
                  "}" ::"r"(shared_address(&barrier)),
-                 "r"(threadIdx.x % 32)
+                 "r"(is_done ? threadIdx.x % 32 : 1)
                  : "memory");
 }
 
@@ -242,9 +242,13 @@ template <int D> struct wgmma_layout<D, false, true> {
     }
 };
 
-/* D = 256: Q in units 0 to 7, K's stages in 8 to 11 and 12 to 15, V and ones as if quantised. */
+/*
+ * D = 256: Q in units 0 to 7, K's stages in 8 to 11 and 12 to 15, V and ones as if quantised; o
+ * behind them, 64 channels at a time.
+ */
 template <> struct wgmma_layout<256, false, true> : wgmma_layout<256, false, false> {
     static_assert(STAGES == EXACT_STAGES(256) && EXACT_QUERIES(256) == 1);
+    static constexpr int O = 25 * UNIT, BYTES = O + WGMMA_TILE_Q(256, false) * EXACT_O(256);
 
     __device__ static int k(int stage)
     {
@@ -264,6 +268,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_memory {
     using layout = wgmma_layout<D, FP8, EXACT>;
     static constexpr int STAGES = layout::STAGES, TILE_Q = WGMMA_TILE_Q(D, FP8);
     static constexpr int QUERIES = EXACT ? EXACT_QUERIES(D) : 1; /* tiles that have a Q */
+    static constexpr bool Q_BECOMES_O = EXACT && EXACT_O(D) == 0;
 
     char tensors[layout::BYTES];
     float k_scale[EXACT ? 1 : STAGES][EXACT ? 4 : WGMMA_TILE_K(D) / 4];
@@ -607,7 +612,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
             cuda::ptx::mbarrier_arrive(&m.q_full[0]);
     }
 
-    /* A third: Q of all tiles. */
+    /* A third: Q of all tiles, where o is stored by those that compute. */
     __device__ static void queries(const cuda_args &a, memory &m)
     {
         ring_place<WGMMA_TILES> slot;
@@ -619,7 +624,10 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
             if (!__any_sync(~0u, t.there))
                 return;
             wait(m.q_empty[0], parity ^ 1);
-            fetch_q(a, m, t);
+            if constexpr (!EXACT)
+                fetch_q(a, m, t);
+            else if (threadIdx.x % 32 == 0)
+                fetch_q16(a, m, t, 0);
             leave(m.tile_empty[slot.stage]);
         }
     }
@@ -641,12 +649,12 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
     }
 
     /*
-     * Exact: Q of all tiles, and their o: when a tile ends its o has the place of its Q, and leaves
-     * it before another Q comes, QUERIES tiles later. Until then the tile is there.
+     * Q of all tiles, and their o: when a tile ends its o has the place of its Q, and leaves it
+     * before another Q comes, that of the tile after the next. Until then the tile is there.
      */
     __device__ static void queries_and_o(const cuda_args &a, memory &m)
     {
-        static_assert(WGMMA_TILES > memory::QUERIES);
+        static_assert(WGMMA_TILES == memory::QUERIES + 1);
         const bool first_lane = threadIdx.x % 32 == 0;
         ring_place<WGMMA_TILES> slot, old;
         ring_place<memory::QUERIES> q;
@@ -668,11 +676,11 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
             if (first_lane)
                 fetch_q16(a, m, t, q.stage);
         }
-        if (old.stage != slot.stage) {
-            q.next(); /* the last tile's */
-            wait(m.q_empty[q.stage], q.parity ^ 1);
-            end_tile();
-        }
+        if (old.stage == slot.stage)
+            return;
+        q.next(); /* the last tile's */
+        wait(m.q_empty[q.stage], q.parity ^ 1);
+        end_tile();
         cuda::ptx::cp_async_bulk_wait_group(cuda::ptx::n32_t<0>());
     }
 
@@ -1177,6 +1185,8 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
                 bool first = true;
 #pragma unroll 1
                 for (;; begin_next()) {
+                    if constexpr (EXACT && !memory::Q_BECOMES_O)
+                        leave_warp(m.q_empty[q_place], key0 + KEYS >= end);
                     if (softmax_16(x, at.stage, key0, [&] { end_values_16(before.stage, !first); }))
                         r.rescale(decay);
                     first = false;
@@ -1295,39 +1305,72 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
         return uniform(static_cast<int>(end));
     }
 
+    /* Where 16 rows of o have 8 channels, swizzled. */
+    static __device__ char *o_place(char *rows, int row, int eight)
+    {
+        constexpr int UNIT = WGMMA_TILE_Q(D, FP8) * 128;
+
+        return rows + eight / 8 * UNIT + row * 128 + (eight % 8 ^ row % 8) * 16;
+    }
+
+    /* `n` tiles of 8 channels of o, from `first` on. */
+    template <int N> __device__ void put_o(char *rows, int first, const float (&up)[2]) const
+    {
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            uint32_t pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                pairs[i] = r.element_pair(&r.o[0][first + n + i / 2][i % 2 * 2], up[i % 2],
+                                          float2(), float2());
+            stmatrix(shared_address(o_place(rows, r.lane % 16, n + r.lane / 16)), pairs);
+        }
+    }
+
+    /* They leave, whole rows side by side, EACH times 16 bytes. */
+    template <int EACH> __device__ void store_o(char *rows, int first) const
+    {
+        const int eight = r.lane % EACH;
+
+        __syncwarp();
+        r.template store_rows<32 / EACH>(r.lane / EACH, 8 * (first + eight), [&](int row) {
+            return *reinterpret_cast<const uint4 *>(o_place(rows, row, eight));
+        });
+    }
+
     /*
      * Exact: o to the place of Q, when the products of all four warps have read that, and from
-     * there whole rows side by side: by its tensor map, if it has one, else here.
+     * there by its tensor map, if it has one, else here.
      */
-    __device__ void finish_exact(int q_place)
+    __device__ void finish_in_place(int q_place)
     {
-        constexpr int UNIT = WGMMA_TILE_Q(D, FP8) * 128, EACH = D / 8; /* of a row, 16 bytes each */
         char *const rows = m.tensors + layout::q(q_place) + r.first_row() * 128;
-        const auto place = [&](int row, int eight) {
-            return rows + eight / 8 * UNIT + row * 128 + (eight % 8 ^ row % 8) * 16;
-        };
         float up[2];
 
         r.weigh(0, up);
         barrier_wait(1 + group, 128);
-#pragma unroll
-        for (int n = 0; n < EACH; n += 2) {
-            uint32_t pairs[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                pairs[i] =
-                    r.element_pair(&r.o[0][n + i / 2][i % 2 * 2], up[i % 2], float2(), float2());
-            stmatrix(shared_address(place(r.lane % 16, n + r.lane / 16)), pairs);
-        }
-        if (!r.a.o_mapped) {
-            __syncwarp();
-            r.template store_rows<32 / EACH>(r.lane / EACH, 8 * (r.lane % EACH), [&](int row) {
-                return *reinterpret_cast<const uint4 *>(place(row, r.lane % EACH));
-            });
-        }
+        put_o<D / 8>(rows, 0, up);
+        if (!r.a.o_mapped)
+            store_o<D / 8>(rows, 0);
         r.finish_lse(0, up);
         async_fence();
         release(m.q_empty[q_place]);
+    }
+
+    /* Exact: 64 channels at a time, for the next Q has come meanwhile. */
+    __device__ void finish_exact() const
+    {
+        char *const rows = m.tensors + layout::O + r.first_row() * 128;
+        float up[2];
+
+        r.weigh(0, up);
+#pragma unroll
+        for (int n = 0; n < D / 8; n += 8) {
+            __syncwarp();
+            put_o<8>(rows, n, up);
+            store_o<8>(rows, n);
+        }
+        r.finish_lse(0, up);
     }
 
     /* Q to INT8, and what that tells. */
@@ -1366,9 +1409,13 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
         at.parity = uniform(at.parity);
         if (n > 0)
             steps(at, block * KEYS, end, uniform(q.stage));
+        else if (EXACT && !memory::Q_BECOMES_O)
+            release(m.q_empty[q.stage]);
         pass(at, all - n);
-        if constexpr (EXACT)
-            finish_exact(uniform(q.stage));
+        if constexpr (memory::Q_BECOMES_O)
+            finish_in_place(uniform(q.stage));
+        else if constexpr (EXACT)
+            finish_exact();
         else if (r.a.n_splits == 1 || gather())
             r.finish(m.v_means[slot]);
     }
@@ -1393,7 +1440,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D, FP8), 1)
         if constexpr (EXACT) {
             prefetch_map(args.q_map);
             prefetch_map(args.k_map);
-            if (args.o_mapped)
+            if (memory::Q_BECOMES_O && args.o_mapped)
                 prefetch_map(args.o_map);
         }
     }
@@ -1415,7 +1462,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D, FP8), 1)
         else if (warp == 1)
             fetch::keys_and_values(args, m);
         else if (warp == 2) {
-            if constexpr (EXACT)
+            if constexpr (memory::Q_BECOMES_O)
                 fetch::queries_and_o(args, m);
             else
                 fetch::queries(args, m);

@@ -150,12 +150,13 @@ enum {
  * d = 64 sequences so many keys as well.
  */
 #define EXACT_PAIRS(d) ((d) <= 64 ? 9216 : 5120)
-/* K and V, ones, Q twice if there is room; what belongs to Q's rows, barriers, places. */
+/* K and V, ones, Q twice, else once and a place for o; what belongs to Q's rows, barriers, places. */
 #define EXACT_STAGES(d) ((d) <= 64 ? 4 : 2)
 #define EXACT_QUERIES(d) ((d) <= 128 ? 2 : 1)
+#define EXACT_O(d) ((d) <= 128 ? 0 : 128) /* bytes of a row at a time; 0: o has Q's place */
 #define EXACT_SMEM(d)                                                                              \
     (WGMMA_ALIGN + WGMMA_TILE_K(d) * (EXACT_STAGES(d) * 4 * (d) + 128) +                           \
-     WGMMA_TILE_Q(d, 0) * (EXACT_QUERIES(d) * 2 * (d) + 8) + 1024)
+     WGMMA_TILE_Q(d, 0) * (EXACT_QUERIES(d) * 2 * (d) + EXACT_O(d) + 8) + 1024)
 
 /*
  * Few rows: warps, keys of a stage, stages of K or V in shared memory, and Q. About 64 KiB of
