@@ -9,6 +9,7 @@
 #include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
 
 extern "C" {
 #include "problem.h"
@@ -93,6 +94,11 @@ bool is_few(int index)
 bool is_exact(int index)
 {
     return index >= sage_kernel_first_exact();
+}
+
+bool is_fp8(int index)
+{
+    return !strcmp(sage_kernels[index].variant, "int8_fp8");
 }
 
 const struct cuda_kernel *kernel(int index)
@@ -364,7 +370,7 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
     a->d = static_cast<int>(attn->q.shape[3]);
     a->d_padded = sage_kernels[index].max_head_dim;
     a->bf16 = attn->q.dtype == SAGE_BF16;
-    a->fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8;
+    a->fp8 = is_fp8(index);
     a->smooth_k = attn->smooth_k;
     a->smooth_v = attn->smooth_v;
     a->rotate_qk = attn->rotate_qk && !is_few(index) && !is_exact(index);
@@ -589,7 +595,6 @@ struct maps {
 int choose(const struct sage_attn *attn, int sm, struct maps *maps)
 {
     const int few = find_few(attn);
-    const bool fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8;
 
     *maps = {};
     if (few >= 0)
@@ -600,7 +605,7 @@ int choose(const struct sage_attn *attn, int sm, struct maps *maps)
         map_rows(&attn->v, sage_kernels[exact].tile_k, &maps->v))
         return exact;
     if (is_wgmma(special) && kernel(special)->function &&
-        (fp8 || map_rows(&attn->v, sage_kernels[special].tile_k, &maps->v)))
+        (is_fp8(special) || map_rows(&attn->v, sage_kernels[special].tile_k, &maps->v)))
         return special;
     return find_kernel(attn, 0);
 }

@@ -60,7 +60,7 @@ static void worse(double *worst, double now, int64_t *where, int64_t k)
 static void note(struct row rows[N_ROWS][2], const struct problem *p, const struct distance *far,
                  int64_t k)
 {
-    const int variant = p->exact ? EXACT : p->attn.variant == SAGE_INT8_FP8;
+    const int variant = p->exact ? EXACT : p->fp8;
     struct row *r = &rows[variant][p->attn.q.dtype == SAGE_BF16];
 
     r->problems++;

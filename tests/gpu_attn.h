@@ -83,6 +83,7 @@ struct problem {
     bool overflows;  /* all scores are beyond fp32: all that see a key must be NaN */
     char repeat[96]; /* the command that runs it again */
     bool exact;      /* the GPU quantises nothing, as it says: double precision is the judge */
+    bool fp8;        /* P V is in e4m3, as it says, and by the judge, too */
     double flip;     /* nats: what one step of K's INT8 can move a score by */
     struct rng rng;  /* goes on with how it is cut */
 };
@@ -145,8 +146,8 @@ struct sage_attn gpu_attn(const struct problem *p);
 void gpu_download(struct gpu *gpu, struct problem *p);
 void gpu_release(struct gpu *gpu, struct problem *p);
 
-/* Nothing of it is quantised. */
-bool gpu_is_exact(const struct sage_attn *on_device);
+/* How is it computed? p->exact and p->fp8 are set. */
+void gpu_ask(struct problem *p, const struct sage_attn *on_device);
 
 /* How far GPU and CPU are apart: worst and mean head, worst element of o, worst lse. */
 struct distance {

@@ -256,8 +256,10 @@ static bool run_cut(struct gpu *gpu, const struct sage_attn *a, struct rng *rng,
 
 static void run_cpu(struct gpu *gpu, struct problem *p)
 {
-    const struct sage_attn a = attn_in_image(p, p->cpu);
+    struct sage_attn a = attn_in_image(p, p->cpu);
 
+    a.variant = p->fp8 ? SAGE_INT8_FP8 : SAGE_INT8_FP16;
+    a.smooth_v = a.smooth_v && p->fp8;
     memcpy(p->cpu, p->host, p->used);
     if (p->exact)
         return;
@@ -294,7 +296,7 @@ static struct bounds bounds_of(const struct problem *p)
     if (p->exact)
         return a->q.dtype == SAGE_F16 ? (struct bounds){6e-4, 1.2e-3, 1, 1}
                                       : (struct bounds){4e-3, 9e-3, 1, 1};
-    if (sage_attn_variant(a) == SAGE_INT8_FP8)
+    if (p->fp8)
         return (struct bounds){0.05, 0.05, 0.02, 0.2};
     if (a->q.dtype == SAGE_F16)
         return (struct bounds){1e-3, 2e-3, 0.02, 0.2};
@@ -522,7 +524,7 @@ static bool check_head(struct head *t)
 /* A few rows against double precision: to see that both are right. */
 static bool check64(struct head *t, int rows)
 {
-    const double loose = sage_attn_variant(&t->cpu) == SAGE_INT8_FP8 ? 0.1 : 0.05;
+    const double loose = t->p->fp8 ? 0.1 : 0.05;
     double r[SAGE_MAX_HEAD_DIM];
 
     for (int n = 0; n < rows && t->seq.nq; n++) {
@@ -625,11 +627,13 @@ static bool judge(struct problem *p, int rows64, struct distance *far, char *why
     return true;
 }
 
-bool gpu_is_exact(const struct sage_attn *on_device)
+void gpu_ask(struct problem *p, const struct sage_attn *on_device)
 {
     const int kernel = sage_cuda_kernel(on_device);
+    const char *variant = kernel < 0 ? "" : sage_kernels[kernel].variant;
 
-    return kernel >= 0 && !strcmp(sage_kernels[kernel].variant, "any");
+    p->exact = !strcmp(variant, "any");
+    p->fp8 = !strcmp(variant, "int8_fp8");
 }
 
 bool gpu_compare(struct gpu *gpu, struct problem *p, int rows64, struct distance *far, char *why,
@@ -645,7 +649,7 @@ bool gpu_judge(struct gpu *gpu, struct problem *p, int rows64, struct distance *
 {
     const struct sage_attn a = gpu_attn(p);
 
-    p->exact = gpu_is_exact(&a);
+    gpu_ask(p, &a);
     gpu_download(gpu, p);
     gpu_release(gpu, p);
     return gpu_compare(gpu, p, rows64, far, why, len);

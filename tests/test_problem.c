@@ -510,9 +510,11 @@ static void test_kernels(void **state)
             assert_true(sage_kernels[any].min_sm == (fp8 ? 89 : 80));
             assert_int_equal(sage_kernel_find(120, d, bf16, fp8, mask), any);
             assert_int_equal(sage_kernel_find(80, d, bf16, fp8, mask), fp8 ? -1 : any);
-            assert_string_equal(sage_kernels[hopper].variant, fp8 ? "int8_fp8" : "int8_fp16");
+            assert_string_equal(sage_kernels[hopper].variant,
+                                fp8 && (mask || d <= 128) ? "int8_fp8" : "int8_fp16");
+            assert_string_equal(sage_kernels[any].variant, fp8 ? "int8_fp8" : "int8_fp16");
             assert_string_equal(sage_kernels[hopper].dtype, bf16 ? "bf16" : "f16");
-            if (mask || (fp8 && d > 128)) {
+            if (mask) {
                 assert_int_equal(hopper, any);
             } else {
                 assert_int_equal(sage_kernels[hopper].max_sm, 90);
