@@ -4,6 +4,8 @@ and of sageattention, in transformers and diffusers, and over several ranks.
 
 PyTorch is that of this python, or else of the environment that `./quickstart python` makes.
 """
+import contextlib
+import functools
 import importlib.util
 import itertools
 import os
@@ -13,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 
 import sage
 from sage import raises
@@ -31,6 +34,7 @@ sys.path.insert(0, PACKAGE)
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import sageattnd
 import sageattnd.shim
@@ -211,6 +215,12 @@ def test_key_lengths():
     assert same(o, sageattn(q, k, v, key_lengths=[60, 100])) and not same(o, ours(q, k, v, mask))
     f = [t.float() for t in (q, k, v)]  # left to PyTorch, which reads the mask
     assert same(ours(*f, mask, key_lengths=[60, 100]), F.scaled_dot_product_attention(*f, mask))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a trace makes constant: nothing of the lengths
+        traced = torch.jit.trace(lambda q, k, v, n: sageattn(q, k, v, key_lengths=n),
+                                 (q, k, v, torch.tensor([60, 100])), check_trace=False)
+    other = torch.tensor([7, 90])
+    assert same(traced(q, k, v, other), sageattn(q, k, v, key_lengths=other))
     for words, case in ((("from 60 to 101", "between 0 and 100"), dict(key_lengths=[60, 101])),
                         (("from -1",), dict(key_lengths=torch.tensor([3, -1]))),
                         (("2 integers",), dict(key_lengths=[60])),
@@ -258,6 +268,12 @@ def test_gradient():
         with without:
             o = sageattn(q, k, v)
             assert not o.requires_grad and same(o, sageattn(q, k.detach(), v))
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(k.detach(), torch.ones_like(k))
+        with raises(RuntimeError, "k requires a gradient"):
+            sageattn(q, dual, v)
+        with raises(ValueError, "gradient"):
+            ours(q, dual, v, strict=True)
 
 
 # --- as an operator ---
@@ -397,7 +413,8 @@ def test_choice():
             mock.patch.object(_daemon, "_measure", lambda *_: measures.pop(0)), \
             mock.patch.object(_daemon.time, "monotonic", lambda: now[0]), \
             mock.patch.dict(_daemon._choices), mock.patch.dict(_client._connections, {7: there}), \
-            mock.patch.object(torch.cuda, "current_stream", lambda device: current), \
+            mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()), \
+            mock.patch.object(torch.cuda, "current_stream", lambda: current), \
             mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: capturing[0]):
         for wanted, later in ((None, 9), (None, 2), (there, 1e6), (there, 0)):
             assert _daemon.choose(problem, 7, "auto") is wanted, now
@@ -478,6 +495,7 @@ def test_fallbacks():
             ("number of dimensions", [t[:, None] for t in (q, k, v)], {}),
             ("attn_mask", (q, k, v), dict(attn_mask=torch.zeros(100, 100), is_causal=True)),
             ("scale", (q, k, v), dict(scale=-0.1)), ("scale", (q, k, v), dict(scale=1e-39)),
+            ("no heads", [t[:, :0] for t in (q, k, v)], {}),
             ("heads differ", (q, k[:, :1], v[:, :1]), {})):
         count = sageattnd.fallbacks().get(reason, 0)
         with Log() as lines:
@@ -517,6 +535,36 @@ def test_autocast():
             assert error(o, wanted.double()) < BOUNDS["auto"]
 
 
+class UpperLeft(torch.Tensor):
+    """A bias that is no tensor of numbers, as PyTorch's torch.nn.attention.bias.CausalBias."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), keys=None):
+        if function is not F.scaled_dot_product_attention:
+            raise NotImplementedError
+        return F.scaled_dot_product_attention(*args[:3], None, **{**keys, "is_causal": True})
+
+
+class Own(torch.Tensor):
+    """Without one: it is what comes out, too."""
+
+
+def test_torch_function():
+    """Who has a meaning of its own keeps it, by ours in a block, else by PyTorch's, which is said."""
+    q, k, v = inputs()
+    bias = UpperLeft(100, 100)
+    with sageattnd.sdpa(strict=True):
+        o = F.scaled_dot_product_attention(q, k, v, bias)
+        assert same(o, sageattn(q, k, v, is_causal=True))
+        own = F.scaled_dot_product_attention(q.as_subclass(Own), k, v)
+        assert type(own) is Own and same(own.as_subclass(torch.Tensor), sageattn(q, k, v))
+    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert same(ours(q, k, v, bias), wanted)
+    assert sageattnd.fallbacks()["__torch_function__ of UpperLeft"] == 1
+    with raises(ValueError, "__torch_function__ of UpperLeft"):
+        ours(q, k, v, bias, strict=True)
+
+
 def test_sdpa_context():
     q, k, v = inputs()
     before = F.scaled_dot_product_attention
@@ -529,6 +577,10 @@ def test_sdpa_context():
         f = [t.float() for t in (q, k, v)]
         assert same(F.scaled_dot_product_attention(*f), before(*f))
     assert F.scaled_dot_product_attention is before
+    with Log() as lines, sageattnd.sdpa():
+        F.scaled_dot_product_attention = other = functools.partial(before)
+    assert F.scaled_dot_product_attention is other and "replaced" in lines[0]
+    F.scaled_dot_product_attention = before
     try:
         with sageattnd.sdpa():
             raise KeyError

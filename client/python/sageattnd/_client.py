@@ -186,6 +186,7 @@ def gpu_uuid(device: int) -> str:
     error = (cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(number), device)
              or cuda.cuDeviceGetUuid(uuid, number))
     if error:
-        raise RuntimeError(f"CUDA driver error {error}: what is the UUID of device {device}?")
+        raise SageError(_native.EUNSUPPORTED,
+                        f"CUDA driver error {error}: what is the UUID of device {device}?")
     text = bytes(uuid).hex()
     return "GPU-" + "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))

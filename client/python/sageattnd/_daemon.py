@@ -126,11 +126,14 @@ def check_stream(device: int) -> None:
     """This process is about to compute with what is on the device's current stream: an earlier job
     there that a daemon had may have failed."""
     connection = _client.made(device)
-    if not connection or torch.cuda.is_current_stream_capturing():
+    if not connection:
         return
-    stream = torch.cuda.current_stream(device).cuda_stream
-    if stream in connection.streams:
-        connection.check_stream(stream)
+    with torch.cuda.device(device):  # a default stream is 0 on each device
+        if torch.cuda.is_current_stream_capturing():
+            return
+        stream = torch.cuda.current_stream().cuda_stream
+        if stream in connection.streams:
+            connection.check_stream(stream)
 
 
 def check_errors() -> None:

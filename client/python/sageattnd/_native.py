@@ -76,12 +76,14 @@ def pack(q, k, v, o, mask, lse, options: Options, q_offsets=0, k_offsets=0, n_se
 
 def _load(which: str) -> ctypes.CDLL:
     name, folder = SONAME[which], os.environ.get("SAGEATTND_LIBRARY_PATH")
-    if folder:
-        return ctypes.CDLL(os.path.join(folder, name))
     bundled = os.path.join(BUNDLED, name)
     try:
+        if folder:
+            return ctypes.CDLL(os.path.join(folder, name))
         return ctypes.CDLL(bundled if os.path.exists(bundled) else name)
     except OSError as error:
+        if folder:
+            raise ImportError(f"{error} (SAGEATTND_LIBRARY_PATH is {folder})") from None
         raise ImportError(f"{error}: not in {BUNDLED} (a wheel brings it), and the dynamic linker "
                           f"does not know it: run ldconfig, or set SAGEATTND_LIBRARY_PATH to its "
                           "directory") from None

@@ -51,18 +51,19 @@ def _autocast(device: str) -> Optional[torch.dtype]:
     return None  # before, it did not know it on the CPU
 
 
-def _old(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+def _older(device: torch.device, capability: tuple[int, int]) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < capability
 
 
-def _why_not(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Optional[str]:
+def _why_not(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+             variant) -> Optional[str]:
     """None, or why the kernels cannot do it (or PyTorch itself refuses it)."""
     tensors = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
     if any(t.is_nested for t in tensors):
         return "nested tensor"
     if dropout_p:
         return "dropout"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if any(map(_torch.has_gradient, tensors)):
         return "gradient"
     if q.device.type not in ("cuda", "cpu") or any(t.device != q.device for t in tensors):
         return f"device {q.device.type}"
@@ -72,6 +73,8 @@ def _why_not(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Opt
         return "number of dimensions"
     if q.shape[-1] == 0:
         return "head_dim 0"
+    if q.shape[-3] == 0:
+        return "no heads"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim above {MAX_HEAD_DIM}"
     if not q.shape[-1] == k.shape[-1] == v.shape[-1]:
@@ -86,8 +89,10 @@ def _why_not(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> Opt
         return "attn_mask"
     if scale is not None and not 1e-38 < scale < 3e38:
         return "scale"
-    if not _torch.compiling() and _old(q.device):
+    if not _torch.compiling() and _older(q.device, (8, 0)):
         return "compute capability below 8.0"
+    if not _torch.compiling() and variant == "int8_fp8" and _older(q.device, (8, 9)):
+        return "int8_fp8 and compute capability below 8.9"
     return None
 
 
@@ -98,6 +103,21 @@ def _fall_back(reason: str) -> None:
     if first:
         log.warning("scaled_dot_product_attention: left to PyTorch: %s (said once; "
                     "sageattnd.fallbacks() counts)", reason)
+
+
+def _as_they_say(tensors, dropout_p, is_causal, scale, enable_gqa, strict) -> Any:
+    """Some of the tensors say themselves what this function is for them, as biases of
+    torch.nn.attention do. They know it as F's, and may call that, which need not be ours."""
+    if F.scaled_dot_product_attention not in (scaled_dot_product_attention, *_blocks):
+        kinds = {type(t).__name__ for t in tensors if torch.overrides.has_torch_function((t,))}
+        reason = f"__torch_function__ of {', '.join(sorted(kinds))}"
+        if strict:
+            raise Unsupported(f"scaled_dot_product_attention: left to PyTorch: {reason}")
+        _fall_back(reason)
+    more = {"enable_gqa": True} if enable_gqa else {}
+    return torch.overrides.handle_torch_function(
+        F.scaled_dot_product_attention, tensors, *tensors, dropout_p=dropout_p,
+        is_causal=is_causal, scale=scale, **more)
 
 
 def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -121,6 +141,9 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
     256, GPUs before compute capability 8.0, other devices, tensors that broadcast. strict=True
     raises Unsupported instead.
     """
+    tensors = query, key, value, attn_mask
+    if not _torch.compiling() and torch.overrides.has_torch_function(tensors):
+        return _as_they_say(tensors, dropout_p, is_causal, scale, enable_gqa, strict)
     kind = _autocast(query.device.type) if query.device.type in ("cuda", "cpu") else None
     if kind is not None:
         query, key, value = (t if t.dtype == torch.float64 else t.to(kind)
@@ -128,7 +151,8 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
     if key_lengths is not None and attn_mask is None:
         raise ValueError("key_lengths: wants an attn_mask of the same meaning, for PyTorch's "
                          "function")
-    reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+                      variant)
     if reason is not None:
         if strict:
             raise Unsupported(f"scaled_dot_product_attention: the kernels cannot do it: {reason}")
@@ -163,7 +187,8 @@ def sdpa(strict: bool = False, variant: str = "auto", mode: Optional[str] = None
             image = pipeline(prompt)
 
     Arguments as in scaled_dot_product_attention(). Code that holds PyTorch's function under a
-    name of its own (from torch.nn.functional import ...) is not reached.
+    name of its own (from torch.nn.functional import ...) is not reached. Nor is what
+    torch.compile() has compiled before: compile and call it within one block.
     """
 
     def ours(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
@@ -182,5 +207,10 @@ def sdpa(strict: bool = False, variant: str = "auto", mode: Optional[str] = None
         yield
     finally:  # blocks of several threads may end in any order
         with _lock:
+            last = _blocks[-1]
             _blocks.remove(ours)
-            F.scaled_dot_product_attention = _blocks[-1] if _blocks else _before
+            if F.scaled_dot_product_attention is last:
+                F.scaled_dot_product_attention = _blocks[-1] if _blocks else _before
+            else:
+                log.warning("sdpa: F.scaled_dot_product_attention was replaced within the block, "
+                            "and stays so")

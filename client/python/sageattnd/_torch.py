@@ -6,6 +6,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from . import _client, _daemon, _native
 from ._native import Options, SageError
@@ -30,6 +31,15 @@ def _cast(q, k, v):
     return q.to(kind), k.to(kind), v.to(kind)
 
 
+def has_gradient(t) -> bool:
+    """Would PyTorch want one of what is computed from it?"""
+    if t.requires_grad and torch.is_grad_enabled():
+        return True
+    if compiling() or getattr(forward_ad, "_current_level", -1) < 0:
+        return False
+    return forward_ad.unpack_dual(t).tangent is not None
+
+
 def cut(key_lengths, b: int, nq: int, nk: int):
     """Offsets of two sequences for each batch, [2 B + 1]: one of all nq rows and key_lengths[b]
     keys, one of no rows and the other keys."""
@@ -39,7 +49,8 @@ def cut(key_lengths, b: int, nq: int, nk: int):
     if lengths.shape != (b,) or b and lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"key_lengths: {lengths.dtype} {tuple(lengths.shape)}: must be {b} "
                          "integers, one for each batch")
-    if not compiling() and type(lengths) is torch.Tensor and lengths.device.type == "cpu":
+    if not compiling() and not torch.jit.is_tracing() and type(lengths) is torch.Tensor \
+            and lengths.device.type == "cpu":
         return _cut_here(tuple(lengths.tolist()), nq, nk)
     return _cut(lengths, nq, nk)  # the library sees where they are out of range
 
@@ -87,7 +98,7 @@ def attention(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout: str, op
                             "others, a numpy.ndarray")
         if t.device != q.device:
             raise ValueError(f"{field}: on {t.device}, but q is on {q.device}")
-        if t.requires_grad and torch.is_grad_enabled():
+        if has_gradient(t):
             raise RuntimeError(f"{field} requires a gradient, and there is none: call this under "
                                "torch.no_grad() or torch.inference_mode(), or detach() it")
     if q.device.type not in ("cuda", "cpu", "meta"):

@@ -64,11 +64,13 @@ def _noting_lengths(make: Callable) -> Callable:
 
     def mask(*args: Any, **keys: Any) -> Any:
         tokens = keys.get("attention_mask")  # bool [B, Nk]: False where a sentence is filled up
-        if compiling() or keys.get("mask_function") is not bidirectional_mask_function:
-            return make(*args, **keys)
+        if compiling() or torch.jit.is_tracing() or type(tokens) is not torch.Tensor \
+                or tokens.is_cuda and torch.cuda.is_current_stream_capturing() \
+                or keys.get("mask_function") is not bidirectional_mask_function:
+            return make(*args, **keys)  # numbers are not to be looked at, or there are none
         with torch.inference_mode(False):  # so that the mask counts changes
             made = make(*args, **keys)
-            if made is not None and tokens is not None and len(made) <= MAX_SEQS // 2 \
+            if made is not None and len(made) <= MAX_SEQS // 2 \
                     and tokens.shape == (len(made), made.shape[-1]):
                 counts = tokens.sum(-1, keepdim=True)
                 places = torch.arange(made.shape[-1], device=counts.device)
