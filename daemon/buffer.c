@@ -288,8 +288,8 @@ static bool grow(struct mapping *m, unsigned n)
 }
 
 /*
- * How many descriptors the user has us keep, and how many it may: half of what others
- * leave. With none left the kernel would drop those of the next packets, whoever sends them.
+ * How many descriptors the user has us keep, and how many it may: half of what others leave. With
+ * none left the kernel would drop those of the next packets, whoever sends them.
  */
 static unsigned user_fds(const struct daemon *d, const struct user *user, unsigned *most)
 {

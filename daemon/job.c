@@ -291,8 +291,8 @@ bool job_submit(struct session *s, const struct msg_submit *msg, char *why)
 
     if (taken != TAKEN)
         return taken == DUPLICATE;
-    if (s->daemon->draining &&
-        is_streamed(s, msg)) /* nobody could try again: for the next daemon */
+    /* For the next daemon: nobody could try again. */
+    if (s->daemon->draining && is_streamed(s, msg))
         return true;
     int rc = check(s, msg, why);
     struct job *job = rc ? NULL : job_create(s, msg);
@@ -378,7 +378,7 @@ static void estimate(struct job *job, const struct backend *backend, double ns_p
     job->piece_est_ns += backend->ns_per_piece;
 }
 
-/* Its next piece goes on with a group whose K and V are in its slot. */
+/* Its next piece goes on with a group, whose K and V are in its slot while it keeps that. */
 static bool is_within_group(const struct job *job)
 {
     return job->row || job->head;
@@ -396,7 +396,7 @@ enum { BLOCK_ROWS = 128 }; /* whole blocks of the kernels */
  * blocks; where one block of all query heads is too long already, of some of the heads.
  */
 static void cut_group(struct job *job, const struct backend *backend, double quantum_ns,
-                      double ns_per_op)
+                      double ns_per_op, bool prepared)
 {
     struct sage_part *part = &job->piece.part;
     int64_t all = group_rows(job), left = all - job->row, gqa = sage_part_heads(&job->attn, part);
@@ -424,12 +424,12 @@ static void cut_group(struct job *job, const struct backend *backend, double qua
     part->n_rows = rows;
     part->head = job->head;
     part->n_heads = heads;
-    part->prepared = job->prepared;
+    part->prepared = prepared;
     estimate(job, backend, ns_per_op);
 }
 
 void job_next_piece(struct job *job, const struct backend *backend, double quantum_ns,
-                    size_t workspace, double ns_per_op)
+                    size_t workspace, double ns_per_op, bool prepared)
 {
     const struct session *s = job->session;
     struct sage_part *part = &job->piece.part;
@@ -446,7 +446,7 @@ void job_next_piece(struct job *job, const struct backend *backend, double quant
     }
     job->holds = is_within_group(job);
     if (part->n_groups == 1 && (job->holds || job->piece_est_ns > 1.5 * quantum_ns))
-        cut_group(job, backend, quantum_ns, ns_per_op);
+        cut_group(job, backend, quantum_ns, ns_per_op, prepared);
     job->piece.attn = &job->attn;
     job->piece.number = job->number;
     job->piece.lane = job_is_last_piece(job) && !job->dropped ? &s->page->lane[job->lane] : NULL;

@@ -32,7 +32,6 @@ struct job {
     bool prompt;   /* its client waits for the report */
     bool dropped;  /* its session is closing: no further piece, no word to anybody */
     bool by_event; /* its client wants to be told of an event behind it */
-    bool prepared; /* the slot that it keeps has its group's K and V */
     bool holds;    /* one of its groups is longer than a quantum: keeps its slot between pieces */
     struct watched *watched; /* the list of daemon.watch that it is in, or NULL */
     struct sage_attn attn;   /* data pointers into the buffers; offsets below */
@@ -89,9 +88,12 @@ bool job_waited(struct session *s, uint32_t event);
 /* A closing session waits for nothing more. */
 void job_put_events(struct session *s);
 
-/* Make up the next piece: about quantum_ns long, within the workspace. */
+/*
+ * Make up the next piece: about quantum_ns long, within the workspace. prepared: the job keeps a
+ * slot, which has its group's K and V.
+ */
 void job_next_piece(struct job *job, const struct backend *backend, double quantum_ns,
-                    size_t workspace, double ns_per_op);
+                    size_t workspace, double ns_per_op, bool prepared);
 /* Is job->piece the last one? */
 bool job_is_last_piece(const struct job *job);
 /* job->piece is done: move on. */

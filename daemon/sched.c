@@ -13,9 +13,9 @@
 
 enum {
     BRIEF_NS =
-        20 * 1000,   /* about half of what handing a piece to a thread and hearing of it costs */
-    HOLD_PIECES = 8, /* that others wait for who want to hold a slot, too */
+        20 * 1000, /* about half of what handing a piece to a thread and hearing of it costs */
     BRIEF_TURN_NS = 200 * 1000, /* of brief pieces computed by the loop in one turn */
+    HOLD_PIECES = 8,            /* that others wait for who want to hold a slot, too */
     MEASURED_NS = 500 * 1000,   /* shorter pieces are no measurement of ns_per_op */
     /* When to look for the end of a piece that is polled for: see look_in(). */
     LOOK_EARLY_NS = 100 * 1000,
@@ -119,11 +119,10 @@ static struct slot *held_slot(struct sched *sc, const struct job *job)
     return NULL;
 }
 
-static void let_go(struct sched *sc, struct job *job)
+static void let_go(struct sched *sc, const struct job *job)
 {
     struct slot *slot = held_slot(sc, job);
 
-    job->prepared = false;
     if (!slot)
         return;
     slot->holder = NULL;
@@ -323,7 +322,6 @@ static void start(struct daemon *d, struct slot *slot, struct job *job)
         slot->n_holding = 0;
         sc->n_held++;
     }
-    job->prepared = job->holds;
     slot->n_holding++;
     job->started = true;
     slot->jobs[(slot->first + slot->n++) % STREAM_DEPTH] = job;
@@ -408,7 +406,8 @@ static void make_piece(struct daemon *d, struct job *job, bool alone)
     struct sched *sc = &d->sched;
 
     if (!job->made)
-        job_next_piece(job, d->backend, quantum(sc, alone), sc->workspace, sc->ns_per_op);
+        job_next_piece(job, d->backend, quantum(sc, alone), sc->workspace, sc->ns_per_op,
+                       held_slot(sc, job) != NULL);
 }
 
 /* Of one that could start now. */

@@ -101,8 +101,9 @@ def sageattn(q: T, k: T, v: T, tensor_layout: str = "HND", is_causal: bool = Fal
       q             [B, Hq, Nq, D] ("HND") or [B, Nq, Hq, D] ("NHD"), torch.Tensor or numpy.ndarray
       k, v          [B, Hkv, Nk, D] or [B, Nk, Hkv, D]; Hq is a multiple of Hkv. Any strides; only
                     where the last dimension is not contiguous the tensor is copied.
-                    float16 or bfloat16; other than that, or where they differ, all are cast to
-                    bfloat16 if q is, else to float16 (float32 is, nothing else). D up to 256; one that is no multiple of 8 is padded by a copy.
+                    float16 or bfloat16. Where one is float32, or they differ, all are cast: to
+                    bfloat16 if q is that, else to float16. D up to 256; one that is no multiple
+                    of 8 is padded by a copy.
       is_causal     query i sees keys 0..i (with "bottom-right": 0..i + Nk - Nq)
       sm_scale      above 0; None: 1/sqrt(D). `scale` is another name for it.
       return_lse    also return log sum exp of each row's scores
