@@ -137,13 +137,8 @@ void discard(uid_t uid, const int *fds, unsigned n)
 
 void discard_socket(uid_t uid, int fd)
 {
-    char byte;
-
-    shutdown(fd, SHUT_RDWR); /* nothing more comes in behind the look, and the peer knows at once */
-    if (recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) >= 0) /* 0: the end, or an empty packet */
-        discard(uid, &fd, 1);
-    else
-        close(fd);
+    shutdown(fd, SHUT_RDWR); /* nothing more comes in, and the peer knows at once */
+    discard(uid, &fd, 1);
 }
 
 void discard_tick(void)

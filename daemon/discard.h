@@ -13,7 +13,7 @@
  * them they stay open.
  */
 void discard(uid_t uid, const int *fds, unsigned n);
-/* Close a user's socket: on a thread if packets, which may carry descriptors, may wait in it. */
+/* Close a user's socket, in which packets with descriptors may wait: no look tells for sure. */
 void discard_socket(uid_t uid, int fd);
 /* Once a tick: start a thread that could not be had when it was needed. */
 void discard_tick(void);
