@@ -495,7 +495,6 @@ def test_fallbacks():
             ("number of dimensions", [t[:, None] for t in (q, k, v)], {}),
             ("attn_mask", (q, k, v), dict(attn_mask=torch.zeros(100, 100), is_causal=True)),
             ("scale", (q, k, v), dict(scale=-0.1)), ("scale", (q, k, v), dict(scale=1e-39)),
-            ("no heads", [t[:, :0] for t in (q, k, v)], {}),
             ("heads differ", (q, k[:, :1], v[:, :1]), {})):
         count = sageattnd.fallbacks().get(reason, 0)
         with Log() as lines:
@@ -515,6 +514,8 @@ def test_fallbacks():
         assert len(lines) == (1 if count == 0 else 0) and all(reason in line for line in lines)
         with raises(ValueError, reason):
             ours(*tensors, strict=True, **case)
+    with raises(ValueError, "no heads"):  # PyTorch's own divides by them, in some versions
+        ours(*(t[:, :0] for t in (q, k, v)), strict=True)
 
 
 def test_fallback_gqa():
