@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 import sageattnd
+import sageattnd.integrations
 import sageattnd.shim
 from sageattnd import SageError, sageattn, sageattn_varlen
 from sageattnd import scaled_dot_product_attention as ours
@@ -274,6 +275,15 @@ def test_gradient():
             sageattn(q, dual, v)
         with raises(ValueError, "gradient"):
             ours(q, dual, v, strict=True)
+    if hasattr(torch, "func"):
+        m, x = torch.ones(10, 10).bool(), torch.randn(1, 2, 2, 10, 16)
+
+        def tangent(attention):
+            try:
+                return torch.func.jvp(torch.vmap(lambda t: attention(t, t, t, m)), (x,), (x,))[1]
+            except NotImplementedError as refusal:  # by newer versions
+                return torch.tensor(list(str(refusal).encode()))
+        assert torch.allclose(tangent(ours), tangent(F.scaled_dot_product_attention))
 
 
 # --- as an operator ---
@@ -514,8 +524,13 @@ def test_fallbacks():
         assert len(lines) == (1 if count == 0 else 0) and all(reason in line for line in lines)
         with raises(ValueError, reason):
             ours(*tensors, strict=True, **case)
-    with raises(ValueError, "no heads"):  # PyTorch's own divides by them, in some versions
-        ours(*(t[:, :0] for t in (q, k, v)), strict=True)
+
+
+def test_no_heads():
+    """PyTorch's own divides by them, in some versions."""
+    q, k, v = (t[:, :0] for t in inputs(nk=70))
+    assert ours(q, k, v, strict=True).shape == q.shape
+    assert ours(q[0], k[0], v[0], strict=True).shape == q[0].shape
 
 
 def test_fallback_gqa():
@@ -539,6 +554,8 @@ def test_autocast():
 class UpperLeft(torch.Tensor):
     """A bias that is no tensor of numbers, as PyTorch's torch.nn.attention.bias.CausalBias."""
 
+    __module__ = "torch.nn.attention.bias"
+
     @classmethod
     def __torch_function__(cls, function, types, args=(), keys=None):
         if function is not F.scaled_dot_product_attention:
@@ -546,12 +563,27 @@ class UpperLeft(torch.Tensor):
         return F.scaled_dot_product_attention(*args[:3], None, **{**keys, "is_causal": True})
 
 
+class Twice(torch.Tensor):
+    """Knows PyTorch's functions, as its nested tensors do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), keys=None):
+        with torch._C.DisableTorchFunctionSubclass() if hasattr(
+                torch._C, "DisableTorchFunctionSubclass") else torch._C.DisableTorchFunction():
+            o = function(*args, **(keys or {}))
+        return 2 * o if function is PYTORCH else o
+
+
 class Own(torch.Tensor):
     """Without one: it is what comes out, too."""
 
 
+PYTORCH = F.scaled_dot_product_attention
+
+
 def test_torch_function():
-    """Who has a meaning of its own keeps it, by ours in a block, else by PyTorch's, which is said."""
+    """Who has a meaning of its own keeps it, by PyTorch's function, which is said; a bias in a block
+    by ours."""
     q, k, v = inputs()
     bias = UpperLeft(100, 100)
     with sageattnd.sdpa(strict=True):
@@ -559,11 +591,42 @@ def test_torch_function():
         assert same(o, sageattn(q, k, v, is_causal=True))
         own = F.scaled_dot_product_attention(q.as_subclass(Own), k, v)
         assert type(own) is Own and same(own.as_subclass(torch.Tensor), sageattn(q, k, v))
-    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert same(ours(q, k, v, bias), wanted)
+        with raises(ValueError, "__torch_function__ of Twice"):
+            F.scaled_dot_product_attention(q.as_subclass(Twice), k, v)
+    own = ours(q.as_subclass(Own), k, v, rotate_qk=True)
+    assert same(own.as_subclass(torch.Tensor), sageattn(q, k, v, rotate_qk=True))
+    with raises(ValueError, "dtype float32"):
+        ours(q.float().as_subclass(Own), k.float(), v.float(), strict=True)
+    with sageattnd.sdpa():
+        assert same(F.scaled_dot_product_attention(q.as_subclass(Twice), k, v),
+                    2 * PYTORCH(q, k, v))
+    assert same(ours(q, k, v, bias), PYTORCH(q, k, v, is_causal=True))
     assert sageattnd.fallbacks()["__torch_function__ of UpperLeft"] == 1
     with raises(ValueError, "__torch_function__ of UpperLeft"):
         ours(q, k, v, bias, strict=True)
+
+
+def test_modes():
+    """A mode, as default devices are, says nothing of the tensors."""
+    q, k, v = inputs()
+    with torch.device("cpu"), sageattnd.sdpa(strict=True):
+        assert same(ours(q, k, v, strict=True, rotate_qk=True), sageattn(q, k, v, rotate_qk=True))
+        assert same(F.scaled_dot_product_attention(q, k, v), sageattn(q, k, v))
+        own = ours(q.as_subclass(Own), k, v, strict=True)
+        assert type(own) is Own and same(own.as_subclass(torch.Tensor), sageattn(q, k, v))
+
+
+def test_nested():
+    rows = [torch.randn(n, 32) for n in (5, 9)]
+    try:
+        x = torch.nested.nested_tensor(rows, layout=torch.jagged)
+        x = x.unflatten(-1, (2, 16)).transpose(1, 2)
+        wanted = PYTORCH(x, x, x)
+    except (RuntimeError, AttributeError, TypeError) as reason:
+        raise sage.Skip(f"not by this PyTorch: {reason}")
+    with sageattnd.sdpa():
+        o = F.scaled_dot_product_attention(x, x, x)
+    assert type(o) is type(wanted) and same(o.values(), wanted.values())
 
 
 def test_sdpa_context():
@@ -581,7 +644,27 @@ def test_sdpa_context():
     with Log() as lines, sageattnd.sdpa():
         F.scaled_dot_product_attention = other = functools.partial(before)
     assert F.scaled_dot_product_attention is other and "replaced" in lines[0]
+    with sageattnd.sdpa():
+        pass
+    assert F.scaled_dot_product_attention is other
     F.scaled_dot_product_attention = before
+    with sageattnd.sdpa(strict=True):
+        late = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = other
+        with sageattnd.sdpa():
+            pass
+        assert F.scaled_dot_product_attention is other
+    F.scaled_dot_product_attention = late  # by who found it there, too late
+    assert same(F.scaled_dot_product_attention(*f), before(*f))
+    F.scaled_dot_product_attention = before
+    first, second = sageattnd.sdpa(), sageattnd.sdpa(strict=True)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    with raises(ValueError, "dtype float32"):
+        F.scaled_dot_product_attention(*f)
+    second.__exit__(None, None, None)
+    assert F.scaled_dot_product_attention is before
     try:
         with sageattnd.sdpa():
             raise KeyError
@@ -777,6 +860,23 @@ def test_transformers_lengths():
             assert lengths == wanted, lengths
             rel = error(results["sageattnd"], results["sdpa"].double())
             assert function is changed or 0 < rel < 0.02, rel
+
+
+def test_noted_lengths():
+    """Of a mask, not of every one that comes after it in what is traced."""
+    mask, key = torch.ones(2, 1, 7, 9).bool(), torch.randn(2, 4, 9, 16)
+    mask.sageattnd_lengths = mask._version, torch.tensor([5, 9])
+    noted = []
+
+    def look(key):
+        noted.append(sageattnd.integrations._noted_lengths(mask, key))
+        return key + 1
+
+    look(key)
+    torch.jit.trace(look, key, check_trace=False)
+    mask[0] = False
+    look(key)
+    assert noted[0] is not None and noted[1:] == [None, None]
 
 
 DIFFUSERS = """

@@ -137,7 +137,7 @@ def sageattn(q: T, k: T, v: T, tensor_layout: str = "HND", is_causal: bool = Fal
 
     On CUDA the job takes its place in the current stream, as a kernel would; tensors may be freed
     as with any PyTorch operation. Any thread may call. There is no gradient: a tensor that
-    requires one is refused while gradients are recorded.
+    requires one is refused while gradients are recorded, and one that has a forward derivative.
 
     Raises ValueError or TypeError for an argument, SageError with the library's reason. In mode
     "daemon" an earlier job of the stream that failed is reported by the next call and by

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -19,8 +20,8 @@ pytorch = torch._C._nn.scaled_dot_product_attention  # F's, whoever has put anot
 
 _lock = threading.Lock()
 _fallbacks: dict[str, int] = {}
-_blocks: list = []  # of sdpa(), in the order in which they were entered
-_before = F.scaled_dot_product_attention  # what there was before the first of them
+_blocks: list[_Block] = []  # of sdpa(), in the order in which they were entered
+_own: Any = getattr(torch._C, "_disabled_torch_function_impl", None)  # of who has none of its own
 
 
 def _fork_child() -> None:
@@ -29,6 +30,15 @@ def _fork_child() -> None:
 
 
 os.register_at_fork(after_in_child=_fork_child)
+
+
+class _Block:
+    """Of sdpa(): its function, and what stood there before it."""
+
+    over = False
+
+    def __init__(self, before: Any) -> None:
+        self.before, self.ours = before, before
 
 
 class Unsupported(ValueError):
@@ -56,8 +66,10 @@ def _older(device: torch.device, capability: tuple[int, int]) -> bool:
 
 
 def _why_not(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-             variant) -> Optional[str]:
+             variant, kinds) -> Optional[str]:
     """None, or why the kernels cannot do it (or PyTorch itself refuses it)."""
+    if kinds:
+        return f"__torch_function__ of {', '.join(kind.__name__ for kind in kinds)}"
     tensors = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
     if any(t.is_nested for t in tensors):
         return "nested tensor"
@@ -73,8 +85,6 @@ def _why_not(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa,
         return "number of dimensions"
     if q.shape[-1] == 0:
         return "head_dim 0"
-    if q.shape[-3] == 0:
-        return "no heads"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim above {MAX_HEAD_DIM}"
     if not q.shape[-1] == k.shape[-1] == v.shape[-1]:
@@ -105,19 +115,26 @@ def _fall_back(reason: str) -> None:
                     "sageattnd.fallbacks() counts)", reason)
 
 
-def _as_they_say(tensors, dropout_p, is_causal, scale, enable_gqa, strict) -> Any:
-    """Some of the tensors say themselves what this function is for them, as biases of
-    torch.nn.attention do. They know it as F's, and may call that, which need not be ours."""
-    if F.scaled_dot_product_attention not in (scaled_dot_product_attention, *_blocks):
-        kinds = {type(t).__name__ for t in tensors if torch.overrides.has_torch_function((t,))}
-        reason = f"__torch_function__ of {', '.join(sorted(kinds))}"
-        if strict:
-            raise Unsupported(f"scaled_dot_product_attention: left to PyTorch: {reason}")
-        _fall_back(reason)
-    more = {"enable_gqa": True} if enable_gqa else {}
-    return torch.overrides.handle_torch_function(
-        F.scaled_dot_product_attention, tensors, *tensors, dropout_p=dropout_p,
-        is_causal=is_causal, scale=scale, **more)
+def _kinds(tensors) -> list[type]:
+    """Of those whose type says itself what a function of PyTorch's is for it."""
+    if _torch.compiling() or not torch.overrides.has_torch_function(tensors) \
+            or not torch._C._is_torch_function_enabled():
+        return []
+    kinds = {type(t) for t in tensors} - {torch.Tensor, type(None)}  # left: where a mode is on
+    return sorted((k for k in kinds if k.__torch_function__ is not _own), key=lambda k: k.__name__)
+
+
+def _is_plain(kind: type) -> bool:
+    """Says only that what comes out is of that type, too."""
+    return getattr(kind.__torch_function__, "__func__", None) \
+        is torch.Tensor.__torch_function__.__func__
+
+
+def _is_bias(kind: type) -> bool:
+    """Knows this function as F's, whatever that is, and calls it."""
+    return kind.__module__ == "torch.nn.attention.bias" and \
+        F.scaled_dot_product_attention in (scaled_dot_product_attention,
+                                           *(block.ours for block in _blocks))
 
 
 def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -138,13 +155,27 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
 
     What the kernels cannot do is left to PyTorch, with a warning for each reason, and counted:
     see fallbacks(). That is dropout, gradients, dtypes other than float16 and bfloat16, D above
-    256, GPUs before compute capability 8.0, other devices, tensors that broadcast. strict=True
-    raises Unsupported instead.
+    256, GPUs before compute capability 8.0 (int8_fp8: 8.9), other devices, tensors that broadcast,
+    tensors of a type with a __torch_function__ of its own. strict=True raises Unsupported instead.
+    (A bias of torch.nn.attention calls what stands in F for this function, without the arguments
+    that are only ours. Code that torch.compile() has compiled does not look for compute
+    capability 8.0 and 8.9, nor for types: there, calls that are not for the kernels raise.)
     """
     tensors = query, key, value, attn_mask
-    if not _torch.compiling() and torch.overrides.has_torch_function(tensors):
-        return _as_they_say(tensors, dropout_p, is_causal, scale, enable_gqa, strict)
-    kind = _autocast(query.device.type) if query.device.type in ("cuda", "cpu") else None
+    kinds = _kinds(tensors)
+    asks: Any = None
+    if any(map(_is_bias, kinds)):
+        asks = F.scaled_dot_product_attention
+    elif kinds and all(map(_is_plain, kinds)):
+        asks = functools.partial(scaled_dot_product_attention, strict=strict, variant=variant,
+                                 rotate_qk=rotate_qk, mode=mode, key_lengths=key_lengths)
+    if asks is not None:
+        more = {"enable_gqa": True} if enable_gqa else {}
+        return torch.overrides.handle_torch_function(
+            asks, tensors, *tensors, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **more)
+    kind = None
+    if not kinds and query.device.type in ("cuda", "cpu"):
+        kind = _autocast(query.device.type)
     if kind is not None:
         query, key, value = (t if t.dtype == torch.float64 else t.to(kind)
                              for t in (query, key, value))
@@ -152,7 +183,7 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
         raise ValueError("key_lengths: wants an attn_mask of the same meaning, for PyTorch's "
                          "function")
     reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                      variant)
+                      variant, kinds)
     if reason is not None:
         if strict:
             raise Unsupported(f"scaled_dot_product_attention: the kernels cannot do it: {reason}")
@@ -167,6 +198,8 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
             key, value = (t.repeat_interleave(query.shape[-3] // max(t.shape[-3], 1), -3)
                           for t in (key, value))
         return pytorch(query, key, value, attn_mask, dropout_p, is_causal, **more)
+    if query.shape[-3] == 0:  # PyTorch's own divides by the heads, in some versions
+        return torch.empty_like(query)
     from ._api import sageattn
     if key_lengths is not None and 2 * query.shape[0] <= _native.MAX_SEQS:
         return sageattn(query, key, value, "HND", is_causal, scale, rotate_qk=rotate_qk,
@@ -193,24 +226,30 @@ def sdpa(strict: bool = False, variant: str = "auto", mode: Optional[str] = None
 
     def ours(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
              enable_gqa=False) -> Any:
+        if block.over:  # who has put another one there has put this one back, too late
+            more = {} if scale is None else {"scale": scale}
+            if enable_gqa:
+                more["enable_gqa"] = True
+            return block.before(query, key, value, attn_mask, dropout_p, is_causal, **more)
         return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal,
                                             scale, enable_gqa, strict=strict,
                                             rotate_qk=rotate_qk, variant=variant, mode=mode)
 
-    global _before
     with _lock:
-        if not _blocks:
-            _before = F.scaled_dot_product_attention
-        _blocks.append(ours)
-        F.scaled_dot_product_attention = ours
+        block = _Block(F.scaled_dot_product_attention)
+        block.ours = F.scaled_dot_product_attention = ours
+        _blocks.append(block)
     try:
         yield
     finally:  # blocks of several threads may end in any order
         with _lock:
-            last = _blocks[-1]
-            _blocks.remove(ours)
-            if F.scaled_dot_product_attention is last:
-                F.scaled_dot_product_attention = _blocks[-1] if _blocks else _before
-            else:
+            _blocks.remove(block)
+            after = [other for other in _blocks if other.before is ours]
+            for other in after:
+                other.before = block.before
+            if F.scaled_dot_product_attention is ours:
+                F.scaled_dot_product_attention = block.before
+            elif not after:
                 log.warning("sdpa: F.scaled_dot_product_attention was replaced within the block, "
                             "and stays so")
+            block.over = True

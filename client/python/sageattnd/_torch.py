@@ -37,7 +37,10 @@ def has_gradient(t) -> bool:
         return True
     if compiling() or getattr(forward_ad, "_current_level", -1) < 0:
         return False
-    return forward_ad.unpack_dual(t).tangent is not None
+    try:
+        return forward_ad.unpack_dual(t).tangent is not None
+    except RuntimeError:  # of a batch of vmap(), in some versions: it may have one
+        return True
 
 
 def cut(key_lengths, b: int, nq: int, nk: int):
@@ -100,7 +103,8 @@ def attention(q, k, v, mask, q_offsets, k_offsets, max_q, max_k, layout: str, op
             raise ValueError(f"{field}: on {t.device}, but q is on {q.device}")
         if has_gradient(t):
             raise RuntimeError(f"{field} requires a gradient, and there is none: call this under "
-                               "torch.no_grad() or torch.inference_mode(), or detach() it")
+                               "torch.no_grad() or torch.inference_mode(), or detach() it (as "
+                               "one has to where it has a forward derivative)")
     if q.device.type not in ("cuda", "cpu", "meta"):
         raise TypeError(f"q: on {q.device}: must be on cuda or cpu")
     kind, width = q.dtype, q.shape[-1]

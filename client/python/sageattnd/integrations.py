@@ -84,10 +84,14 @@ def _noting_lengths(make: Callable) -> Callable:
 
 def _noted_lengths(mask: Any, key: Any) -> Any:
     """What was noted, on this very tensor, for these keys, unless it was written to since then."""
+    import torch
+
     from ._torch import compiling
 
-    if mask is None or compiling() or not hasattr(mask, "sageattnd_lengths"):
-        return None
+    if mask is None or compiling() or not hasattr(mask, "sageattnd_lengths") \
+            or torch.jit.is_tracing() \
+            or mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None  # they would be those of every mask that comes after it
     version, lengths = mask.sageattnd_lengths
     meant = mask._version == version and mask.shape[0] == key.shape[0] \
         and mask.shape[-1] == key.shape[-2]
