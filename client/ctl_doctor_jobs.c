@@ -180,7 +180,7 @@ static int run_jobs(struct work *work)
     for (int i = 0; i < JOBS && !rc; i++)
         rc = work->gpu.cu ? sage_attn_enqueue(work->client, &work->attn, work->stream)
                           : work_run(work, NULL);
-    return !rc && work->gpu.cu ? work_await(work) : rc;
+    return !rc && work->gpu.cu ? work_await(work, JOBS) : rc;
 }
 
 static int compare(const void *a, const void *b)

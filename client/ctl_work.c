@@ -193,7 +193,7 @@ int work_fetch(struct work *w)
         "copy");
 }
 
-enum { JOB_MS = 10000 };
+enum { JOB_S = 10 };
 
 /* Not sage_attn_run(): that waits as long as it takes. */
 int work_run(struct work *w, struct sage_times *times)
@@ -202,15 +202,16 @@ int work_run(struct work *w, struct sage_times *times)
     int rc = sage_attn_submit(w->lane, &w->attn, times ? SAGE_TIMES : 0, &job);
 
     if (!rc)
-        rc = sage_wait(job, JOB_MS);
+        rc = sage_wait(job, JOB_S * 1000);
     return rc || !times ? rc : sage_job_times(job, times);
 }
 
 /* Not cuStreamSynchronize(): likewise. It is looked all the time while a job may take so long. */
-int work_await(struct work *w)
+int work_await(struct work *w, int jobs)
 {
     const struct driver *cu = w->gpu.cu;
-    const int64_t start = clock_ns(), sleep_ns = 50 * 1000000;
+    const int64_t start = clock_ns(), sleep_ns = 50 * 1000000,
+                  most_ms = jobs * INT64_C(1000) * JOB_S;
     struct CUevent_st *event;
     int rc = driver_check(cu->cuEventCreate(&event, CU_EVENT_UNTIMED), "cuEventCreate");
 
@@ -218,15 +219,14 @@ int work_await(struct work *w)
         return rc;
     int result = cu->cuEventRecord(event, w->stream);
     while (!result && (result = cu->cuEventQuery(event)) == CU_NOT_READY &&
-           clock_ns() - start < JOB_MS * INT64_C(1000000)) {
+           clock_ns() - start < most_ms * 1000000) {
         if (clock_ns() - start > sleep_ns)
             nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
         result = 0;
     }
     cu->cuEventDestroy(event);
     if (result == CU_NOT_READY)
-        return error_set(SAGE_ETIMEDOUT, "the stream's jobs are not over after %d s",
-                         JOB_MS / 1000);
+        return error_set(SAGE_ETIMEDOUT, "the stream's jobs are not over after %d s", jobs * JOB_S);
     rc = driver_check(result, "stream");
     return rc ? rc : sage_stream_error(w->client, w->stream);
 }

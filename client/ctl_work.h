@@ -52,8 +52,8 @@ int work_fetch(struct work *work);
 
 /* Submit one job and wait for it, 10 s at most. times: NULL, or what the daemon measured. */
 int work_run(struct work *work, struct sage_times *times);
-/* Wait for the stream, 10 s at most, and hear what became of its jobs. */
-int work_await(struct work *work);
+/* Wait for so many jobs on the stream, 10 s for each at most, and hear what became of them. */
+int work_await(struct work *work, int jobs);
 
 /*
  * Judge the fetched results by some rows, spread evenly: the sum of |error| over that of |o|, and

@@ -160,9 +160,9 @@ static void set_registered(struct sage_client *c, uint32_t id)
 }
 
 /* It had no room for the buffer: it may have soon, as other clients come back to it as well. */
-static bool may_offer_again(const struct sage_client *c, int rc)
+static bool may_offer_again(const struct sage_client *c, int rc, int64_t end)
 {
-    if (!sage_retryable(rc) || c->stop || clock_ns() >= c->conn.limit)
+    if (!sage_retryable(rc) || c->stop || clock_ns() >= end)
         return false;
     poll(NULL, 0, BACKOFF_MIN_MS);
     return true;
@@ -170,10 +170,12 @@ static bool may_offer_again(const struct sage_client *c, int rc)
 
 /*
  * A buffer that this daemon refuses is left out, and so is one whose memory was freed meanwhile:
- * the jobs that name it will tell.
+ * the jobs that name it will tell. Half of the connection's time goes into offering such as it may
+ * take later, for all of them together: the others want the rest.
  */
 static int register_buffers(struct sage_client *c)
 {
+    const int64_t now = clock_ns(), end = now + (c->conn.limit - now) / 2;
     struct msg_registered reply;
     struct part part;
     uint32_t id = 0, first = 0;
@@ -190,7 +192,7 @@ static int register_buffers(struct sage_client *c)
             return rc;
         if (rc == 0 && !part.msg.more)
             set_registered(c, id);
-        if (may_offer_again(c, rc))
+        if (may_offer_again(c, rc, end))
             id--; /* from its first chunk on */
         first = rc == 0 && part.msg.more ? part.next : 0;
     }

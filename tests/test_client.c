@@ -626,6 +626,35 @@ static void outlives_a_daemon_whose_successor_is_busy(void **state)
     hands_jobs_to_the_next_daemon(SIGKILL, -SIGKILL, busy);
 }
 
+/* For good: the jobs that name what it refused are told so, in time, and others are computed. */
+static void outlives_a_daemon_whose_successor_refuses(void **state)
+{
+    static const char *const full[] = {"--backend=fault", "--fault=busy_map=1000000", NULL};
+    struct private_problem p[IN_FLIGHT];
+    struct sage_job jobs[IN_FLIGHT];
+    struct private_daemon d;
+    (void)state;
+
+    private_init(&d);
+    private_start(&d, slow);
+    struct sage_client *client = private_connect(&d, 4000);
+    fill(client, p, jobs);
+    assert_int_equal(private_stop(&d, SIGKILL), -SIGKILL);
+    private_start(&d, full);
+    for (int i = 0; i < IN_FLIGHT; i++) {
+        int rc = sage_wait(jobs[i], 4000);
+        if (rc != 0) /* not one that was done before */
+            assert_int_equal(rc, SAGE_EBUFFER);
+        else
+            assert_computed(&p[i]);
+    }
+    assert_int_equal(sage_attn_run(client, &p[0].attn, NULL), SAGE_EBUFFER);
+    assert_int_equal(private_stop(&d, SIGTERM), 0);
+    finish_problems(p);
+    sage_disconnect(client);
+    private_finish(&d);
+}
+
 static void outlives_a_drained_daemon(void **state)
 {
     (void)state;
@@ -1253,6 +1282,7 @@ int main(void)
         cmocka_unit_test(explains_that_there_is_none),
         cmocka_unit_test(outlives_a_killed_daemon),
         cmocka_unit_test(outlives_a_daemon_whose_successor_is_busy),
+        cmocka_unit_test(outlives_a_daemon_whose_successor_refuses),
         cmocka_unit_test(outlives_a_drained_daemon),
         cmocka_unit_test(outlives_a_lost_device),
         cmocka_unit_test(keeps_held_jobs_for_the_next_daemon),
