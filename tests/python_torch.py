@@ -582,8 +582,8 @@ PYTORCH = F.scaled_dot_product_attention
 
 
 def test_torch_function():
-    """Who has a meaning of its own keeps it, by PyTorch's function, which is said; a bias in a block
-    by ours."""
+    """Who has a meaning of its own keeps it, by PyTorch's function, which is said; a bias in a
+    block by ours."""
     q, k, v = inputs()
     bias = UpperLeft(100, 100)
     with sageattnd.sdpa(strict=True):
