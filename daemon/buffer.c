@@ -287,34 +287,50 @@ static bool grow(struct mapping *m, unsigned n)
     return sizes;
 }
 
-/*
- * How many descriptors the user has us keep, and how many it may: half of what others leave. With
- * none left the kernel would drop those of the next packets, whoever sends them.
- */
-static unsigned user_fds(const struct daemon *d, const struct user *user, unsigned *most)
+/* Descriptors that a user has us keep, and how many of them only wait to be closed; others. */
+struct kept {
+    unsigned own, waiting, others;
+    rlim_t limit; /* of all that the daemon has open */
+};
+
+/* false: none of this user. */
+static bool kept_fds(const struct daemon *d, const struct user *user, struct kept *k)
 {
     const struct user *u;
     struct rlimit limit;
-    unsigned others, n = user->n_fds + discard_waiting(user->uid, &others);
 
-    *most = USER_FDS_MAX;
-    if (n == 0 || getrlimit(RLIMIT_NOFILE, &limit) < 0) /* mostly 0: no system call then */
-        return n;
+    k->waiting = discard_waiting(user->uid, &k->others);
+    k->own = user->n_fds + k->waiting;
+    if (k->own == 0) /* mostly, and no system call then */
+        return false;
     TAILQ_FOREACH(u, &d->users, link)
         if (u != user)
-            others += u->n_fds;
-    rlim_t left = limit.rlim_cur > others ? limit.rlim_cur - others : 0;
-    if (left / 2 < USER_FDS_MAX)
-        *most = (unsigned)(left / 2);
-    return n;
+            k->others += u->n_fds;
+    k->limit = getrlimit(RLIMIT_NOFILE, &limit) == 0 ? limit.rlim_cur : RLIM_INFINITY;
+    return true;
 }
 
-/* Those of refused packets are open until they are closed: a quarter more is for them. */
+/* Of so many one user may have half. */
+static unsigned half_of(rlim_t n)
+{
+    return n / 2 < USER_FDS_MAX ? (unsigned)(n / 2) : USER_FDS_MAX;
+}
+
+/*
+ * Those of refused packets are open until they are closed: a quarter more than a user may have is
+ * for them. Where all users together have three quarters of what there is, a user may not have many
+ * that only wait: with none left the kernel would drop those of the next packets, whoever sends
+ * them.
+ */
 bool buffer_user_is_over(const struct daemon *d, const struct user *user)
 {
-    unsigned most, n = user_fds(d, user, &most);
+    struct kept k;
 
-    return n > most / 4 * 5;
+    if (!kept_fds(d, user, &k))
+        return false;
+    unsigned most = half_of(k.limit);
+    bool scarce = k.own + k.others > k.limit / 4 * 3;
+    return k.own > most + most / 4 || (scarce && k.waiting > k.limit / 32);
 }
 
 /* What the packet brings; the descriptors are the buffer's where this says 0. */
@@ -329,12 +345,15 @@ static int add_chunks(struct buffer *b, const struct msg_register *msg, const in
         snprintf(why, PROTO_TEXT_MAX, "chunks: more than %d in buffer %u", CHUNKS_MAX, b->id);
         return SAGE_EQUOTA;
     }
-    unsigned most, kept = user_fds(b->session->daemon, user, &most);
-    if (kept + n_fds > most) {
-        snprintf(why, PROTO_TEXT_MAX,
-                 "descriptor: %u of this user wait to be mapped or closed, the limit is %u", kept,
-                 most);
-        return SAGE_EBUSY;
+    struct kept k;
+    if (kept_fds(b->session->daemon, user, &k)) {
+        unsigned most = half_of(k.limit > k.others ? k.limit - k.others : 0);
+        if (k.own + n_fds > most) {
+            snprintf(why, PROTO_TEXT_MAX,
+                     "descriptor: %u of this user wait to be mapped or closed, the limit is %u",
+                     k.own, most);
+            return SAGE_EBUSY;
+        }
     }
     for (unsigned i = 0; i < msg->n_chunks; i++)
         if (msg->chunks[i] == 0 || __builtin_add_overflow(size, msg->chunks[i], &size)) {

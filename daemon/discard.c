@@ -1,14 +1,17 @@
 /*
- * discard.c - closing descriptors that clients sent: a queue for each user, a few threads for all.
+ * discard.c - closing descriptors that clients sent: a queue for each user, a few threads for all;
+ * and sockets in which such may wait, by one more.
  */
 #include "daemon/discard.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/queue.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "daemon/log.h"
@@ -16,12 +19,22 @@
 enum {
     CLOSERS = 4,    /* threads, at most */
     LIST_STEP = 64, /* descriptors by which a list grows */
+    CLOSE_MS = 10,  /* that a socket's close() may take */
+};
+
+#ifndef sigev_notify_thread_id
+#define sigev_notify_thread_id _sigev_un._tid
+#endif
+
+struct list {
+    unsigned n, room;
+    int *fds;
 };
 
 struct owner {
     uid_t uid;
-    unsigned n, room, closing; /* in `fds`, and room there; being closed by threads now */
-    int *fds;
+    unsigned closing; /* by threads now */
+    struct list list;
     TAILQ_ENTRY(owner) link;
 };
 
@@ -29,6 +42,9 @@ struct owner {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static TAILQ_HEAD(, owner) owners = TAILQ_HEAD_INITIALIZER(owners); /* longest not served first */
 static unsigned n_closers, n_closing, n_waiting; /* the last: not closed yet, of all owners */
+static struct list sockets;
+static unsigned n_sockets;  /* not closed yet */
+static bool closes_sockets; /* a thread does */
 
 static struct owner *find(uid_t uid)
 {
@@ -46,7 +62,7 @@ static struct owner *next(void)
     struct owner *o;
 
     TAILQ_FOREACH(o, &owners, link)
-        if (o->n && o->closing < CLOSERS - n_closing)
+        if (o->list.n && o->closing < CLOSERS - n_closing)
             break;
     return o;
 }
@@ -57,7 +73,7 @@ static void *close_them(void *arg)
 
     pthread_mutex_lock(&lock);
     while ((o = next())) {
-        int fd = o->fds[--o->n];
+        int fd = o->list.fds[--o->list.n];
         TAILQ_REMOVE(&owners, o, link);
         TAILQ_INSERT_TAIL(&owners, o, link);
         o->closing++;
@@ -67,10 +83,10 @@ static void *close_them(void *arg)
         pthread_mutex_lock(&lock);
         n_closing--;
         n_waiting--;
-        if (--o->closing || o->n)
+        if (--o->closing || o->list.n)
             continue;
         TAILQ_REMOVE(&owners, o, link);
-        free(o->fds);
+        free(o->list.fds);
         free(o);
     }
     n_closers--;
@@ -78,27 +94,97 @@ static void *close_them(void *arg)
     return arg;
 }
 
-/* One more thread, if it has something to do. Under the lock. */
-static void start_closer(void)
+static void nothing(int signal)
+{
+    (void)signal;
+}
+
+/* Interrupt, from now on and again and again, what this thread waits for in a call. */
+static bool start_interrupts(timer_t *timer)
+{
+    struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGRTMIN};
+    const struct timespec each = {.tv_nsec = CLOSE_MS * 1000000};
+    const struct sigaction action = {.sa_handler = nothing};
+    sigset_t set;
+
+    event.sigev_notify_thread_id = gettid();
+    sigaction(SIGRTMIN, &action, NULL);
+    sigemptyset(&set);
+    sigaddset(&set, SIGRTMIN);
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    return timer_create(CLOCK_MONOTONIC, &event, timer) == 0 &&
+           timer_settime(*timer, 0, &(struct itimerspec){each, each}, NULL) == 0;
+}
+
+/*
+ * What waits in a socket is not closed as a descriptor of ours is: no owner of a file is asked, and
+ * those that linger let themselves be interrupted. So none keeps the others waiting for long.
+ */
+static void *close_sockets(void *arg)
+{
+    timer_t timer;
+    bool timed = start_interrupts(&timer);
+
+    if (!timed)
+        log_error("discard", "timer=\"%s\"", strerror(errno));
+    pthread_mutex_lock(&lock);
+    while (sockets.n) {
+        int fd = sockets.fds[--sockets.n];
+        pthread_mutex_unlock(&lock);
+        close(fd);
+        pthread_mutex_lock(&lock);
+        n_sockets--;
+    }
+    closes_sockets = false;
+    pthread_mutex_unlock(&lock);
+    if (timed)
+        timer_delete(timer);
+    return arg;
+}
+
+/* Under the lock. */
+static bool start(void *(*run)(void *))
 {
     pthread_attr_t attr;
     pthread_t thread;
     sigset_t all, old;
 
-    if (n_closers == CLOSERS || !next())
-        return;
     pthread_attr_init(&attr);
     pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
-    if (pthread_create(&thread, &attr, close_them, NULL) == 0)
-        n_closers++;
+    int rc = pthread_create(&thread, &attr, run, NULL);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     pthread_attr_destroy(&attr);
+    return rc == 0;
+}
+
+/* One more thread of each kind, if it has something to do. Under the lock. */
+static void start_closers(void)
+{
+    if (n_closers < CLOSERS && next() && start(close_them))
+        n_closers++;
+    if (sockets.n && !closes_sockets)
+        closes_sockets = start(close_sockets);
+}
+
+static bool append(struct list *list, const int *fds, unsigned n)
+{
+    if (list->room - list->n < n) {
+        unsigned room = list->n + n + LIST_STEP;
+        int *more = realloc(list->fds, room * sizeof(list->fds[0]));
+        if (!more)
+            return false;
+        list->fds = more;
+        list->room = room;
+    }
+    memcpy(list->fds + list->n, fds, n * sizeof(fds[0]));
+    list->n += n;
+    return true;
 }
 
 /* Under the lock. */
-static bool append(uid_t uid, const int *fds, unsigned n)
+static bool append_of(uid_t uid, const int *fds, unsigned n)
 {
     struct owner *o = find(uid);
 
@@ -109,16 +195,8 @@ static bool append(uid_t uid, const int *fds, unsigned n)
         o->uid = uid;
         TAILQ_INSERT_TAIL(&owners, o, link);
     }
-    if (o->room - o->n < n) {
-        unsigned room = o->n + n + LIST_STEP;
-        int *more = realloc(o->fds, room * sizeof(o->fds[0]));
-        if (!more)
-            return false;
-        o->fds = more;
-        o->room = room;
-    }
-    memcpy(o->fds + o->n, fds, n * sizeof(fds[0]));
-    o->n += n;
+    if (!append(&o->list, fds, n))
+        return false;
     n_waiting += n;
     return true;
 }
@@ -128,23 +206,52 @@ void discard(uid_t uid, const int *fds, unsigned n)
     if (n == 0)
         return;
     pthread_mutex_lock(&lock);
-    bool kept = append(uid, fds, n);
-    start_closer();
+    bool kept = append_of(uid, fds, n);
+    start_closers();
     pthread_mutex_unlock(&lock);
     if (!kept)
         log_error("discard", "uid=%u left_open=%u reason=\"out of memory\"", (unsigned)uid, n);
 }
 
-void discard_socket(uid_t uid, int fd)
+/*
+ * Nothing waits in it, not even a packet without bytes, which looks like the end: with each packet
+ * come credentials, for which there is no room here. The first look may only tell of a reset.
+ */
+static bool is_empty(int fd)
+{
+    const int on = 1;
+    struct msghdr msg;
+    ssize_t n;
+
+    if (setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &on, sizeof(on)) < 0)
+        return false;
+    do {
+        msg = (struct msghdr){0};
+        n = recvmsg(fd, &msg, MSG_PEEK | MSG_DONTWAIT);
+    } while (n < 0 && (errno == ECONNRESET || errno == EINTR));
+    return n == 0 && !(msg.msg_flags & MSG_CTRUNC);
+}
+
+void discard_socket(int fd)
 {
     shutdown(fd, SHUT_RDWR); /* nothing more comes in, and the peer knows at once */
-    discard(uid, &fd, 1);
+    if (is_empty(fd)) {
+        close(fd);
+        return;
+    }
+    pthread_mutex_lock(&lock);
+    bool kept = append(&sockets, &fd, 1);
+    n_sockets += kept;
+    start_closers();
+    pthread_mutex_unlock(&lock);
+    if (!kept)
+        log_error("discard", "left_open=1 reason=\"out of memory\"");
 }
 
 void discard_tick(void)
 {
     pthread_mutex_lock(&lock);
-    start_closer();
+    start_closers();
     pthread_mutex_unlock(&lock);
 }
 
@@ -152,8 +259,16 @@ unsigned discard_waiting(uid_t uid, unsigned *others)
 {
     pthread_mutex_lock(&lock);
     const struct owner *o = find(uid);
-    unsigned n = o ? o->n + o->closing : 0;
+    unsigned n = o ? o->list.n + o->closing : 0;
     *others = n_waiting - n;
+    pthread_mutex_unlock(&lock);
+    return n;
+}
+
+unsigned discard_sockets(void)
+{
+    pthread_mutex_lock(&lock);
+    unsigned n = n_sockets;
     pthread_mutex_unlock(&lock);
     return n;
 }

@@ -13,11 +13,13 @@
  * them they stay open.
  */
 void discard(uid_t uid, const int *fds, unsigned n);
-/* Close a user's socket, in which packets with descriptors may wait: no look tells for sure. */
-void discard_socket(uid_t uid, int fd);
+/* Close a client's socket: by another thread where packets wait in it, for they may have some. */
+void discard_socket(int fd);
 /* Once a tick: start a thread that could not be had when it was needed. */
 void discard_tick(void);
 /* How many descriptors of the user wait to be closed, or for their close() to return; of others. */
 unsigned discard_waiting(uid_t uid, unsigned *others);
+/* How many sockets wait. */
+unsigned discard_sockets(void);
 
 #endif

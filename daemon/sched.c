@@ -15,7 +15,7 @@ enum {
     BRIEF_NS =
         20 * 1000, /* about half of what handing a piece to a thread and hearing of it costs */
     BRIEF_TURN_NS = 200 * 1000, /* of brief pieces computed by the loop in one turn */
-    HOLD_PIECES = 8,            /* that others wait for who want to hold a slot, too */
+    HOLD_PIECES = 8,            /* that a slot is held for, whoever else wants to hold one */
     MEASURED_NS = 500 * 1000,   /* shorter pieces are no measurement of ns_per_op */
     /* When to look for the end of a piece that is polled for: see look_in(). */
     LOOK_EARLY_NS = 100 * 1000,
@@ -163,12 +163,14 @@ static bool may_hold(const struct sched *sc)
 }
 
 /*
- * Does somebody wait for the holder's slot who has waited long enough? Then K and V are prepared
- * once more; a group may take hours.
+ * Has the job, which is between two pieces, held the slot for long enough, and does somebody else
+ * want to hold one (or, of a single slot, anything)? Then K and V are prepared once more; a group
+ * may take hours.
  */
-static bool should_let_go(const struct sched *sc, const struct slot *slot)
+static bool should_let_go(const struct sched *sc, const struct slot *slot, const struct job *job)
 {
-    bool wanted = sc->n_slots > 1 ? sc->hold_wanted : sc->n_active > 0;
+    const unsigned own = job->session->active; /* by its other jobs */
+    bool wanted = sc->n_slots > 1 ? sc->hold_wanted : sc->n_active > own;
 
     return wanted && slot->n_holding >= HOLD_PIECES;
 }
@@ -275,7 +277,7 @@ static void piece_done(struct daemon *d, struct slot *slot)
     if (!last) {
         job_advance(job);
         if ((job->row == 0 && job->head == 0) || /* the next group needs nothing of this one */
-            should_let_go(sc, slot))
+            should_let_go(sc, slot, job))
             let_go(sc, job);
         sched_ready(job);
         return;

@@ -16,9 +16,14 @@
 #include <unistd.h>
 
 #include "config.h"
+#include "daemon/discard.h"
 #include "daemon/log.h"
 
-enum { BACKLOG = 128, ACCEPTS_PER_TURN = 16 };
+enum {
+    BACKLOG = 128,
+    ACCEPTS_PER_TURN = 16,
+    SOCKETS_MAX = 64, /* that wait to be closed, before others are accepted */
+};
 
 /* --- the socket --- */
 
@@ -115,11 +120,24 @@ static int activated_socket(char *why)
     return SD_LISTEN_FDS_START;
 }
 
+/* Until the next tick: do not spin. */
+static void pause_accepting(struct server *server)
+{
+    uv_poll_stop(&server->poll);
+    server->paused = true;
+}
+
 static void on_connection(uv_poll_t *poll, int status, int events)
 {
     struct server *server = poll->data;
     (void)status, (void)events;
 
+    if (discard_sockets() > SOCKETS_MAX) {
+        if (daemon_may_complain(server->daemon))
+            log_warning("accept", "reason=\"sockets wait to be closed\" n=%u", discard_sockets());
+        pause_accepting(server);
+        return;
+    }
     for (int i = 0; i < ACCEPTS_PER_TURN; i++) {
         int fd = accept4(server->fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
         if (fd >= 0) {
@@ -128,10 +146,9 @@ static void on_connection(uv_poll_t *poll, int status, int events)
         }
         if (errno == EINTR || errno == ECONNABORTED)
             continue;
-        if (errno != EAGAIN) { /* out of descriptors: do not spin */
+        if (errno != EAGAIN) { /* out of descriptors, say */
             log_error("accept", "error=\"%s\"", strerror(errno));
-            uv_poll_stop(&server->poll);
-            server->paused = true;
+            pause_accepting(server);
         }
         return;
     }

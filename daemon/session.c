@@ -95,7 +95,7 @@ static bool watch_pid(struct session *s)
 }
 
 /* A connection that cannot be served is told so before it is closed. */
-static struct session *reject(struct daemon *d, uid_t uid, int fd, int status, const char *text)
+static struct session *reject(struct daemon *d, int fd, int status, const char *text)
 {
     struct msg_error msg = {.status = (uint32_t)-status};
 
@@ -105,7 +105,7 @@ static struct session *reject(struct daemon *d, uid_t uid, int fd, int status, c
         log_debug("reject_unsent", "reason=\"%s\"", text);
     if (daemon_may_complain(d))
         log_warning("rejected", "reason=\"%s\"", text);
-    discard_socket(uid, fd);
+    discard_socket(fd);
     return NULL;
 }
 
@@ -115,14 +115,14 @@ struct session *session_create(struct daemon *d, int fd)
     socklen_t len = sizeof(cred);
 
     if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len) < 0)
-        return reject(d, cred.uid, fd, SAGE_EPERM, "no peer credentials");
+        return reject(d, fd, SAGE_EPERM, "no peer credentials");
     if (d->n_sessions >= d->config.max_clients)
-        return reject(d, cred.uid, fd, SAGE_EQUOTA, "too many connections (max_clients)");
+        return reject(d, fd, SAGE_EQUOTA, "too many connections (max_clients)");
     struct session *s = calloc(1, sizeof(*s));
     struct user *user = s ? user_get(d, cred.uid) : NULL;
     if (!user) {
         free(s);
-        return reject(d, cred.uid, fd, SAGE_ENOMEM, "out of memory");
+        return reject(d, fd, SAGE_ENOMEM, "out of memory");
     }
     const char *over = NULL;
     if (user->sessions > d->config.user_clients)
@@ -132,8 +132,8 @@ struct session *session_create(struct daemon *d, int fd)
     if (over || uv_poll_init(&d->loop, &s->poll, fd) < 0) {
         user_put(d, user);
         free(s);
-        return over ? reject(d, cred.uid, fd, SAGE_EQUOTA, over)
-                    : reject(d, cred.uid, fd, SAGE_ENOMEM, "out of memory or descriptors");
+        return over ? reject(d, fd, SAGE_EQUOTA, over)
+                    : reject(d, fd, SAGE_ENOMEM, "out of memory or descriptors");
     }
     s->daemon = d;
     s->id = d->next_session++;
@@ -267,7 +267,7 @@ static void on_closed(uv_handle_t *handle)
     struct session *s = handle->data;
 
     if (handle == (uv_handle_t *)&s->poll)
-        discard_socket(s->user->uid, s->fd);
+        discard_socket(s->fd);
     else
         close(s->pidfd);
     s->handles--;
@@ -296,7 +296,7 @@ void session_close(struct session *s, const char *reason)
 
     if (s->closing)
         return;
-    if (daemon_may_tell_visit(d))
+    if (!s->welcome || daemon_may_tell_visit(d))
         log_event(s->welcome ? 6 : 7, "disconnected",
                   "client=%llu pid=%d name=\"%s\" done=%llu reason=\"%s\"",
                   (unsigned long long)s->id, (int)s->pid, s->name, (unsigned long long)s->done,

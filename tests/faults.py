@@ -567,16 +567,20 @@ def test_slow_close():
             daemon.process.send_signal(signal.SIGCONT)
             client.close()
             prompt()
-            sage.until(lambda: threads(daemon) > before, "a close() that takes long")
-            prompt()
 
-        for packets in ([(b"more than there is room for", 200)], [(b"x", 0)] * 7 + [(b"", 1)]):
-            client = daemon.client(page=False)
-            unheard(packets)
+        client = daemon.client(page=False)
+        unheard([(b"more than there is room for", 200)])
+        sage.until(lambda: threads(daemon) > before, "a close() that takes long")
+        prompt()
         for peer in peers:
             peer.close()
         peers.clear()
         sage.until(lambda: threads(daemon) <= before, "these to be closed")
+        idle = daemon.fds()
+        for _ in range(3):  # what it has not received does not take long
+            client = daemon.client(page=False)
+            unheard([(b"x", 0)] * 8 + [(b"", 1)])
+        sage.until(lambda: daemon.fds() <= idle and threads(daemon) <= before, "their end")
         refuse(attacker, 20)
         prompt()
         assert threads(daemon) <= before + 4, f"{before} threads, then {threads(daemon)}"
@@ -589,6 +593,15 @@ def test_slow_close():
         attacker.close()
         with nobody(), refused("EQUOTA", "descriptors"):
             daemon.client(hello=False).answer(0)
+        held = daemon.fds()
+        with nobody():
+            for _ in range(400):  # its sockets do not wait behind what it sent
+                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as s, \
+                        contextlib.suppress(BrokenPipeError):  # it may have been rejected
+                    s.connect(daemon.path)
+                    s.send(b"x")
+        prompt()
+        assert daemon.fds() < held + 100, f"{held} descriptors, then {daemon.fds()}"
         if other:  # whom the attacker's limits do not touch
             prompt()
             Problem(witness)

@@ -587,6 +587,34 @@ static void test_handed_over(void **state)
     }
 }
 
+static unsigned n_prepared;
+
+static void count_prepared(struct job *job, struct stream *stream, uint64_t took_ns)
+{
+    (void)stream, (void)took_ns;
+    n_prepared += !job->piece.part.prepared;
+}
+
+/* For a job of the same client a slot is not let go of. */
+static void test_not_handed_over(void **state)
+{
+    (void)state;
+    for (unsigned slots = 1; slots <= 3; slots++) {
+        start_daemon(slots, 500);
+        connect_peer(&peers[0], PRIORITY_NORMAL);
+        n_prepared = 0;
+        model.on_start = count_prepared;
+        for (uint32_t lane = 0; lane < 2; lane++)
+            submit(&peers[0], lane, problem(1, 100000, 8192));
+        while (!released(&peers[0], 0) || !released(&peers[0], 1))
+            assert_true(step());
+        assert_int_equal(n_prepared, 2);
+        model.on_start = NULL;
+        stop_daemon();
+        disconnect(&peers[0]);
+    }
+}
+
 /* A sequence without rows, whose keys alone would make a long piece. */
 static void test_empty_sequence(void **state)
 {
@@ -1091,6 +1119,14 @@ static void test_drain_streamed(void **state)
     assert_true(released(p, 2));
     assert_false(released(p, 1));
     assert_int_equal(p->s->n_jobs, 2);
+    fake.modes &= ~MODE_LANES; /* then there are no streams, whatever a client says */
+    msg.lane = 4;
+    msg.number = ++p->last[4];
+    msg.streamed = true;
+    say(p, OP_SUBMIT, MSG_SUBMIT, &msg, 0);
+    hear(p, OP_DONE, MSG_DONE, &done);
+    assert_int_equal(done.jobs[0].lane, 4);
+    assert_int_equal(done.jobs[0].status, -SAGE_EDRAIN);
     d.draining = false;
     while (step())
         continue;
@@ -1807,6 +1843,7 @@ int main(void)
         cmocka_unit_test(test_pieces),
         cmocka_unit_test(test_held_slots),
         cmocka_unit_test(test_handed_over),
+        cmocka_unit_test(test_not_handed_over),
         cmocka_unit_test(test_empty_sequence),
         cmocka_unit_test(test_stood),
         cmocka_unit_test(test_lanes),
