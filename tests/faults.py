@@ -607,6 +607,11 @@ def test_slow_close():
             Problem(witness)
             refuse(witness, 1)
             daemon.client().close()
+            greedy = daemon.client(page=False)  # two may not take what is left together
+            refuse(greedy, 6, 31)
+            with refused("EQUOTA", "descriptors"):
+                greedy.ping()
+            greedy.close()
         for peer in peers:
             peer.close()
         witness.close()

@@ -21,7 +21,7 @@ pytorch = torch._C._nn.scaled_dot_product_attention  # F's, whoever has put anot
 _lock = threading.Lock()
 _fallbacks: dict[str, int] = {}
 _blocks: list[_Block] = []  # of sdpa(), in the order in which they were entered
-_own: Any = getattr(torch._C, "_disabled_torch_function_impl", None)  # of who has none of its own
+_none: Any = torch._C._disabled_torch_function_impl  # of who has none of its own
 
 
 def _fork_child() -> None:
@@ -121,7 +121,8 @@ def _kinds(tensors) -> list[type]:
             or not torch._C._is_torch_function_enabled():
         return []
     kinds = {type(t) for t in tensors} - {torch.Tensor, type(None)}  # left: where a mode is on
-    return sorted((k for k in kinds if k.__torch_function__ is not _own), key=lambda k: k.__name__)
+    own = (k for k in kinds if getattr(k, "__torch_function__", _none) is not _none)
+    return sorted(own, key=lambda k: k.__name__)
 
 
 def _is_plain(kind: type) -> bool:
