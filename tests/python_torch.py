@@ -285,6 +285,11 @@ def test_gradient():
                 return torch.tensor(list(str(refusal).encode()))
         assert torch.allclose(tangent(ours), tangent(F.scaled_dot_product_attention))
 
+        def outer(y):
+            return torch.func.jvp(lambda z: sageattn(y, y, y) + z, (q,), (q,))[0]
+        with raises(RuntimeError, "requires a gradient"):
+            torch.func.jvp(outer, (q,), (q,))
+
 
 # --- as an operator ---
 
@@ -600,6 +605,12 @@ def test_torch_function():
     with sageattnd.sdpa():
         assert same(F.scaled_dot_product_attention(q.as_subclass(Twice), k, v),
                     2 * PYTORCH(q, k, v))
+    with sageattnd.sdpa():
+        late = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = lambda *args, **keys: late(*args, **keys)
+        o = F.scaled_dot_product_attention(q, k, v, bias)
+        assert same(o, sageattn(q, k, v, is_causal=True))
+    F.scaled_dot_product_attention = PYTORCH
     assert same(ours(q, k, v, bias), PYTORCH(q, k, v, is_causal=True))
     assert sageattnd.fallbacks()["__torch_function__ of UpperLeft"] == 1
     with raises(ValueError, "__torch_function__ of UpperLeft"):
@@ -614,6 +625,20 @@ def test_modes():
         assert same(F.scaled_dot_product_attention(q, k, v), sageattn(q, k, v))
         own = ours(q.as_subclass(Own), k, v, strict=True)
         assert type(own) is Own and same(own.as_subclass(torch.Tensor), sageattn(q, k, v))
+
+    class Sharded(torch.overrides.TorchFunctionMode):
+        seen = 0
+
+        def __torch_function__(self, function, types, args=(), keys=None):
+            Sharded.seen += function is F.scaled_dot_product_attention
+            return function(*args, **(keys or {}))
+
+    with Sharded(), sageattnd.sdpa(strict=True):
+        assert same(F.scaled_dot_product_attention(q, k, v), sageattn(q, k, v))
+    assert Sharded.seen == 1
+    with sageattnd.sdpa(strict=True):
+        graph = torch.fx.symbolic_trace(lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
+        assert same(graph(q, k, v), sageattn(q, k, v))
 
 
 def test_nested():
@@ -655,6 +680,12 @@ def test_sdpa_context():
             pass
         assert F.scaled_dot_product_attention is other
     F.scaled_dot_product_attention = late  # by who found it there, too late
+    assert same(F.scaled_dot_product_attention(*f), before(*f))
+    F.scaled_dot_product_attention = before
+    for _ in range(1000):  # they do not become a chain
+        with sageattnd.sdpa():
+            late = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = late
     assert same(F.scaled_dot_product_attention(*f), before(*f))
     F.scaled_dot_product_attention = before
     first, second = sageattnd.sdpa(), sageattnd.sdpa(strict=True)

@@ -21,7 +21,6 @@ pytorch = torch._C._nn.scaled_dot_product_attention  # F's, whoever has put anot
 _lock = threading.Lock()
 _fallbacks: dict[str, int] = {}
 _blocks: list[_Block] = []  # of sdpa(), in the order in which they were entered
-_none: Any = torch._C._disabled_torch_function_impl  # of who has none of its own
 
 
 def _fork_child() -> None:
@@ -33,12 +32,15 @@ os.register_at_fork(after_in_child=_fork_child)
 
 
 class _Block:
-    """Of sdpa(): its function, and what stood there before it."""
+    """Of sdpa(): what stood there before it."""
 
     over = False
 
     def __init__(self, before: Any) -> None:
-        self.before, self.ours = before, before
+        self.before = before
+
+
+_no_block = _Block(None)
 
 
 class Unsupported(ValueError):
@@ -66,10 +68,8 @@ def _older(device: torch.device, capability: tuple[int, int]) -> bool:
 
 
 def _why_not(q, k, v, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-             variant, kinds) -> Optional[str]:
+             variant) -> Optional[str]:
     """None, or why the kernels cannot do it (or PyTorch itself refuses it)."""
-    if kinds:
-        return f"__torch_function__ of {', '.join(kind.__name__ for kind in kinds)}"
     tensors = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
     if any(t.is_nested for t in tensors):
         return "nested tensor"
@@ -116,66 +116,44 @@ def _fall_back(reason: str) -> None:
 
 
 def _kinds(tensors) -> list[type]:
-    """Of those whose type says itself what a function of PyTorch's is for it."""
-    if _torch.compiling() or not torch.overrides.has_torch_function(tensors) \
-            or not torch._C._is_torch_function_enabled():
-        return []
-    kinds = {type(t) for t in tensors} - {torch.Tensor, type(None)}  # left: where a mode is on
-    own = (k for k in kinds if getattr(k, "__torch_function__", _none) is not _none)
-    return sorted(own, key=lambda k: k.__name__)
+    """Of those whose type has a __torch_function__: it says itself what PyTorch's are for it."""
+    return [type(t) for t in tensors if torch.overrides.has_torch_function((t,))]
 
 
 def _is_plain(kind: type) -> bool:
-    """Says only that what comes out is of that type, too."""
-    return getattr(kind.__torch_function__, "__func__", None) \
-        is torch.Tensor.__torch_function__.__func__
+    """Says no more than that what comes out is of that type, too; or is no tensor (a tracer's)."""
+    default = torch.Tensor.__torch_function__.__func__
+    return not issubclass(kind, torch.Tensor) \
+        or getattr(kind.__torch_function__, "__func__", None) is default
 
 
-def _is_bias(kind: type) -> bool:
-    """Knows this function as F's, whatever that is, and calls it."""
-    return kind.__module__ == "torch.nn.attention.bias" and \
-        F.scaled_dot_product_attention in (scaled_dot_product_attention,
-                                           *(block.ours for block in _blocks))
-
-
-def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                                 attn_mask: Optional[torch.Tensor] = None, dropout_p: float = 0.0,
-                                 is_causal: bool = False, scale: Optional[float] = None,
-                                 enable_gqa: bool = False, *, strict: bool = False,
-                                 rotate_qk: bool = False, variant: str = "auto",
-                                 mode: Optional[str] = None,
-                                 key_lengths: Optional[Sequence[int]] = None) -> torch.Tensor:
-    """F.scaled_dot_product_attention: its arguments, its meaning, its result up to the error of
-    the quantisation (and a row that sees no key is 0).
-
-    query [B, Hq, Nq, D] or [Hq, Nq, D], key and value [.., Hkv, Nk, D]; attn_mask broadcastable to
-    [B, Hq, Nq, Nk]; see sageattn() for rotate_qk, variant and mode. key_lengths, for a
-    query of four dimensions: how many keys each batch sees, as sageattn() has it, where attn_mask
-    says just that; the kernels then do without the mask, and PyTorch's function has it. Returns o
-    like query.
-
-    What the kernels cannot do is left to PyTorch, with a warning for each reason, and counted:
-    see fallbacks(). That is dropout, gradients, dtypes other than float16 and bfloat16, D above
-    256, GPUs before compute capability 8.0 (int8_fp8: 8.9), other devices, tensors that broadcast,
-    tensors of a type with a __torch_function__ of its own. strict=True raises Unsupported instead.
-    (A bias of torch.nn.attention calls what stands in F for this function, without the arguments
-    that are only ours. Code that torch.compile() has compiled does not look for compute
-    capability 8.0 and 8.9, nor for types: there, calls that are not for the kernels raise.)
-    """
-    tensors = query, key, value, attn_mask
+def _known_as(public, tensors) -> Any:
+    """The function that is to be shown to those who are asked first, as PyTorch asks them: modes,
+    and types that know it as `public`, as F's, or as PyTorch's. None: nobody."""
+    if _torch.compiling() or not torch.overrides.has_torch_function(tensors):
+        return None
+    if torch._C._len_torch_function_stack():
+        return public
     kinds = _kinds(tensors)
-    asks: Any = None
-    if any(map(_is_bias, kinds)):
-        asks = F.scaled_dot_product_attention
-    elif kinds and all(map(_is_plain, kinds)):
-        asks = functools.partial(scaled_dot_product_attention, strict=strict, variant=variant,
-                                 rotate_qk=rotate_qk, mode=mode, key_lengths=key_lengths)
-    if asks is not None:
+    if any(kind.__module__ == "torch.nn.attention.bias" for kind in kinds):
+        return F.scaled_dot_product_attention
+    return public if all(map(_is_plain, kinds)) else pytorch
+
+
+def _attention(public, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
+               strict, rotate_qk, variant, mode, key_lengths=None) -> Any:
+    """scaled_dot_product_attention(), known to others as `public`."""
+    tensors = query, key, value, attn_mask
+    known_as, reason, kind = _known_as(public, tensors), None, None
+    if known_as is pytorch:
+        names = {kind.__name__ for kind in _kinds(tensors)}
+        reason = f"__torch_function__ of {', '.join(sorted(names))}"
+    elif known_as is not None:
         more = {"enable_gqa": True} if enable_gqa else {}
         return torch.overrides.handle_torch_function(
-            asks, tensors, *tensors, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **more)
-    kind = None
-    if not kinds and query.device.type in ("cuda", "cpu"):
+            known_as, tensors, *tensors, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+            **more)
+    elif query.device.type in ("cuda", "cpu"):
         kind = _autocast(query.device.type)
     if kind is not None:
         query, key, value = (t if t.dtype == torch.float64 else t.to(kind)
@@ -183,8 +161,8 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
     if key_lengths is not None and attn_mask is None:
         raise ValueError("key_lengths: wants an attn_mask of the same meaning, for PyTorch's "
                          "function")
-    reason = _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
-                      variant, kinds)
+    reason = reason or _why_not(query, key, value, attn_mask, dropout_p, is_causal, scale,
+                                enable_gqa, variant)
     if reason is not None:
         if strict:
             raise Unsupported(f"scaled_dot_product_attention: the kernels cannot do it: {reason}")
@@ -212,6 +190,39 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
                     attn_mask=attn_mask, rotate_qk=rotate_qk, variant=variant, mode=mode)[0]
 
 
+def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                                 attn_mask: Optional[torch.Tensor] = None, dropout_p: float = 0.0,
+                                 is_causal: bool = False, scale: Optional[float] = None,
+                                 enable_gqa: bool = False, *, strict: bool = False,
+                                 rotate_qk: bool = False, variant: str = "auto",
+                                 mode: Optional[str] = None,
+                                 key_lengths: Optional[Sequence[int]] = None) -> torch.Tensor:
+    """F.scaled_dot_product_attention: its arguments, its meaning, its result up to the error of
+    the quantisation (and a row that sees no key is 0).
+
+    query [B, Hq, Nq, D] or [Hq, Nq, D], key and value [.., Hkv, Nk, D]; attn_mask broadcastable to
+    [B, Hq, Nq, Nk]; see sageattn() for rotate_qk, variant and mode. key_lengths, for a
+    query of four dimensions: how many keys each batch sees, as sageattn() has it, where attn_mask
+    says just that; the kernels then do without the mask, and PyTorch's function has it. Returns o
+    like query.
+
+    What the kernels cannot do is left to PyTorch, with a warning for each reason, and counted:
+    see fallbacks(). That is dropout, gradients, dtypes other than float16 and bfloat16, D above
+    256, GPUs before compute capability 8.0 (int8_fp8: 8.9), other devices, tensors that broadcast,
+    tensors of a type with a __torch_function__ of its own. strict=True raises Unsupported instead.
+    (A bias of torch.nn.attention calls what stands in F for this function, without the arguments
+    that are only ours. Code that torch.compile() has compiled does not look for compute
+    capability 8.0 and 8.9, where it raises, nor for types: it reads all as plain tensors.)
+    """
+    public: Any = scaled_dot_product_attention
+    if strict or rotate_qk or variant != "auto" or mode is not None or key_lengths is not None:
+        public = functools.update_wrapper(functools.partial(
+            scaled_dot_product_attention, strict=strict, rotate_qk=rotate_qk, variant=variant,
+            mode=mode, key_lengths=key_lengths), scaled_dot_product_attention)
+    return _attention(public, query, key, value, attn_mask, dropout_p, is_causal, scale,
+                      enable_gqa, strict, rotate_qk, variant, mode, key_lengths)
+
+
 @contextlib.contextmanager
 def sdpa(strict: bool = False, variant: str = "auto", mode: Optional[str] = None,
          rotate_qk: bool = False) -> Iterator[None]:
@@ -232,13 +243,15 @@ def sdpa(strict: bool = False, variant: str = "auto", mode: Optional[str] = None
             if enable_gqa:
                 more["enable_gqa"] = True
             return block.before(query, key, value, attn_mask, dropout_p, is_causal, **more)
-        return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal,
-                                            scale, enable_gqa, strict=strict,
-                                            rotate_qk=rotate_qk, variant=variant, mode=mode)
+        return _attention(ours, query, key, value, attn_mask, dropout_p, is_causal, scale,
+                          enable_gqa, strict, rotate_qk, variant, mode)
 
     with _lock:
-        block = _Block(F.scaled_dot_product_attention)
-        block.ours = F.scaled_dot_product_attention = ours
+        before = F.scaled_dot_product_attention
+        while getattr(before, "block_of_sageattnd", _no_block).over:
+            before = before.block_of_sageattnd.before
+        block = ours.block_of_sageattnd = _Block(before)  # type: ignore[attr-defined]
+        F.scaled_dot_product_attention = ours
         _blocks.append(block)
     try:
         yield

@@ -6,6 +6,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
 from . import _client, _daemon, _native
@@ -37,10 +38,12 @@ def has_gradient(t) -> bool:
         return True
     if compiling() or getattr(forward_ad, "_current_level", -1) < 0:
         return False
-    try:
-        return forward_ad.unpack_dual(t).tangent is not None
-    except RuntimeError:  # of a batch of vmap(), in some versions: it may have one
-        return True
+    inner = t
+    while functorch.is_functorch_wrapped_tensor(inner):  # by torch.func, a level each
+        if functorch.is_gradtrackingtensor(inner):
+            return True
+        inner = functorch.get_unwrapped(inner)
+    return forward_ad.unpack_dual(inner).tangent is not None
 
 
 def cut(key_lengths, b: int, nq: int, nk: int):
