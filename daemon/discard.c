@@ -19,7 +19,8 @@
 enum {
     CLOSERS = 4,    /* threads, at most */
     LIST_STEP = 64, /* descriptors by which a list grows */
-    CLOSE_MS = 10,  /* that a socket's close() may take */
+    CLOSE_MS = 1,   /* that what lingers in a socket may take */
+    STUCK_MAX = 3,  /* threads for sockets that do not come back from a close() */
 };
 
 #ifndef sigev_notify_thread_id
@@ -43,8 +44,17 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static TAILQ_HEAD(, owner) owners = TAILQ_HEAD_INITIALIZER(owners); /* longest not served first */
 static unsigned n_closers, n_closing, n_waiting; /* the last: not closed yet, of all owners */
 static struct list sockets;
-static unsigned n_sockets;  /* not closed yet */
-static bool closes_sockets; /* a thread does */
+static unsigned n_sockets; /* not closed yet, but for stuck ones */
+/*
+ * Of the one thread that closes them: its number, 0: there is none; is it in a close()? how many
+ * there were until now, and until the last tick; threads that were given up before.
+ */
+static struct {
+    uintptr_t thread, last;
+    bool closing;
+    unsigned long n, n_before;
+    unsigned stuck;
+} sockets_by;
 
 static struct owner *find(uid_t uid)
 {
@@ -118,32 +128,42 @@ static bool start_interrupts(timer_t *timer)
 
 /*
  * What waits in a socket is not closed as a descriptor of ours is: no owner of a file is asked, and
- * those that linger let themselves be interrupted. So none keeps the others waiting for long.
+ * what lingers lets itself be interrupted. (What was written to a FUSE file may still be waited
+ * for: give_up_stuck().)
  */
-static void *close_sockets(void *arg)
+static void *close_sockets(void *thread)
 {
+    const uintptr_t own = (uintptr_t)thread;
     timer_t timer;
     bool timed = start_interrupts(&timer);
 
     if (!timed)
         log_error("discard", "timer=\"%s\"", strerror(errno));
     pthread_mutex_lock(&lock);
-    while (sockets.n) {
+    while (sockets_by.thread == own && sockets.n) {
         int fd = sockets.fds[--sockets.n];
+        sockets_by.closing = true;
+        sockets_by.n++;
         pthread_mutex_unlock(&lock);
         close(fd);
         pthread_mutex_lock(&lock);
-        n_sockets--;
+        if (sockets_by.thread == own) {
+            sockets_by.closing = false;
+            n_sockets--;
+        }
     }
-    closes_sockets = false;
+    if (sockets_by.thread == own)
+        sockets_by.thread = 0;
+    else
+        sockets_by.stuck--;
     pthread_mutex_unlock(&lock);
     if (timed)
         timer_delete(timer);
-    return arg;
+    return NULL;
 }
 
 /* Under the lock. */
-static bool start(void *(*run)(void *))
+static bool start(void *(*run)(void *), uintptr_t arg)
 {
     pthread_attr_t attr;
     pthread_t thread;
@@ -153,7 +173,7 @@ static bool start(void *(*run)(void *))
     pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old);
-    int rc = pthread_create(&thread, &attr, run, NULL);
+    int rc = pthread_create(&thread, &attr, run, (void *)arg);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     pthread_attr_destroy(&attr);
     return rc == 0;
@@ -162,10 +182,24 @@ static bool start(void *(*run)(void *))
 /* One more thread of each kind, if it has something to do. Under the lock. */
 static void start_closers(void)
 {
-    if (n_closers < CLOSERS && next() && start(close_them))
+    if (n_closers < CLOSERS && next() && start(close_them, 0))
         n_closers++;
-    if (sockets.n && !closes_sockets)
-        closes_sockets = start(close_sockets);
+    if (sockets.n && !sockets_by.thread && start(close_sockets, sockets_by.last + 1))
+        sockets_by.thread = ++sockets_by.last;
+}
+
+/* Has a socket's close() lasted since the last tick? Another thread goes on. Under the lock. */
+static void give_up_stuck(void)
+{
+    bool stuck = sockets_by.closing && sockets_by.n == sockets_by.n_before;
+
+    sockets_by.n_before = sockets_by.n;
+    if (!stuck || sockets_by.stuck == STUCK_MAX)
+        return;
+    sockets_by.thread = 0;
+    sockets_by.closing = false;
+    sockets_by.stuck++;
+    n_sockets--;
 }
 
 static bool append(struct list *list, const int *fds, unsigned n)
@@ -251,6 +285,7 @@ void discard_socket(int fd)
 void discard_tick(void)
 {
     pthread_mutex_lock(&lock);
+    give_up_stuck();
     start_closers();
     pthread_mutex_unlock(&lock);
 }

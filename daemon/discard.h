@@ -15,11 +15,11 @@
 void discard(uid_t uid, const int *fds, unsigned n);
 /* Close a client's socket: by another thread where packets wait in it, for they may have some. */
 void discard_socket(int fd);
-/* Once a tick: start a thread that could not be had when it was needed. */
+/* Once a tick: start a thread that could not be had when it was needed, or one for a stuck one. */
 void discard_tick(void);
 /* How many descriptors of the user wait to be closed, or for their close() to return; of others. */
 unsigned discard_waiting(uid_t uid, unsigned *others);
-/* How many sockets wait. */
+/* How many sockets wait, but for those that a thread was given up for. */
 unsigned discard_sockets(void);
 
 #endif

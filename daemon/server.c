@@ -23,6 +23,7 @@ enum {
     BACKLOG = 128,
     ACCEPTS_PER_TURN = 16,
     SOCKETS_MAX = 64, /* that wait to be closed, before others are accepted */
+    PAUSE_MS = 2,     /* then */
 };
 
 /* --- the socket --- */
@@ -127,6 +128,23 @@ static void pause_accepting(struct server *server)
     server->paused = true;
 }
 
+static void on_connection(uv_poll_t *poll, int status, int events);
+
+static void resume_accepting(struct server *server)
+{
+    const struct daemon *d = server->daemon;
+
+    if (!server->paused || d->drained || (d->draining && server->lock_fd < 0))
+        return;
+    server->paused = false;
+    uv_poll_start(&server->poll, UV_READABLE, on_connection);
+}
+
+static void on_pause(uv_timer_t *timer)
+{
+    resume_accepting(timer->data);
+}
+
 static void on_connection(uv_poll_t *poll, int status, int events)
 {
     struct server *server = poll->data;
@@ -136,6 +154,7 @@ static void on_connection(uv_poll_t *poll, int status, int events)
         if (daemon_may_complain(server->daemon))
             log_warning("accept", "reason=\"sockets wait to be closed\" n=%u", discard_sockets());
         pause_accepting(server);
+        uv_timer_start(&server->pause, on_pause, PAUSE_MS, 0);
         return;
     }
     for (int i = 0; i < ACCEPTS_PER_TURN; i++) {
@@ -180,10 +199,7 @@ static void on_tick(struct daemon *d)
         sd_notify(0, "WATCHDOG=1");
         server->fed_ns = now;
     }
-    if (server->paused && !d->drained && (!d->draining || server->lock_fd >= 0)) {
-        server->paused = false;
-        uv_poll_start(&server->poll, UV_READABLE, on_connection);
-    }
+    resume_accepting(server);
     if (d->config.idle_exit && d->n_sessions == 0 &&
         now - d->idle_since_ns >= d->config.idle_exit * 1000000000)
         daemon_drain(d);
@@ -239,6 +255,8 @@ int server_open(struct server *server, struct daemon *d, char *why)
     uv_poll_init(&d->loop, &server->poll, server->fd);
     server->poll.data = server;
     uv_poll_start(&server->poll, UV_READABLE, on_connection);
+    uv_timer_init(&d->loop, &server->pause);
+    server->pause.data = server;
     uv_signal_init(&d->loop, &server->sigterm);
     uv_signal_init(&d->loop, &server->sigint);
     server->sigterm.data = server->sigint.data = d;
@@ -269,7 +287,7 @@ void server_finish(struct server *server)
 {
     if (server->lock_fd >= 0)
         unlink(server->daemon->config.socket);
-    close(server->fd);
+    /* Not server->fd: the process ends, and does not wait then for what is in the backlog. */
     if (server->lock_fd >= 0)
         close(server->lock_fd);
 }

@@ -13,7 +13,8 @@ struct server {
     uv_poll_t poll;
     int fd;
     int lock_fd; /* held while the socket at this path is ours; -1: it was handed to us */
-    bool paused; /* nobody is accepted: the next tick tries again */
+    bool paused; /* nobody is accepted: the next tick tries again, or `pause` */
+    uv_timer_t pause;
     uint64_t watchdog_ns, fed_ns; /* 0: no watchdog */
     uv_signal_t sigterm, sigint;
     bool told;        /* to end, by a signal: one more means at once */
