@@ -255,8 +255,8 @@ class Client:
         """The next packet: op, seq, body. DONE is noted on the way."""
         try:
             data = self.socket.recv(PACKET_MAX + 1)
-        except ConnectionResetError as error:
-            raise Closed(str(error)) from None
+        except ConnectionResetError:  # it had not read all; what it said before is still there
+            data = self.socket.recv(PACKET_MAX + 1)
         if not data:
             raise Closed("end of file")
         op, seq, body = msgpack.unpackb(data)
