@@ -204,13 +204,13 @@ class Page:
 class Client:
     def __init__(self, path, page=True, hello=True, timeout=20.0, **keys):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.settimeout(timeout)
         self.seq = self.ids = 0
         self.numbers = [0] * LANES
         self.done = {}  # (lane, number) -> what DONE said
         self.page = page if isinstance(page, Page) else Page() if page else None
         try:
             self.socket.connect(path if isinstance(path, str) else path.path)
+            self.socket.settimeout(timeout)  # now: it waits while the backlog is full
             if hello:
                 self.hello(**keys)
         except BaseException:
