@@ -211,19 +211,17 @@ int work_await(struct work *w, int jobs)
 {
     const struct driver *cu = w->gpu.cu;
     const int64_t start = clock_ns(), sleep_ns = 50 * 1000000,
-                  most_ms = jobs * INT64_C(1000) * JOB_S;
+                  most_ns = jobs * JOB_S * INT64_C(1000000000);
     struct CUevent_st *event;
     int rc = driver_check(cu->cuEventCreate(&event, CU_EVENT_UNTIMED), "cuEventCreate");
 
     if (rc)
         return rc;
     int result = cu->cuEventRecord(event, w->stream);
-    while (!result && (result = cu->cuEventQuery(event)) == CU_NOT_READY &&
-           clock_ns() - start < most_ms * 1000000) {
-        if (clock_ns() - start > sleep_ns)
-            nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
-        result = 0;
-    }
+    if (!result)
+        while ((result = cu->cuEventQuery(event)) == CU_NOT_READY && clock_ns() - start < most_ns)
+            if (clock_ns() - start > sleep_ns)
+                nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
     cu->cuEventDestroy(event);
     if (result == CU_NOT_READY)
         return error_set(SAGE_ETIMEDOUT, "the stream's jobs are not over after %d s", jobs * JOB_S);

@@ -44,16 +44,10 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static TAILQ_HEAD(, owner) owners = TAILQ_HEAD_INITIALIZER(owners); /* longest not served first */
 static unsigned n_closers, n_closing, n_waiting; /* the last: not closed yet, of all owners */
 static struct list sockets;
-static unsigned n_sockets; /* not closed yet, but for stuck ones */
-/*
- * Of the one thread that closes them: its number, 0: there is none; is it in a close()? how many
- * there were until now, and until the last tick; threads that were given up before.
- */
 static struct {
-    uintptr_t thread, last;
-    bool closing;
-    unsigned long n, n_before;
-    unsigned stuck;
+    uintptr_t thread, last; /* the number of the one thread that closes them, 0: none; the last */
+    bool closing, ticked;   /* it is in a close(); and was so at the last tick */
+    unsigned stuck;         /* threads that were given up */
 } sockets_by;
 
 static struct owner *find(uid_t uid)
@@ -143,14 +137,12 @@ static void *close_sockets(void *thread)
     while (sockets_by.thread == own && sockets.n) {
         int fd = sockets.fds[--sockets.n];
         sockets_by.closing = true;
-        sockets_by.n++;
+        sockets_by.ticked = false;
         pthread_mutex_unlock(&lock);
         close(fd);
         pthread_mutex_lock(&lock);
-        if (sockets_by.thread == own) {
+        if (sockets_by.thread == own)
             sockets_by.closing = false;
-            n_sockets--;
-        }
     }
     if (sockets_by.thread == own)
         sockets_by.thread = 0;
@@ -191,15 +183,14 @@ static void start_closers(void)
 /* Has a socket's close() lasted since the last tick? Another thread goes on. Under the lock. */
 static void give_up_stuck(void)
 {
-    bool stuck = sockets_by.closing && sockets_by.n == sockets_by.n_before;
+    bool stuck = sockets_by.closing && sockets_by.ticked;
 
-    sockets_by.n_before = sockets_by.n;
+    sockets_by.ticked = true;
     if (!stuck || sockets_by.stuck == STUCK_MAX)
         return;
     sockets_by.thread = 0;
     sockets_by.closing = false;
     sockets_by.stuck++;
-    n_sockets--;
 }
 
 static bool append(struct list *list, const int *fds, unsigned n)
@@ -275,7 +266,6 @@ void discard_socket(int fd)
     }
     pthread_mutex_lock(&lock);
     bool kept = append(&sockets, &fd, 1);
-    n_sockets += kept;
     start_closers();
     pthread_mutex_unlock(&lock);
     if (!kept)
@@ -303,7 +293,7 @@ unsigned discard_waiting(uid_t uid, unsigned *others)
 unsigned discard_sockets(void)
 {
     pthread_mutex_lock(&lock);
-    unsigned n = n_sockets;
+    unsigned n = sockets.n + sockets_by.closing;
     pthread_mutex_unlock(&lock);
     return n;
 }

@@ -446,7 +446,7 @@ def test_credits():
 
 
 def test_user_jobs():
-    """One user's clients together, also those who say that it is a stream's: there are none here."""
+    """One user's clients together, also who says that it is a stream's: there are none here."""
     with served(user_jobs=2) as (daemon, _), daemon.client() as one, daemon.client() as two:
         held = [one.submit(Problem(one).attn, lane=i, ready=False) for i in range(2)]
         p = Problem(two)
@@ -556,8 +556,8 @@ def test_slow_close():
             witness.ping()
             assert time.monotonic() - start < 1, "the loop waits for a close()"
 
-        def unheard(packets):
-            """A client that sends these behind something bad, while the daemon is stopped."""
+        def unheard(client, packets):
+            """It sends these behind something bad, while the daemon is stopped."""
             daemon.process.send_signal(signal.SIGSTOP)
             sage.until(lambda: state(daemon) == "T", "the daemon to stop")
             with lingering(listener, peers) as slow:
@@ -568,8 +568,7 @@ def test_slow_close():
             client.close()
             prompt()
 
-        client = daemon.client(page=False)
-        unheard([(b"more than there is room for", 200)])
+        unheard(daemon.client(page=False), [(b"more than there is room for", 200)])
         sage.until(lambda: threads(daemon) > before, "a close() that takes long")
         prompt()
         for peer in peers:
@@ -578,8 +577,7 @@ def test_slow_close():
         sage.until(lambda: threads(daemon) <= before, "these to be closed")
         idle = daemon.fds()
         for _ in range(3):  # what it has not received does not take long
-            client = daemon.client(page=False)
-            unheard([(b"x", 0)] * 8 + [(b"", 1)])
+            unheard(daemon.client(page=False), [(b"x", 0)] * 8 + [(b"", 1)])
         sage.until(lambda: daemon.fds() <= idle and threads(daemon) <= before, "their end")
         refuse(attacker, 20)
         prompt()

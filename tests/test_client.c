@@ -579,37 +579,54 @@ static void fill(struct sage_client *client, struct private_problem *p, struct s
         assert_int_equal(sage_attn_submit(lanes[i % 2], &p[i].attn, 0, &jobs[i]), 0);
 }
 
-static void finish_problems(struct private_problem *p)
+/* A daemon that is given jobs, and the one that comes after it. */
+struct succession {
+    struct private_daemon d;
+    struct sage_client *client;
+    struct private_problem p[IN_FLIGHT];
+    struct sage_job jobs[IN_FLIGHT];
+};
+
+static void begin_succession(struct succession *s, const char *const *first, int retry_ms)
+{
+    private_init(&s->d);
+    private_start(&s->d, first);
+    s->client = private_connect(&s->d, retry_ms);
+    fill(s->client, s->p, s->jobs);
+}
+
+/* The first one ends, by the signal or, 0, by itself. */
+static void succeed(struct succession *s, int signal, int status, const char *const *next)
+{
+    assert_int_equal(private_stop(&s->d, signal), status);
+    private_start(&s->d, next);
+}
+
+static void end_succession(struct succession *s)
 {
     for (int i = 0; i < IN_FLIGHT; i++)
-        private_problem_finish(&p[i]);
+        private_problem_finish(&s->p[i]);
+    sage_disconnect(s->client);
+    private_finish(&s->d);
 }
 
 static void hands_jobs_to_the_next_daemon(int signal, int status, const char *const *next)
 {
-    struct private_problem p[IN_FLIGHT];
-    struct sage_job jobs[IN_FLIGHT];
-    struct private_daemon d;
+    struct succession s;
 
-    private_init(&d);
-    private_start(&d, slow);
-    struct sage_client *client = private_connect(&d, 20000);
-    fill(client, p, jobs);
-    assert_int_equal(sage_wait(jobs[0], 10000), 0);
-    assert_int_equal(private_stop(&d, signal), status);
-    private_start(&d, next);
+    begin_succession(&s, slow, 20000);
+    assert_int_equal(sage_wait(s.jobs[0], 10000), 0);
+    succeed(&s, signal, status, next);
     for (int i = 0; i < IN_FLIGHT; i++) {
         struct sage_times times;
-        assert_int_equal(sage_wait(jobs[i], 20000), 0);
-        assert_computed(&p[i]);
-        int rc = sage_job_times(jobs[i], &times); /* the dead one may not have come to tell */
+        assert_int_equal(sage_wait(s.jobs[i], 20000), 0);
+        assert_computed(&s.p[i]);
+        int rc = sage_job_times(s.jobs[i], &times); /* the dead one may not have come to tell */
         assert_true(rc == 0 || rc == SAGE_ELOST);
         assert_int_equal(times.run_ns > 0, rc == 0);
     }
-    assert_int_equal(sage_attn_run(client, &p[0].attn, NULL), 0);
-    finish_problems(p);
-    sage_disconnect(client);
-    private_finish(&d);
+    assert_int_equal(sage_attn_run(s.client, &s.p[0].attn, NULL), 0);
+    end_succession(&s);
 }
 
 static void outlives_a_killed_daemon(void **state)
@@ -630,29 +647,21 @@ static void outlives_a_daemon_whose_successor_is_busy(void **state)
 static void outlives_a_daemon_whose_successor_refuses(void **state)
 {
     static const char *const full[] = {"--backend=fault", "--fault=busy_map=1000000", NULL};
-    struct private_problem p[IN_FLIGHT];
-    struct sage_job jobs[IN_FLIGHT];
-    struct private_daemon d;
+    struct succession s;
     (void)state;
 
-    private_init(&d);
-    private_start(&d, slow);
-    struct sage_client *client = private_connect(&d, 4000);
-    fill(client, p, jobs);
-    assert_int_equal(private_stop(&d, SIGKILL), -SIGKILL);
-    private_start(&d, full);
+    begin_succession(&s, slow, 4000);
+    succeed(&s, SIGKILL, -SIGKILL, full);
     for (int i = 0; i < IN_FLIGHT; i++) {
-        int rc = sage_wait(jobs[i], 4000);
+        int rc = sage_wait(s.jobs[i], 4000);
         if (rc != 0) /* not one that was done before */
             assert_int_equal(rc, SAGE_EBUFFER);
         else
-            assert_computed(&p[i]);
+            assert_computed(&s.p[i]);
     }
-    assert_int_equal(sage_attn_run(client, &p[0].attn, NULL), SAGE_EBUFFER);
-    assert_int_equal(private_stop(&d, SIGTERM), 0);
-    finish_problems(p);
-    sage_disconnect(client);
-    private_finish(&d);
+    assert_int_equal(sage_attn_run(s.client, &s.p[0].attn, NULL), SAGE_EBUFFER);
+    assert_int_equal(private_stop(&s.d, SIGTERM), 0);
+    end_succession(&s);
 }
 
 static void outlives_a_drained_daemon(void **state)
@@ -664,24 +673,16 @@ static void outlives_a_drained_daemon(void **state)
 static void outlives_a_lost_device(void **state)
 {
     static const char *const lossy[] = {"--backend=fault", "--fault=delay_ms=30,lose=4", NULL};
-    struct private_problem p[IN_FLIGHT];
-    struct sage_job jobs[IN_FLIGHT];
-    struct private_daemon d;
+    struct succession s;
     (void)state;
 
-    private_init(&d);
-    private_start(&d, lossy);
-    struct sage_client *client = private_connect(&d, 20000);
-    fill(client, p, jobs);
-    assert_int_equal(private_stop(&d, 0), 70); /* it ends by itself */
-    private_start(&d, NULL);
+    begin_succession(&s, lossy, 20000);
+    succeed(&s, 0, 70, NULL);
     for (int i = 0; i < IN_FLIGHT; i++) {
-        assert_int_equal(sage_wait(jobs[i], 20000), 0);
-        assert_computed(&p[i]);
+        assert_int_equal(sage_wait(s.jobs[i], 20000), 0);
+        assert_computed(&s.p[i]);
     }
-    finish_problems(p);
-    sage_disconnect(client);
-    private_finish(&d);
+    end_succession(&s);
 }
 
 static void keeps_held_jobs_for_the_next_daemon(void **state)
@@ -708,33 +709,26 @@ static void keeps_held_jobs_for_the_next_daemon(void **state)
 
 static void gives_up_without_a_successor(void **state)
 {
-    struct private_problem p[IN_FLIGHT];
-    struct sage_job jobs[IN_FLIGHT];
-    struct private_daemon d;
+    struct succession s;
     (void)state;
 
-    private_init(&d);
-    private_start(&d, slow);
-    struct sage_client *client = private_connect(&d, 300);
-    fill(client, p, jobs);
-    private_stop(&d, SIGKILL);
+    begin_succession(&s, slow, 300);
+    private_stop(&s.d, SIGKILL);
     double start = now();
-    assert_int_equal(sage_wait(jobs[IN_FLIGHT - 1], -1), SAGE_ELOST);
+    assert_int_equal(sage_wait(s.jobs[IN_FLIGHT - 1], -1), SAGE_ELOST);
     assert_true(now() - start < 5);
     for (int i = 0; i < IN_FLIGHT; i++) {
         struct sage_times times;
-        int rc = sage_wait(jobs[i], 1000);
+        int rc = sage_wait(s.jobs[i], 1000);
         assert_true(rc == 0 || rc == SAGE_ELOST);
         if (rc)
-            assert_int_equal(sage_job_times(jobs[i], &times), SAGE_ELOST);
+            assert_int_equal(sage_job_times(s.jobs[i], &times), SAGE_ELOST);
     }
-    assert_int_equal(sage_attn_run(client, &p[0].attn, NULL), SAGE_ENODAEMON);
-    private_start(&d, NULL); /* and is of use again when there is one */
-    assert_int_equal(sage_attn_run(client, &p[0].attn, NULL), 0);
-    assert_computed(&p[0]);
-    finish_problems(p);
-    sage_disconnect(client);
-    private_finish(&d);
+    assert_int_equal(sage_attn_run(s.client, &s.p[0].attn, NULL), SAGE_ENODAEMON);
+    private_start(&s.d, NULL); /* and is of use again when there is one */
+    assert_int_equal(sage_attn_run(s.client, &s.p[0].attn, NULL), 0);
+    assert_computed(&s.p[0]);
+    end_succession(&s);
 }
 
 /* As with a socket unit whose service does not get up: there is a socket, and nobody to accept. */

@@ -129,30 +129,35 @@ def _is_plain(kind: type) -> bool:
 
 def _known_as(public, tensors) -> Any:
     """The function that is to be shown to those who are asked first, as PyTorch asks them: modes,
-    and types that know it as `public`, as F's, or as PyTorch's. None: nobody."""
+    and types that know it as public(), as F's, or as PyTorch's. None: nobody."""
     if _torch.compiling() or not torch.overrides.has_torch_function(tensors):
         return None
     if torch._C._len_torch_function_stack():
-        return public
+        return public()
     kinds = _kinds(tensors)
     if any(kind.__module__ == "torch.nn.attention.bias" for kind in kinds):
         return F.scaled_dot_product_attention
-    return public if all(map(_is_plain, kinds)) else pytorch
+    return public() if all(map(_is_plain, kinds)) else pytorch
+
+
+def _given(scale, enable_gqa) -> dict[str, Any]:
+    """What not every version of PyTorch's function takes, if it is there."""
+    given = {} if scale is None else {"scale": scale}
+    return {**given, "enable_gqa": True} if enable_gqa else given
 
 
 def _attention(public, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa,
                strict, rotate_qk, variant, mode, key_lengths=None) -> Any:
-    """scaled_dot_product_attention(), known to others as `public`."""
+    """scaled_dot_product_attention(), known to others as public()."""
     tensors = query, key, value, attn_mask
     known_as, reason, kind = _known_as(public, tensors), None, None
     if known_as is pytorch:
         names = {kind.__name__ for kind in _kinds(tensors)}
         reason = f"__torch_function__ of {', '.join(sorted(names))}"
     elif known_as is not None:
-        more = {"enable_gqa": True} if enable_gqa else {}
         return torch.overrides.handle_torch_function(
-            known_as, tensors, *tensors, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-            **more)
+            known_as, tensors, *tensors, dropout_p=dropout_p, is_causal=is_causal,
+            **_given(scale, enable_gqa))
     elif query.device.type in ("cuda", "cpu"):
         kind = _autocast(query.device.type)
     if kind is not None:
@@ -170,13 +175,13 @@ def _attention(public, query, key, value, attn_mask, dropout_p, is_causal, scale
             _fall_back(reason)
             if query.is_cuda:
                 _daemon.check_stream(query.device.index)
-        more = {} if scale is None else {"scale": scale}
-        if enable_gqa and PYTORCH >= (2, 5):
-            more["enable_gqa"] = True
-        elif enable_gqa and query.dim() > 2 and key.dim() > 2 and value.dim() > 2:
+        knows_gqa = PYTORCH >= (2, 5)
+        if enable_gqa and not knows_gqa \
+                and query.dim() > 2 and key.dim() > 2 and value.dim() > 2:
             key, value = (t.repeat_interleave(query.shape[-3] // max(t.shape[-3], 1), -3)
                           for t in (key, value))
-        return pytorch(query, key, value, attn_mask, dropout_p, is_causal, **more)
+        return pytorch(query, key, value, attn_mask, dropout_p, is_causal,
+                       **_given(scale, enable_gqa and knows_gqa))
     if query.shape[-3] == 0:  # PyTorch's own divides by the heads, in some versions
         return torch.empty_like(query)
     from ._api import sageattn
@@ -214,11 +219,12 @@ def scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: 
     that are only ours. Code that torch.compile() has compiled does not look for compute
     capability 8.0 and 8.9, where it raises, nor for types: it reads all as plain tensors.)
     """
-    public: Any = scaled_dot_product_attention
-    if strict or rotate_qk or variant != "auto" or mode is not None or key_lengths is not None:
-        public = functools.update_wrapper(functools.partial(
-            scaled_dot_product_attention, strict=strict, rotate_qk=rotate_qk, variant=variant,
-            mode=mode, key_lengths=key_lengths), scaled_dot_product_attention)
+    def public() -> Any:
+        of_call = functools.partial(scaled_dot_product_attention, strict=strict,
+                                    rotate_qk=rotate_qk, variant=variant, mode=mode,
+                                    key_lengths=key_lengths)
+        return functools.update_wrapper(of_call, scaled_dot_product_attention)
+
     return _attention(public, query, key, value, attn_mask, dropout_p, is_causal, scale,
                       enable_gqa, strict, rotate_qk, variant, mode, key_lengths)
 
@@ -239,11 +245,9 @@ def sdpa(strict: bool = False, variant: str = "auto", mode: Optional[str] = None
     def ours(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
              enable_gqa=False) -> Any:
         if block.over:  # who has put another one there has put this one back, too late
-            more = {} if scale is None else {"scale": scale}
-            if enable_gqa:
-                more["enable_gqa"] = True
-            return block.before(query, key, value, attn_mask, dropout_p, is_causal, **more)
-        return _attention(ours, query, key, value, attn_mask, dropout_p, is_causal, scale,
+            return block.before(query, key, value, attn_mask, dropout_p, is_causal,
+                                **_given(scale, enable_gqa))
+        return _attention(lambda: ours, query, key, value, attn_mask, dropout_p, is_causal, scale,
                           enable_gqa, strict, rotate_qk, variant, mode)
 
     with _lock:

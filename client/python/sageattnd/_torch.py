@@ -32,6 +32,12 @@ def _cast(q, k, v):
     return q.to(kind), k.to(kind), v.to(kind)
 
 
+def repeats(t) -> bool:
+    """Will what is computed of it now be repeated as it is, with other numbers?"""
+    return compiling() or torch.jit.is_tracing() \
+        or t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def has_gradient(t) -> bool:
     """Would PyTorch want one of what is computed from it?"""
     if t.requires_grad and torch.is_grad_enabled():

@@ -60,12 +60,11 @@ def _noting_lengths(make: Callable) -> Callable:
     import torch
 
     from ._native import MAX_SEQS
-    from ._torch import compiling
+    from ._torch import repeats
 
     def mask(*args: Any, **keys: Any) -> Any:
         tokens = keys.get("attention_mask")  # bool [B, Nk]: False where a sentence is filled up
-        if compiling() or torch.jit.is_tracing() or type(tokens) is not torch.Tensor \
-                or tokens.is_cuda and torch.cuda.is_current_stream_capturing() \
+        if type(tokens) is not torch.Tensor or repeats(tokens) \
                 or keys.get("mask_function") is not bidirectional_mask_function:
             return make(*args, **keys)  # numbers are not to be looked at, or there are none
         with torch.inference_mode(False):  # so that the mask counts changes
@@ -84,14 +83,10 @@ def _noting_lengths(make: Callable) -> Callable:
 
 def _noted_lengths(mask: Any, key: Any) -> Any:
     """What was noted, on this very tensor, for these keys, unless it was written to since then."""
-    import torch
+    from ._torch import repeats
 
-    from ._torch import compiling
-
-    if mask is None or compiling() or not hasattr(mask, "sageattnd_lengths") \
-            or torch.jit.is_tracing() \
-            or mask.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # they would be those of every mask that comes after it
+    if mask is None or repeats(mask) or not hasattr(mask, "sageattnd_lengths"):
+        return None  # or they would be those of every mask that comes after it
     version, lengths = mask.sageattnd_lengths
     meant = mask._version == version and mask.shape[0] == key.shape[0] \
         and mask.shape[-1] == key.shape[-2]
