@@ -395,7 +395,7 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
     if (is_few(index)) {
         const int64_t most = processors < FEW_PROCESSORS ? processors : FEW_PROCESSORS;
         a->rows = sage_kernels[index].tile_q;
-        split_few(attn, part, most, a);
+        split_few(attn, part, most * FEW_BLOCKS(a->d_padded, a->rows) / 2, a);
         return;
     }
     a->chunk_keys = ceil_div(ceil_div(a->nk, QUANT_CHUNKS), KERNEL_TILE_K) * KERNEL_TILE_K;

@@ -33,8 +33,8 @@ struct few_tile {
 __device__ inline void find_few(const cuda_args &a, unsigned index, few_tile &t)
 {
     const unsigned total = static_cast<unsigned>(a.chunks.total), head = index / total;
-    const int64_t n = index % total;
-    const int64_t s = space_find(a, a.chunks, a.k_offsets, a.k_first, a.chunk_keys, n);
+    const unsigned n = index - head * total, each = static_cast<unsigned>(a.chunk_keys);
+    const int64_t s = space_find(a, a.chunks, a.k_offsets, a.k_first, each, n);
     const cuda_seq seq = seq_of(a, s);
     const int64_t query = a.n_rows < 0 ? 0 : a.row, n_queries = a.n_rows < 0 ? seq.nq : a.n_rows;
     const int64_t shift = a.bottom_right ? static_cast<int64_t>(seq.nk) - seq.nq : 0;
@@ -44,7 +44,6 @@ __device__ inline void find_few(const cuda_args &a, unsigned index, few_tile &t)
     const int64_t end = query + n_queries + high;
     const int64_t last = end < seq.nk ? end : seq.nk;
     const unsigned keys = last > first ? static_cast<unsigned>(last - first) : 0;
-    const unsigned each = static_cast<unsigned>(a.chunk_keys);
 
     t.seq = seq;
     t.kv_head = a.head + head;
@@ -54,20 +53,22 @@ __device__ inline void find_few(const cuda_args &a, unsigned index, few_tile &t)
     t.query = static_cast<int>(query);
     t.n_queries = static_cast<int>(n_queries);
     t.rows = static_cast<int>(n_queries * a.n_q_heads);
-    t.chunk = static_cast<unsigned>(
-        n - space_start(a, a.chunks, a.k_offsets, a.k_first, a.chunk_keys, s));
+    t.chunk = n - static_cast<unsigned>(space_start(a, a.chunks, a.k_offsets, a.k_first, each, s));
     t.n_chunks = keys > each ? (keys + each - 1) / each : 1;
     t.there = in_part(a, s, t.kv_head) && n_queries > 0 && t.chunk < t.n_chunks;
     t.begin = keys ? static_cast<int>(first + t.chunk * static_cast<int64_t>(each)) : 0;
     t.end = keys ? static_cast<int>(min(last, t.begin + static_cast<int64_t>(each))) : 0;
 }
 
-/* Is this the last block of its tile? Then a replay of the call finds the word as it wants it. */
+/*
+ * Is this the last block of its tile? One thread asks, between two barriers: what the others have
+ * stored is seen by the last block, all of it. A replay of the call finds the word as it wants it.
+ */
 __device__ inline bool is_last(const cuda_args &a, const few_tile &t)
 {
     unsigned long long *const word = a.arrived + t.group;
 
-    if (atomicAdd(word, 1) != a.call + t.n_chunks - 1)
+    if (add_and_fence(word, 1) != a.call + t.n_chunks - 1)
         return false;
     *word = a.call;
     return true;
@@ -127,14 +128,15 @@ template <int D, bool BF16, int ROWS> struct few_attention {
 
         if (t.begin + n / 2 * TILE_K >= t.end)
             return;
+        if (x.aligned) {
 #pragma unroll
-        for (int i = 0; i < TILE_K; i += STEP, from += STEP * x.stride[2]) {
-            const bool there = i < left;
-            if (x.aligned)
-                copy_line_async(shared_address(to + i * PITCH), there ? from : x.data, there);
-            else
+            for (int i = 0; i < TILE_K; i += STEP, from += STEP * x.stride[2])
+                copy_line_async(shared_address(to + i * PITCH), i < left ? from : x.data, i < left);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < TILE_K; i += STEP, from += STEP * x.stride[2])
                 *reinterpret_cast<uint4 *>(to + i * PITCH) =
-                    there ? load_8(from, false) : make_uint4(0, 0, 0, 0);
+                    i < left ? load_8(from, false) : make_uint4(0, 0, 0, 0);
         }
     }
 
@@ -461,27 +463,34 @@ template <int D, bool BF16, int ROWS> struct few_attention {
         }
     }
 
-    /* Of row r the chunks' together, in the order of the keys; BATCH loads on their way. */
-    __device__ float4 of_tile(int r, int quad) const
+    /* Of row r what chunks have, from `from` on: BATCH loads on their way. */
+    static constexpr int BATCH = 16;
+    __device__ void load_chunks(float4 (&left)[BATCH], int from, int r, int quad) const
     {
-        constexpr int BATCH = 16;
+#pragma unroll
+        for (int i = 0; i < BATCH; i++)
+            if (from + i < static_cast<int>(t.n_chunks))
+                left[i] = __ldcg(o_of(from + i, r, quad));
+    }
+
+    /* All chunks' together, in the order of the keys; the first of them have been loaded. */
+    __device__ float4 of_tile(float4 (&left)[BATCH], int r, int quad) const
+    {
         const float *const weights = reinterpret_cast<const float *>(ring) + r * FEW_CHUNKS;
         const int n = static_cast<int>(t.n_chunks);
         float4 x = make_float4(0, 0, 0, 0);
 
 #pragma unroll 1
-        for (int from = 0; from < n; from += BATCH) {
-            float4 left[BATCH];
-#pragma unroll
-            for (int i = 0; i < BATCH; i++)
-                if (from + i < n)
-                    left[i] = __ldcg(o_of(from + i, r, quad));
+        for (int from = 0;;) {
 #pragma unroll
             for (int i = 0; i < BATCH; i++)
                 if (from + i < n)
                     add_quad(x, weights[from + i], left[i]);
+            from += BATCH;
+            if (from >= n)
+                return x;
+            load_chunks(left, from, r, quad);
         }
-        return x;
     }
 
     /* Four channels of a row's o; its lse. */
@@ -517,6 +526,7 @@ template <int D, bool BF16, int ROWS> struct few_attention {
 
     __device__ void run(bool &last)
     {
+#pragma unroll 1
         for (int n = 0; n < STAGES - 1; n++) {
             fetch(n);
             copy_commit();
@@ -545,25 +555,30 @@ template <int D, bool BF16, int ROWS> struct few_attention {
         }
         if (t.n_chunks == 1)
             return;
-        __threadfence();
         __syncthreads();
         if (threadIdx.x == 0)
             last = is_last(a, t);
         __syncthreads();
         if (!last)
             return;
-        __threadfence();
+        float4 left[BATCH];
+        int i = threadIdx.x;
+        if (i < t.rows * QUADS)
+            load_chunks(left, 0, i / QUADS, i % QUADS);
         weigh_chunks();
         __syncthreads();
-        for (int i = threadIdx.x; i < t.rows * QUADS; i += THREADS) {
+        while (i < t.rows * QUADS) {
             const int r = i / QUADS, quad = i % QUADS;
-            finish(r, quad, of_tile(r, quad), stats[r / 16][r % 16]);
+            finish(r, quad, of_tile(left, r, quad), stats[r / 16][r % 16]);
+            i += THREADS;
+            if (i < t.rows * QUADS)
+                load_chunks(left, 0, i / QUADS, i % QUADS);
         }
     }
 };
 
 template <int D, bool BF16, int ROWS>
-__global__ void __launch_bounds__(32 * FEW_WARPS, 2)
+__global__ void __launch_bounds__(32 * FEW_WARPS, FEW_BLOCKS(D, ROWS))
     few_kernel(const __grid_constant__ cuda_args args)
 {
     extern __shared__ __align__(16) char shared[];

@@ -343,6 +343,22 @@ __device__ __forceinline__ uint4 load_8(const char *p, bool aligned)
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+/*
+ * atomicAdd() in global memory. What this thread stored before, or others of its block before a
+ * barrier, is there for whoever adds after it, and for their blocks behind another barrier.
+ */
+__device__ __forceinline__ unsigned long long add_and_fence(unsigned long long *to,
+                                                            unsigned long long x)
+{
+    unsigned long long before;
+
+    asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+                 : "=l"(before)
+                 : "l"(__cvta_generic_to_global(to)), "l"(x)
+                 : "memory");
+    return before;
+}
+
 /* Eight 16-bit numbers to global memory, likewise. */
 __device__ __forceinline__ void store_8(char *p, const uint4 &x, bool aligned)
 {

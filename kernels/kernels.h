@@ -159,17 +159,22 @@ enum {
      WGMMA_TILE_Q(d, 0) * (EXACT_QUERIES(d) * 2 * (d) + EXACT_O(d) + 8) + 1024)
 
 /*
- * Few rows: warps, keys of a stage, stages of K or V in shared memory, and Q. About 64 KiB of
- * stages, all but one of which are on their way, and no more with Q than the 99 KiB that a block
- * can have everywhere. But so much that a processor of Hopper's has two blocks: with three there is
- * more on its way than memory is fast with.
+ * Few rows: warps, blocks that a processor of Hopper's has at a time, keys of a stage, stages of K
+ * or V in shared memory, and Q; no more than the 99 KiB that a block can have everywhere. Memory is
+ * fastest with some 100 KiB on their way to a processor, so a block takes as much shared memory as
+ * leaves no room for more of them. Its stages, all but one of which are on their way, are about
+ * 64 KiB; where a tile's registers leave four blocks room, two stages of twice as many keys each.
  */
 #define FEW_WARPS 4
-#define FEW_TILE_K(d, rows) ((d) > 128 && (rows) > 16 ? 32 : 64)
-#define FEW_STAGES(d, rows) ((d) > 128 && (rows) > 32 ? 3 : 65536 / (2 * (d)*FEW_TILE_K(d, rows)))
+#define FEW_BLOCKS(d, rows) ((d) <= 64 && (rows) <= 16 ? 4 : 2)
+#define FEW_TILE_K(d, rows) (FEW_BLOCKS(d, rows) > 2 ? 128 : (d) > 128 && (rows) > 16 ? 32 : 64)
+#define FEW_STAGES(d, rows)                                                                        \
+    ((d) > 128 && (rows) > 32 ? 3 : 65536 / (FEW_BLOCKS(d, rows) * (d)*FEW_TILE_K(d, rows)))
 #define FEW_TENSORS(d, rows)                                                                       \
     ((FEW_STAGES(d, rows) * FEW_TILE_K(d, rows) + (rows)) * KERNEL_PITCH(2 * (d)))
-#define FEW_SMEM(d, rows) (FEW_TENSORS(d, rows) > 76 * 1024 ? FEW_TENSORS(d, rows) : 76 * 1024)
+#define FEW_ROOM(d, rows) (228 / (FEW_BLOCKS(d, rows) + 1) * 1024)
+#define FEW_SMEM(d, rows)                                                                          \
+    (FEW_TENSORS(d, rows) > FEW_ROOM(d, rows) ? FEW_TENSORS(d, rows) : FEW_ROOM(d, rows))
 
 struct sage_attn;
 
