@@ -176,6 +176,25 @@ static struct sage_part whole(const struct sage_attn *attn, const struct sage_pa
     return part ? *part : (struct sage_part){.n_groups = sage_attn_groups(attn), .n_rows = -1};
 }
 
+int64_t cpu_few_rows = FEW_ROWS;
+
+static bool is_exact(const struct sage_attn *attn)
+{
+    return sage_attn_rows(attn) <= cpu_few_rows;
+}
+
+/* The problem as it is computed: nothing about quantisation where nothing is quantised. */
+static struct sage_attn computed(const struct sage_attn *attn)
+{
+    struct sage_attn a = *attn;
+
+    if (is_exact(attn)) {
+        a.variant = SAGE_INT8_FP16;
+        a.smooth_k = a.smooth_v = a.rotate_qk = false;
+    }
+    return a;
+}
+
 static int64_t rows_of(const struct sage_part *part, const struct sage_seq *seq)
 {
     return part->n_rows < 0 ? seq->nq : part->n_rows;
@@ -233,10 +252,11 @@ static bool lay_out(const struct sage_attn *attn, const struct sage_part *part,
 
 size_t sage_attn_workspace(const struct sage_attn *attn, const struct sage_part *part)
 {
+    const struct sage_attn a = computed(attn);
     const struct sage_part p = whole(attn, part);
     struct cpu_layout at;
 
-    return sage_part_is_legal(attn, &p) && lay_out(attn, &p, &at) ? at.total : SIZE_MAX;
+    return sage_part_is_legal(attn, &p) && lay_out(&a, &p, &at) ? at.total : SIZE_MAX;
 }
 
 static int64_t *table(const struct cpu_job *job, size_t offset)
@@ -303,19 +323,21 @@ int64_t cpu_find(const struct cpu_job *job, size_t offset, int64_t n, int64_t *w
 int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn, const struct sage_part *part,
                   void *workspace, size_t bytes)
 {
+    const struct sage_attn a = computed(attn);
     struct cpu_job job = {
-        .attn = attn,
+        .attn = &a,
         .isa = cpu ? cpu->isa : cpu_isa(0),
         .part = whole(attn, part),
         .workspace = workspace,
-        .fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8,
+        .exact = is_exact(attn),
+        .fp8 = sage_attn_variant(&a) == SAGE_INT8_FP8,
     };
 
     if (!sage_part_is_legal(attn, &job.part))
         return SAGE_EINVAL;
     if (job.part.n_groups == 0)
         return SAGE_OK;
-    if (!lay_out(attn, &job.part, &job.at) || bytes < job.at.total)
+    if (!lay_out(&a, &job.part, &job.at) || bytes < job.at.total)
         return SAGE_EWORKSPACE;
     if ((uintptr_t)workspace % LINE)
         return SAGE_EINVAL;
@@ -325,7 +347,7 @@ int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn, const stru
     if (!job.part.prepared) {
         const int64_t chunks = table(&job, job.at.chunks)[n];
 
-        if (attn->smooth_k || job.fp8)
+        if (a.smooth_k || job.fp8)
             run(cpu, cpu_sum_chunk, &job, chunks);
         run(cpu, cpu_quantise_chunk, &job, chunks);
     }

@@ -14,6 +14,8 @@
  *   V in e4m3: (v - mean(v)) / sv, sv = amax/256 of the channel
  *   o = (sum of P v) / (sum of P)       the same P above and below: V = ones gives exactly 1
  *   lse = ln 2 * (m + log2(sum of p)) + scale * q . mean(k)     p before rounding, q before INT8
+ * Of few rows (FEW_ROWS) nothing is quantised: q_int and k_int are q and k, sq and sk 1, mean(k) 0,
+ * and P is in V's dtype.
  */
 #ifndef SAGE_CPU_H
 #define SAGE_CPU_H
@@ -45,19 +47,22 @@ enum { SUM_K, SUM_V, MIN_V, MAX_V, BAD_V, N_SUMS };
 /*
  * A prepared block of BLOCK_K keys, zero beyond the last key:
  *   float    scale[BLOCK_K]
- *   uint16_t k[D][BLOCK_K]    -127..127
+ *   uint16_t k[D][BLOCK_K]    -127..127; as it is, where nothing is quantised
  *   uint16_t v[BLOCK_K][D]    e4m3, for int8_fp8 only
- * Both kinds of numbers are bfloat16 numbers; held as such, one shift makes them floats.
+ * Quantised numbers are bfloat16 numbers; held as such, one shift makes them floats.
  */
+
+/* Up to how many rows nothing is quantised: FEW_ROWS. Tests change that. */
+extern int64_t cpu_few_rows;
 
 /* One call of sage_attn_cpu(). */
 struct cpu_job {
-    const struct sage_attn *attn;
+    const struct sage_attn *attn; /* where nothing is quantised: without what is about that */
     const struct cpu_isa *isa;
     struct sage_part part; /* with n_rows resolved unless all */
     struct cpu_layout at;
     char *workspace;
-    bool fp8;
+    bool exact, fp8; /* nothing is quantised; V is e4m3 */
 };
 
 /* One group of a job. */
@@ -103,7 +108,7 @@ struct cpu_tile {
     int rows, d;
     int v_columns;                                      /* D rounded up to 16 */
     struct cpu_grid grid;                               /* what P is rounded to */
-    _Alignas(LINE) float q[BLOCK_Q][SAGE_MAX_HEAD_DIM]; /* -127..127 */
+    _Alignas(LINE) float q[BLOCK_Q][SAGE_MAX_HEAD_DIM]; /* -127..127, or as it is */
     float q_scale[BLOCK_Q];                             /* with scale * log2 e in it */
     float max[BLOCK_Q], sum[BLOCK_Q], p_sum[BLOCK_Q];   /* m, sum of p, sum of P */
     float decay[BLOCK_Q];                               /* 2^(m before - m after this key block) */
@@ -121,11 +126,12 @@ struct cpu_tile {
 struct cpu_isa {
     const char *name;
     /*
-     * Go through one key block: K with a scale for each key; v are `keys` rows of D halves,
-     * v_stride bytes apart, of dtype v_dtype.
+     * Go through one key block: K, of dtype k_dtype, with a scale for each key; v are `keys` rows
+     * of D halves, v_stride bytes apart, of dtype v_dtype.
      */
-    void (*step)(struct cpu_tile *t, const uint16_t *k, const float *k_scale, const char *v,
-                 int64_t v_stride, int keys, enum sage_dtype v_dtype);
+    void (*step)(struct cpu_tile *t, const uint16_t *k, enum sage_dtype k_dtype,
+                 const float *k_scale, const char *v, int64_t v_stride, int keys,
+                 enum sage_dtype v_dtype);
 };
 
 /* The i-th best that this machine can run; NULL beyond the last. */

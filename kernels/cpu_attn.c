@@ -102,6 +102,20 @@ static void quantise_q(struct work *w, struct cpu_tile *t, int r)
     w->q_mean[r] = dot * scale;
 }
 
+/* One row of Q as it is. */
+static void copy_q(struct work *w, struct cpu_tile *t, int r)
+{
+    const struct sage_attn *a = w->job->attn;
+    const struct sage_seq *seq = &w->group.seq;
+    const uint16_t *q =
+        (const uint16_t *)tensor_row(&a->q, seq->batch, w->head, seq->q0 + w->row + r);
+
+    for (int i = 0; i < t->d; i++)
+        t->q[r][i] = to_float(q[i], a->q.dtype);
+    t->q_scale[r] = sage_attn_scale(a) * log2_e;
+    w->q_mean[r] = 0;
+}
+
 static void begin(struct work *w, struct cpu_tile *t)
 {
     const size_t q_bytes = sizeof(float) * (size_t)t->d,
@@ -110,10 +124,12 @@ static void begin(struct work *w, struct cpu_tile *t)
     /* The register tile computes up to ROWS_MAX rows at a time: those beyond the last are zero. */
     for (int r = 0; r < t->rows || r % ROWS_MAX; r++) {
         memset(t->o[r], 0, v_bytes);
-        if (r < t->rows)
-            quantise_q(w, t, r);
-        else
+        if (r >= t->rows)
             memset(t->q[r], 0, q_bytes);
+        else if (w->job->exact)
+            copy_q(w, t, r);
+        else
+            quantise_q(w, t, r);
         t->max[r] = -INFINITY;
         t->sum[r] = t->p_sum[r] = t->decay[r] = 0;
     }
@@ -205,13 +221,15 @@ static void attend(struct work *w, struct cpu_tile *t)
 
         const uint16_t *k = (const uint16_t *)(data + job->at.k_offset);
         const float *k_scale = (const float *)data;
+        const enum sage_dtype k_dtype = job->exact ? job->attn->k.dtype : SAGE_BF16;
 
         look(w, t, key);
         if (job->fp8)
-            job->isa->step(t, k, k_scale, data + job->at.v_offset, 2 * t->d, BLOCK_K, SAGE_BF16);
+            job->isa->step(t, k, k_dtype, k_scale, data + job->at.v_offset, 2 * t->d, BLOCK_K,
+                           SAGE_BF16);
         else
             job->isa->step(
-                t, k, k_scale, tensor_row(v, seq->batch, w->group.kv_head, seq->k0 + key),
+                t, k, k_dtype, k_scale, tensor_row(v, seq->batch, w->group.kv_head, seq->k0 + key),
                 left > 1 ? 2 * v->stride[2] : 0, left < BLOCK_K ? (int)left : BLOCK_K, v->dtype);
     }
 }

@@ -2,6 +2,7 @@
  * cpu_quant.c - K to INT8 and V to e4m3, on the CPU. Two passes over each chunk of CHUNK_K keys:
  * sums of the chunk; then, from the sums of all chunks, means and scales, and the numbers. The sums
  * are added up in the order of the chunks, whoever made them: results do not depend on threads.
+ * Where nothing is quantised the second has K put into blocks as it is.
  */
 #include "cpu.h"
 
@@ -147,6 +148,24 @@ static void quantise_k(uint16_t *k, float *scale, const float *x, int run, int64
     }
 }
 
+/* A block of keys as they are, zero beyond the last key. */
+static void copy_k(const struct cpu_job *job, const struct cpu_group *g, int64_t block)
+{
+    const struct sage_tensor *t = &job->attn->k;
+    char *data = g->blocks + (size_t)block * job->at.block_bytes;
+    uint16_t *k = (uint16_t *)(data + job->at.k_offset);
+
+    memset(data, 0, job->at.block_bytes);
+    for (int64_t j = 0; j < BLOCK_K && block * BLOCK_K + j < g->seq.nk; j++) {
+        const uint16_t *row = (const uint16_t *)tensor_row(t, g->seq.batch, g->kv_head,
+                                                           g->seq.k0 + block * BLOCK_K + j);
+
+        for (int64_t i = 0; i < t->shape[3]; i++)
+            k[i * BLOCK_K + j] = row[i];
+        ((float *)data)[j] = 1;
+    }
+}
+
 static void k_block(const struct cpu_job *job, const struct cpu_group *g, int64_t block,
                     const struct channels *ch)
 {
@@ -208,7 +227,10 @@ void cpu_quantise_chunk(const struct cpu_job *job, int64_t n)
     if (job->fp8)
         v_channels(job, &g, &ch);
     for (int64_t block = c * CHUNK_K / BLOCK_K; block * BLOCK_K < end; block++) {
-        k_block(job, &g, block, &ch);
+        if (job->exact)
+            copy_k(job, &g, block);
+        else
+            k_block(job, &g, block, &ch);
         if (job->fp8)
             v_block(job, &g, block, &ch);
     }

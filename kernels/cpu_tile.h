@@ -90,14 +90,6 @@ INLINE void GEMM(float *c, int c_stride, const float *a, int a_stride, const flo
         }
 }
 
-/* n bfloat16 numbers, n a multiple of 8. */
-INLINE void WIDEN(float *to, const uint16_t *from, int n)
-{
-    for (int i = 0; i < n; i += 8)
-        for (int j = 0; j < 8; j++)
-            to[i + j] = bf16_to_f32(from[i + j]);
-}
-
 /* binary16 numbers that stand in the upper halves of x; see f16_to_f32(). */
 INLINE VF FN(from_f16)(VF x)
 {
@@ -108,14 +100,21 @@ INLINE VF FN(from_f16)(VF x)
     return (VF)(sign | (VI)FN(select)(a < 1 << 23, subnormal, above));
 }
 
+/* n halves, n a multiple of 8; up to a multiple of LANES there are zeros behind them. */
+INLINE void WIDEN(float *to, const uint16_t *from, int n, enum sage_dtype dtype)
+{
+    for (int i = 0; i < n; i += 8)
+        for (int j = 0; j < 8; j++)
+            to[i + j] = bf16_to_f32(from[i + j]);
+    for (int i = 0; dtype == SAGE_F16 && i < n; i += LANES)
+        *(VF *)(to + i) = FN(from_f16)(*(VF *)(to + i));
+}
+
 INLINE void FN(load_v)(struct cpu_tile *t, const char *v, int64_t stride, int keys,
                        enum sage_dtype dtype)
 {
-    for (int key = 0; key < keys; key++) {
-        WIDEN(t->v[key], (const uint16_t *)(v + key * stride), t->d);
-        for (int i = 0; dtype == SAGE_F16 && i < t->v_columns; i += LANES)
-            *(VF *)(t->v[key] + i) = FN(from_f16)(*(VF *)(t->v[key] + i));
-    }
+    for (int key = 0; key < keys; key++)
+        WIDEN(t->v[key], (const uint16_t *)(v + key * stride), t->d, dtype);
     for (int key = keys; key < BLOCK_K; key++) /* P is 0 there; 0 * what was there may be NaN */
         memset(t->v[key], 0, sizeof(float) * (size_t)t->v_columns);
 }
@@ -139,8 +138,8 @@ INLINE float FN(total)(VF x)
 }
 
 /*
- * Integer dot products of row r to scores, in place; their maximum. A NaN score is no maximum, but
- * stays in the row and makes its sums NaN.
+ * Dot products of row r to scores, in place; their maximum. A NaN score is no maximum, but stays in
+ * the row and makes its sums NaN. So does what is not finite, for -inf is for hidden keys.
  */
 INLINE float FN(scores)(struct cpu_tile *t, int r, const float *k_scale)
 {
@@ -155,8 +154,9 @@ INLINE float FN(scores)(struct cpu_tile *t, int r, const float *k_scale)
         const VF scale = *(const VF *)(k_scale + j) * t->q_scale[r];
         VF s = *(VF *)(row + j);
 
-        /* |s| <= 127 * 127 * 256 < 2^22: below 2^105 no product is Inf, beyond it none is known */
+        /* integers are below 2^22: below 2^105 no product is Inf, beyond it none is known */
         s *= FN(select)(scale < 0x1p105f, scale, (VF){0} + NAN);
+        s += s * 0;
         if (t->masked) { /* a key that is masked out is not seen, whatever it holds */
             const VF b = *(VF *)(t->bias[r] + j);
             s = FN(select)(b == (VF){0} - INFINITY, b, s + b);
@@ -193,12 +193,13 @@ INLINE void FN(softmax)(struct cpu_tile *t, int r, const float *k_scale)
     t->decay[r] = decay;
 }
 
-TARGET static void FN(step)(struct cpu_tile *t, const uint16_t *k, const float *k_scale,
-                            const char *v, int64_t v_stride, int keys, enum sage_dtype v_dtype)
+TARGET static void FN(step)(struct cpu_tile *t, const uint16_t *k, enum sage_dtype k_dtype,
+                            const float *k_scale, const char *v, int64_t v_stride, int keys,
+                            enum sage_dtype v_dtype)
 {
     const int rows = (t->rows + ROWS - 1) / ROWS * ROWS;
 
-    WIDEN(t->k[0], k, t->d * BLOCK_K);
+    WIDEN(t->k[0], k, t->d * BLOCK_K, k_dtype);
     GEMM(t->p[0], BLOCK_K, t->q[0], SAGE_MAX_HEAD_DIM, t->k[0], BLOCK_K, rows, BLOCK_K, t->d, NULL);
     for (int r = 0; r < t->rows; r++)
         FN(softmax)(t, r, k_scale);

@@ -231,23 +231,11 @@ int find_kernel(const struct sage_attn *attn, int sm)
                             attn->mask.dtype != SAGE_NONE);
 }
 
-/* Rows of all query heads of a kv head together, of the sequence that has most. */
-int64_t group_rows(const struct sage_attn *attn)
-{
-    int64_t most = attn->n_seqs > 0 ? 0 : attn->q.shape[2];
-
-    for (int64_t s = 0; s < attn->n_seqs; s++) {
-        const int64_t rows = attn->q_offsets[s + 1] - attn->q_offsets[s];
-        most = rows > most ? rows : most;
-    }
-    return most * (attn->q.shape[1] / attn->k.shape[1]);
-}
-
 /* The kernel for few rows, or -1. It follows from the whole problem: parts are computed alike. */
 int find_few(const struct sage_attn *attn)
 {
     return sage_kernel_find_few(static_cast<int>(attn->q.shape[3]), attn->q.dtype == SAGE_BF16,
-                                group_rows(attn));
+                                sage_attn_rows(attn));
 }
 
 /* Causal and window leave no key that none of these rows sees. */

@@ -1,6 +1,6 @@
 /*
- * numerics.h - what CPU and GPU do alike, number by number: which keys share a scale, what counts
- * as zero, of which keys K's mean is, and what rotate_qk does.
+ * numerics.h - what CPU and GPU do alike, number by number: which keys share a scale, what is
+ * not quantised, what counts as zero, of which keys K's mean is, and what rotate_qk does.
  */
 #ifndef SAGE_NUMERICS_H
 #define SAGE_NUMERICS_H
@@ -21,6 +21,12 @@
  * which has most of the error, twice as many: a GPU thread has less to do.
  */
 #define K_RUN(fp8) ((fp8) ? 32 : 16)
+
+/*
+ * Up to so many rows of all query heads of a kv head nothing is quantised: reading K and V is what
+ * takes the time then. This follows from the whole problem, so parts are computed alike.
+ */
+#define FEW_ROWS 64
 
 /* Magnitudes below count as zero: 256 divided by this is still finite. */
 #define QUANT_MIN 0x1p-117f

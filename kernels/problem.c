@@ -127,6 +127,17 @@ int64_t sage_attn_groups(const struct sage_attn *attn)
     return (attn->n_seqs ? attn->n_seqs : attn->q.shape[0]) * attn->k.shape[1];
 }
 
+int64_t sage_attn_rows(const struct sage_attn *attn)
+{
+    int64_t most = attn->n_seqs > 0 ? 0 : attn->q.shape[2];
+
+    for (int64_t s = 0; s < attn->n_seqs; s++) {
+        const int64_t rows = attn->q_offsets[s + 1] - attn->q_offsets[s];
+        most = rows > most ? rows : most;
+    }
+    return most * (attn->q.shape[1] / attn->k.shape[1]);
+}
+
 int64_t sage_part_heads(const struct sage_attn *attn, const struct sage_part *part)
 {
     return part->n_heads ? part->n_heads : attn->q.shape[1] / attn->k.shape[1];

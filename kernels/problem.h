@@ -31,6 +31,9 @@ struct sage_seq sage_attn_seq(const struct sage_attn *attn, int64_t b);
 void sage_attn_band(const struct sage_attn *attn, const struct sage_seq *seq, int64_t i,
                     int64_t *first, int64_t *last);
 
+/* Rows of all query heads of a kv head together, of the sequence that has most. */
+int64_t sage_attn_rows(const struct sage_attn *attn);
+
 /* Query heads of each group in the part. */
 int64_t sage_part_heads(const struct sage_attn *attn, const struct sage_part *part);
 

@@ -5,6 +5,10 @@
  * subtracted first) and P V in 16 bits or FP8.
  *   SageAttention  (int8_fp16): Zhang et al., arXiv:2410.02367, section 4.
  *   SageAttention2 (int8_fp8):  Zhang et al., arXiv:2411.10958, section 3.
+ * Few query rows (of all Hq/Hkv query heads of a kv head together at most 64, in every sequence)
+ * are computed without quantisation, whatever the variant and in whatever parts: Q K^T and P V in
+ * the tensors' 16-bit type, accumulated in fp32. smooth_k, smooth_v and rotate_qk change nothing
+ * then.
  *
  * Every function here is thread-safe: none keeps state but what its arguments point to, which
  * kernels are loaded, and how many calls there have been.
@@ -220,16 +224,13 @@ SAGE_API int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn,
 
 /* --- on a GPU ---
  *
- * Few query rows (of all Hq/Hkv query heads of a kv head together at most 64, in every sequence)
- * are computed without quantisation, whatever the variant and in whatever parts: Q K^T and P V in
- * the tensors' 16-bit type, accumulated in fp32. That reads K and V once and is bound by it;
- * quantising K would read it twice. On compute capability 9.0 so are short sequences, where
- * quantising takes longer than it saves: without a mask tensor, with at most 9216 scores for each
- * key of a kv head on average (Nq * Hq/Hkv, half of it if causal), beyond D = 64 5120 and at most
- * 5120 keys, more than 66 tiles of rows or few keys, rows of q, k and v at multiples of 16 bytes
- * and below 2^40 bytes apart, none expanded. smooth_k, smooth_v and rotate_qk then change
- * nothing. Beyond D = 128, without a mask tensor and with such rows of v, int8_fp8 is computed as
- * int8_fp16 there: the more accurate one is three times as fast, and smooth_v changes nothing.
+ * On compute capability 9.0 short sequences are computed without quantisation as well as few rows,
+ * for it takes longer than it saves: without a mask tensor, with at most 9216 scores for each key
+ * of a kv head on average (Nq * Hq/Hkv, half of it if causal), beyond D = 64 5120 and at most 5120
+ * keys, more than 66 tiles of rows or few keys, rows of q, k and v at multiples of 16 bytes and
+ * below 2^40 bytes apart, none expanded. Beyond D = 128, without a mask tensor and with such rows
+ * of v, int8_fp8 is computed as int8_fp16 there: the more accurate one is three times as fast, and
+ * smooth_v changes nothing.
  *
  * Compute capability 8.0 or newer; int8_fp8 wants 8.9. A build without CUDA has these functions
  * too: they return SAGE_EUNSUPPORTED and say so. Errors come with a text in why[len], which may be

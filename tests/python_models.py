@@ -162,7 +162,7 @@ def test_embeddings():
     assert float(table[0]["cosine_least"]) > 0.99999, said
     for row in table[1:]:
         assert row["judged"] == "ok" and row["sentences"] == "200", said
-        assert 0.999 < float(row["cosine_least"]) < 0.99999, said
+        assert float(row["cosine_least"]) > 0.99999, said
 
 
 def test_blocks():

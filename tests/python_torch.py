@@ -461,14 +461,14 @@ def test_streams_gone():
 
 def test_sdpa():
     """PyTorch's meaning of each argument."""
-    q, k, v = inputs(nq=40, nk=70)
+    q, k, v = inputs(nq=66, nk=70)
     one = [t[0] for t in (q, k, v)]
     before = sageattnd.fallbacks()
     for tensors, case in (((q, k, v), {}), ((q, k, v), dict(is_causal=True)),
                           ((q, k, v), dict(scale=0.2)), (one, dict(is_causal=True)),
-                          ((q, k, v), dict(attn_mask=torch.randn(2, 4, 40, 70).bfloat16())),
-                          ((q, k, v), dict(attn_mask=torch.rand(40, 70) > 0.3)),
-                          (one, dict(attn_mask=torch.rand(40, 70) > 0.3)),
+                          ((q, k, v), dict(attn_mask=torch.randn(2, 4, 66, 70).bfloat16())),
+                          ((q, k, v), dict(attn_mask=torch.rand(66, 70) > 0.3)),
+                          (one, dict(attn_mask=torch.rand(66, 70) > 0.3)),
                           ([t[..., :36] for t in (q, k, v)], {})):
         mask = case.get("attn_mask")
         exact = {**case, "attn_mask": mask.double()} if mask is not None and \

@@ -13,6 +13,7 @@
 
 #include "inputs.h"
 #include "kernels/kernels.h"
+#include "kernels/numerics.h"
 #include "kernels/problem.h"
 #include "ref64.h"
 
@@ -505,6 +506,8 @@ static void test_kernels(void **state)
             const int hopper = sage_kernel_find(90, d, bf16, fp8, mask);
 
             assert_true(any >= 0 && hopper >= 0);
+            assert_true(sage_kernel_find_few(d, bf16, FEW_ROWS) >= 0);
+            assert_int_equal(sage_kernel_find_few(d, bf16, FEW_ROWS + 1), -1);
             assert_true(sage_kernels[any].max_head_dim >= d);
             assert_true(sage_kernels[any].max_sm > 120);
             assert_true(sage_kernels[any].min_sm == (fp8 ? 89 : 80));
