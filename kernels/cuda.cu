@@ -383,6 +383,7 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
     if (is_few(index)) {
         const int64_t most = processors < FEW_PROCESSORS ? processors : FEW_PROCESSORS;
         a->rows = sage_kernels[index].tile_q;
+        /* half as many blocks as there is room for: more cost in merging what they gain */
         split_few(attn, part, most * FEW_BLOCKS(a->d_padded, a->rows) / 2, a);
         return;
     }

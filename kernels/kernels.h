@@ -161,9 +161,9 @@ enum {
 /*
  * Few rows: warps, blocks that a processor of Hopper's has at a time, keys of a stage, stages of K
  * or V in shared memory, and Q; no more than the 99 KiB that a block can have everywhere. Memory is
- * fastest with some 100 KiB on their way to a processor, so a block takes as much shared memory as
- * leaves no room for more of them. Its stages, all but one of which are on their way, are about
- * 64 KiB; where a tile's registers leave four blocks room, two stages of twice as many keys each.
+ * fastest with 64 to 100 KiB on their way to a processor, so a block takes as much shared memory as
+ * leaves no room for more of them. Its stages, all but one of which are on their way, are 64 KiB;
+ * where a tile's registers leave room for four blocks, half of that, in two stages of 128 keys.
  */
 #define FEW_WARPS 4
 #define FEW_BLOCKS(d, rows) ((d) <= 64 && (rows) <= 16 ? 4 : 2)
