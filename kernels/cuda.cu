@@ -272,9 +272,11 @@ int find_exact(const struct sage_attn *attn, int sm)
     const double keys = static_cast<double>(k[0] * k[1]) * static_cast<double>(k[2]);
     const double pairs = sage_attn_ops(attn, nullptr) / (4 * static_cast<double>(q[3]));
     const double sequences = attn->n_seqs > 0 ? attn->n_seqs : 1;
-    const double most = sage_exact_share * EXACT_PAIRS(x->max_head_dim);
-    const bool is_short = pairs > 0 && pairs <= most * keys &&
-                          (x->max_head_dim <= 64 || static_cast<double>(k[2]) <= most * sequences);
+    const int fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8;
+    const double most = sage_exact_share * EXACT_PAIRS(x->max_head_dim, fp8);
+    const double longest = sage_exact_share * static_cast<double>(EXACT_KEYS(x->max_head_dim));
+    const bool is_short =
+        pairs > 0 && pairs <= most * keys && static_cast<double>(k[2]) <= longest * sequences;
     return is_short && tiles + static_cast<double>(attn->n_seqs * q[1]) < CALL_COUNT ? index : -1;
 }
 
@@ -540,7 +542,7 @@ void fill(const struct sage_attn *attn, const struct layout *at, char *workspace
 
 /*
  * A tensor as wgmma kernels fetch it: `rows` tokens of 64 channels, zeros beyond the end. False
- * where it cannot be described so.
+ * where it cannot be described so; the driver is not asked for what it would refuse.
  */
 bool map_rows(const struct sage_tensor *t, int rows, CUtensorMap *map)
 {
@@ -551,11 +553,14 @@ bool map_rows(const struct sage_tensor *t, int rows, CUtensorMap *map)
 
     if (!encode || !x.aligned)
         return false;
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 4; i++) {
         dims[i] = static_cast<cuuint64_t>(t->shape[3 - i]);
+        if (dims[i] == 0 || dims[i] > UINT64_C(1) << 32)
+            return false;
+    }
     for (int i = 0; i < 3; i++) { /* there is no step along a dimension of one element */
         strides[i] = dims[i + 1] > 1 ? static_cast<cuuint64_t>(x.stride[2 - i]) : 16;
-        if (strides[i] == 0)
+        if (strides[i] == 0 || strides[i] >= UINT64_C(1) << 40)
             return false;
     }
     return encode(map,

@@ -64,8 +64,8 @@ struct tile {
     const char *v;            /* the sequence's first key */
     int row;                  /* first, of the sequence */
     int end;                  /* of the rows to be computed */
-    int64_t low, high;        /* row i sees keys i + low ... i + high */
-    int64_t first, last;      /* the keys that some row of the tile sees, and one more */
+    int low, high;            /* keys that its first row sees; of the next one each is one more */
+    int first, last;          /* the keys that some row of the tile sees, and one more */
     float k_max;              /* wgmma: largest scale of K */
     unsigned index, split;    /* which one it is, which part of its keys */
     bool there;
@@ -124,12 +124,11 @@ __device__ inline void find_tile(const cuda_args &a, int tile_q, unsigned index,
     t.end = static_cast<int>(end);
     t.there = in_part(a, s, t.kv_head) && row < end;
     const int64_t shift = a.bottom_right ? static_cast<int64_t>(seq.nk) - seq.nq : 0;
-    const int64_t low = a.low + shift, high = a.high + shift;
-    t.low = low;
-    t.high = high;
-    const int64_t last_row = (row + tile_q < end ? row + tile_q : end) - 1;
-    t.first = row + low > 0 ? row + low : 0;
-    t.last = last_row + high + 1 < seq.nk ? last_row + high + 1 : seq.nk;
+    t.low = clamp(row + shift + a.low);
+    t.high = clamp(row + shift + a.high);
+    t.first = t.low > 0 ? t.low : 0;
+    const int last = t.high + static_cast<int>(end - row < tile_q ? end - row : tile_q);
+    t.last = last < seq.nk ? last : seq.nk;
 }
 
 /* Of a query row, in shared memory. */
@@ -310,8 +309,8 @@ struct rows {
     __device__ rows(const cuda_args &args, const tile &place, const query *of_tile)
         : a(args), t(place), queries(of_tile), lane(threadIdx.x % 32), moves(true)
     {
-        all_from = clamp(row() + t.low + (16 * SLABS - 1));
-        all_to = clamp(row() + t.high - (KEYS - 1));
+        all_from = first_row() + t.low + (16 * SLABS - 1);
+        all_to = first_row() + t.high - (KEYS - 1);
         all_to = all_to < t.seq.nk - KEYS ? all_to : t.seq.nk - KEYS;
     }
 
@@ -369,7 +368,9 @@ struct rows {
     /* Does a row of the sequence see a key? A mask tensor may hide those that it does. */
     __device__ bool sees_any(int r) const
     {
-        return !MASK && max(r + t.low, INT64_C(0)) <= min(r + t.high, int64_t{t.seq.nk} - 1);
+        const int i = r - t.row;
+
+        return !MASK && max(i + t.low, 0) <= min(i + t.high, t.seq.nk - 1);
     }
 
     /*
@@ -392,10 +393,10 @@ struct rows {
             add_mask(p, key0);
         if (all_see(key0))
             return;
-        int from = row();
+        int from = first_row();
         asm volatile("" : "+r"(from)); /* what follows from it does not stay in registers */
         const int key = key0 + key_of(0, 0);
-        const int low = clamp(from + t.low), high = clamp(from + t.high);
+        const int low = from + t.low, high = from + t.high;
 #pragma unroll
         for (int slab = 0; slab < SLABS; slab++)
 #pragma unroll

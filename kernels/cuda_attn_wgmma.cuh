@@ -1,10 +1,10 @@
 /*
  * cuda_attn_wgmma.cuh - attention on Hopper's warpgroup tensor cores (sm_90a).
  *
- * A block stays on its processor and takes one tile of query rows after the other. Three warps work
- * ahead: one finds the next tiles, one fetches K and V, some stages ahead and across tiles, one
- * fetches Q, and stores o where o takes Q's place. WGMMA_GROUPS warpgroups compute, 64 query rows
- * each, against WGMMA_TILE_K keys at a time (FlashAttention-3, Shah et al., arXiv:2407.08608,
+ * A block stays on its processor and takes one tile of query rows after the other. Four warps work
+ * ahead: one finds the next tiles, one fetches K and another V, some stages ahead and across tiles,
+ * one fetches Q, and stores o where o takes Q's place. WGMMA_GROUPS warpgroups compute, 64 query
+ * rows each, against WGMMA_TILE_K keys at a time (FlashAttention-3, Shah et al., arXiv:2407.08608,
  * section 3):
  *
  *   16 bits   S(j) = Q K(j)^T begins -> O += P(j - 1) V(j - 1) begins -> softmax of S(j)
@@ -264,6 +264,12 @@ template <> struct wgmma_layout<256, false, true> : wgmma_layout<256, false, fal
     }
 };
 
+/* The blocks of keys that a tile sees: the first, how many; where they end for a warpgroup. */
+struct alignas(16) key_blocks {
+    int first, n;
+    int end[3]; /* one more than the last key that some row of it sees; 0: it has no row */
+};
+
 template <int D, bool FP8, bool EXACT> struct wgmma_memory {
     using layout = wgmma_layout<D, FP8, EXACT>;
     static constexpr int STAGES = layout::STAGES, TILE_Q = WGMMA_TILE_Q(D, FP8);
@@ -274,6 +280,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_memory {
     float k_scale[EXACT ? 1 : STAGES][EXACT ? 4 : WGMMA_TILE_K(D) / 4];
     query queries[TILE_Q];
     tile tiles[WGMMA_TILES];
+    key_blocks blocks[WGMMA_TILES];
     /* of the tiles: K's mean; V's scales, then its means */
     float k_mean[EXACT ? 1 : WGMMA_TILES][EXACT ? 4 : D], v_means[WGMMA_TILES][FP8 ? 2 * D : 1];
     uint64_t k_full[STAGES], v_full[STAGES], k_empty[STAGES], v_empty[STAGES];
@@ -302,7 +309,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_memory {
         }
         for (int i = 0; i < WGMMA_TILES; i++) {
             init(tile_full[i], 1);
-            init(tile_empty[i], 32 * (WARPS + 2));
+            init(tile_empty[i], 32 * (WARPS + 3));
         }
         for (int i = 0; i < QUERIES; i++) {
             init(q_full[i], EXACT ? 1 : 32);
@@ -386,9 +393,24 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
         t.split = ticket % a.n_splits;
         if (a.n_splits == 1)
             return;
-        const int64_t from = static_cast<int64_t>(t.split) * a.split_keys;
-        t.first = max(t.first, from);
-        t.last = min(t.last, from + a.split_keys);
+        const int64_t from = static_cast<int64_t>(t.split) * a.split_keys,
+                      end = from + a.split_keys;
+        t.first = max(t.first, static_cast<int>(from));
+        t.last = end < t.last ? static_cast<int>(end) : t.last;
+    }
+
+    /* There may be none, whatever a row sees. */
+    __device__ static void find_blocks(const tile &t, key_blocks &to)
+    {
+        const int rows = t.end - t.row, last = t.last > t.first ? t.last + KEYS - 1 : t.first;
+
+        to.first = t.first / KEYS;
+        to.n = last / KEYS - to.first;
+#pragma unroll
+        for (int group = 0; group < WGMMA_GROUPS(D, FP8); group++) {
+            const int end = min(t.high + min(64 * group + 64, rows), t.last);
+            to.end[group] = 64 * group >= rows ? 0 : min(end, (to.first + to.n) * KEYS);
+        }
     }
 
     /*
@@ -423,12 +445,14 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
                 if (!EXACT && t.there)
                     take_split(a, ticket, t);
             }
+            if (first_lane && t.there)
+                find_blocks(t, m.blocks[slot.stage]);
             __syncwarp();
             there = __any_sync(~0u, t.there);
             if (AHEAD > 0 && first_lane && t.there)
 #pragma unroll 1
                 for (int i = 0; i < AHEAD; i++)
-                    prefetch(a, t, static_cast<int>(t.first / KEYS) + i);
+                    prefetch(a, t, t.first / KEYS + i);
             if (there && !EXACT) {
                 const float k_max = largest_scale(a, t);
                 if (first_lane)
@@ -531,21 +555,20 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
         __syncwarp();
     }
 
-    /* Another: K and V of all tiles, one after the other. */
-    __device__ static void keys_and_values(const cuda_args &a, memory &m)
+    /* Another: K of all tiles, one after the other. V is not to wait for it, nor it for V. */
+    __device__ static void keys(const cuda_args &a, memory &m)
     {
         const bool first_lane = threadIdx.x % 32 == 0;
         ring_place<STAGES> at;
         ring_place<WGMMA_TILES> slot;
-        uint32_t tail_parity = 0;
 
         for (;; slot.next()) {
             const tile &t = m.tiles[slot.stage];
             wait(m.tile_full[slot.stage], slot.parity);
             if (!__any_sync(~0u, t.there))
                 return;
-            const int halves = (t.seq.nk + HALF - 1) / HALF, end = last_block(t);
-            const int begin = first_block(t), few = max(begin, end - LEFT);
+            const int halves = (t.seq.nk + HALF - 1) / HALF, begin = m.blocks[slot.stage].first;
+            const int end = begin + m.blocks[slot.stage].n, few = max(begin, end - LEFT);
             for (int block = begin; block < end; block++, at.next()) {
                 if (block == few)
                     release(m.few_left);
@@ -559,6 +582,30 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
                     if constexpr (AHEAD > 0)
                         prefetch(a, t, block + AHEAD);
                 }
+            }
+            if (begin >= end)
+                release(m.few_left);
+            leave(m.tile_empty[slot.stage]);
+        }
+    }
+
+    /* A third: V of all tiles. */
+    __device__ static void values(const cuda_args &a, memory &m)
+    {
+        const bool first_lane = threadIdx.x % 32 == 0;
+        ring_place<STAGES> at;
+        ring_place<WGMMA_TILES> slot;
+        uint32_t tail_parity = 0;
+
+        for (;; slot.next()) {
+            const tile &t = m.tiles[slot.stage];
+            wait(m.tile_full[slot.stage], slot.parity);
+            if (!__any_sync(~0u, t.there))
+                return;
+            const int halves = (t.seq.nk + HALF - 1) / HALF, begin = m.blocks[slot.stage].first;
+            const int end = begin + m.blocks[slot.stage].n;
+            for (int block = begin; block < end; block++, at.next()) {
+                __syncwarp();
                 wait(m.v_empty[at.stage], at.parity ^ 1);
                 if constexpr (FP8) {
                     if (halves - 2 * block == 1)
@@ -581,8 +628,6 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
                     release(m.v_full[at.stage]);
                 }
             }
-            if (begin >= end)
-                release(m.few_left);
             leave(m.tile_empty[slot.stage]);
         }
     }
@@ -612,7 +657,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
             cuda::ptx::mbarrier_arrive(&m.q_full[0]);
     }
 
-    /* A third: Q of all tiles, where o is stored by those that compute. */
+    /* A fourth: Q of all tiles, where o is stored by those that compute. */
     __device__ static void queries(const cuda_args &a, memory &m)
     {
         ring_place<WGMMA_TILES> slot;
@@ -683,16 +728,6 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
         end_tile();
         cuda::ptx::cp_async_bulk_wait_group(cuda::ptx::n32_t<0>());
     }
-
-    /* The blocks of keys that a tile sees. */
-    __device__ static int first_block(const tile &t)
-    {
-        return uniform(static_cast<int>(t.first / KEYS));
-    }
-    __device__ static int last_block(const tile &t)
-    {
-        return uniform(static_cast<int>((t.last > t.first ? t.last + KEYS - 1 : t.first) / KEYS));
-    }
 };
 
 /* --- those that compute --- */
@@ -720,8 +755,8 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     uint32_t p_packed[FP8 ? KEYS / 32 : KEYS / 16][4]; /* A of P V */
     float decay[1][2];                                 /* of O, by this tile */
 
-    __device__ wgmma_attention(const cuda_args &args, memory &shared, const tile &t)
-        : m(shared), r(args, t, shared.queries), group(uniform(r.first_row() / 64))
+    __device__ wgmma_attention(const cuda_args &args, memory &shared, const tile &t, int warpgroup)
+        : m(shared), r(args, t, shared.queries), group(warpgroup)
     {
     }
 
@@ -907,12 +942,14 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     /*
      * Integers to P before rounding, relative to `top`; done(n) is called for each tile of 8 keys,
      * in order, when its P is there. Exponentials take longest, so they are to be among all else;
-     * the assembler would put them last. So `top` follows from the last tile's P, times zero.
+     * the assembler would put them last. So `top` follows from the last tile's P, times zero: of
+     * every tile, or every second.
      */
     template <typename Done>
     __device__ void exponentiate(scores &x, const factors &c, float (&top)[2], Done done)
     {
-        constexpr int N = KEYS / 8, AHEAD = FP8 && D > 64 ? 1 : 2; /* as measured */
+        constexpr int N = KEYS / 8, AHEAD = FP8 && D > 64 ? 1 : 2; /* as measured, both */
+        constexpr int EVERY = D == (EXACT ? 64 : 128) ? 2 : 1;
 
 #pragma unroll
         for (int n = 0; n < AHEAD; n++)
@@ -923,7 +960,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
                 exponentiate(x, n);
             if (n > 0)
                 done(n - 1);
-            if (n > 0 && n + AHEAD < N) {
+            if (n > 0 && n + AHEAD < N && n % EVERY == 0) {
                 top[0] = fmaf(x.p[0][n - 1][0], 0, top[0]);
                 top[1] = fmaf(x.p[0][n - 1][2], 0, top[1]);
             }
@@ -1178,6 +1215,8 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
             };
 
             scores_of(x, at, q_place);
+            if constexpr (EXACT)
+                r.begin();
             wgmma_wait<0>();
             hold_scores(x);
             /* A softmax apart for the first tile is 1.5 % faster where sequences are long. */
@@ -1208,6 +1247,14 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
             end_values_16(at.stage);
             at.next();
         }
+    }
+
+    /* No row sees a key. */
+    __device__ void no_steps(int q_place)
+    {
+        r.begin();
+        if constexpr (EXACT && !memory::Q_BECOMES_O)
+            release(m.q_empty[q_place]);
     }
 
     /* Tiles that only other warpgroups need. */
@@ -1295,22 +1342,34 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
         r.top[0][1] = m[1];
     }
 
-    /* One more than the last key that some row of the warpgroup sees; 0 if it has no row. */
-    __device__ int end_key() const
-    {
-        const int64_t row = r.t.row + group * 64, next = row + 64;
-        const int64_t last = (next < r.t.end ? next : r.t.end) + r.t.high;
-        const int64_t end = row >= r.t.end ? 0 : last < r.t.last ? last : r.t.last;
-
-        return uniform(static_cast<int>(end));
-    }
-
     /* Where 16 rows of o have 8 channels, swizzled. */
     static __device__ char *o_place(char *rows, int row, int eight)
     {
         constexpr int UNIT = WGMMA_TILE_Q(D, FP8) * 128;
 
         return rows + eight / 8 * UNIT + row * 128 + (eight % 8 ^ row % 8) * 16;
+    }
+
+    /* What O is multiplied by in the end; where no key was seen O is 0, whatever V holds. */
+    __device__ void weigh(float (&up)[2])
+    {
+        r.weigh(0, up);
+        if (!__any_sync(~0u, up[0] == 0 || up[1] == 0))
+            return;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                r.o[0][n][e] = up[e / 2] == 0 ? 0 : r.o[0][n][e];
+    }
+
+    /*
+     * Two elements of o. They are V's means by P as rounded, with its sum by the same products, so
+     * only what V has makes them Inf. Inf becomes NaN.
+     */
+    static __device__ uint32_t o_pair(const float *x, float up)
+    {
+        return inf_to_nan<BF16>(pack_16<BF16>(x[0] * up, x[1] * up));
     }
 
     /* `n` tiles of 8 channels of o, from `first` on. */
@@ -1321,8 +1380,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
             uint32_t pairs[4];
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                pairs[i] = r.element_pair(&r.o[0][first + n + i / 2][i % 2 * 2], up[i % 2],
-                                          float2(), float2());
+                pairs[i] = o_pair(&r.o[0][first + n + i / 2][i % 2 * 2], up[i % 2]);
             stmatrix(shared_address(o_place(rows, r.lane % 16, n + r.lane / 16)), pairs);
         }
     }
@@ -1347,7 +1405,7 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
         char *const rows = m.tensors + layout::q(q_place) + r.first_row() * 128;
         float up[2];
 
-        r.weigh(0, up);
+        weigh(up);
         barrier_wait(1 + group, 128);
         put_o<D / 8>(rows, 0, up);
         if (!r.a.o_mapped)
@@ -1358,12 +1416,12 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     }
 
     /* Exact: 64 channels at a time, for the next Q has come meanwhile. */
-    __device__ void finish_exact() const
+    __device__ void finish_exact()
     {
         char *const rows = m.tensors + layout::O + r.first_row() * 128;
         float up[2];
 
-        r.weigh(0, up);
+        weigh(up);
 #pragma unroll
         for (int n = 0; n < D / 8; n += 8) {
             __syncwarp();
@@ -1391,9 +1449,9 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
     /* `slot`: the tile's place; `q`: Q's. */
     __device__ void run(ring_place<STAGES> &at, int slot, const ring_place<memory::QUERIES> &q)
     {
-        const int block = fetch::first_block(r.t);
-        const int all = fetch::last_block(r.t) - block; /* there may be none, whatever a row sees */
-        const int end = min(end_key(), (block + all) * KEYS);
+        const key_blocks &blocks = m.blocks[slot];
+        const int block = uniform(blocks.first), all = uniform(blocks.n);
+        const int end = uniform(blocks.end[group]);
         const int n = end > block * KEYS ? (end + KEYS - 1) / KEYS - block : 0;
 
         if constexpr (EXACT) {
@@ -1402,15 +1460,16 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
         } else {
             prepare_q(slot, q.parity);
         }
-        r.begin();
+        if constexpr (!EXACT)
+            r.begin(); /* else beside the first products */
         coarse = !EXACT && __any_sync(~0u, r.query_of(0, 0).scale * r.t.k_max >= 1 ||
                                                r.query_of(0, 2).scale * r.t.k_max >= 1);
         at.stage = uniform(at.stage);
         at.parity = uniform(at.parity);
         if (n > 0)
             steps(at, block * KEYS, end, uniform(q.stage));
-        else if (EXACT && !memory::Q_BECOMES_O)
-            release(m.q_empty[q.stage]);
+        else
+            no_steps(q.stage);
         pass(at, all - n);
         if constexpr (memory::Q_BECOMES_O)
             finish_in_place(uniform(q.stage));
@@ -1460,8 +1519,10 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D, FP8), 1)
         if (warp == 0)
             fetch::tiles(args, m);
         else if (warp == 1)
-            fetch::keys_and_values(args, m);
-        else if (warp == 2) {
+            fetch::keys(args, m);
+        else if (warp == 3)
+            fetch::values(args, m);
+        else {
             if constexpr (memory::Q_BECOMES_O)
                 fetch::queries_and_o(args, m);
             else
@@ -1473,12 +1534,13 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D, FP8), 1)
         ring_place<memory::QUERIES> q;
 
         registers_more<WGMMA_REGISTERS(D, FP8)>();
+        const int group = uniform(static_cast<int>(threadIdx.x / 128));
         for (;; slot.next(), q.next()) {
             const tile &t = m.tiles[slot.stage];
             wait(m.tile_full[slot.stage], slot.parity);
             if (!__any_sync(~0u, t.there))
                 break;
-            attention(args, m, t).run(at, slot.stage, q);
+            attention(args, m, t, group).run(at, slot.stage, q);
             leave(m.tile_empty[slot.stage]);
         }
     }

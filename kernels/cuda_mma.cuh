@@ -151,6 +151,18 @@ template <bool BF16> __device__ __forceinline__ uint32_t pack_finite_16(float lo
     return r;
 }
 
+/* Two numbers of 16 bits, Inf to NaN. */
+template <bool BF16> __device__ __forceinline__ uint32_t inf_to_nan(uint32_t pair)
+{
+    uint32_t r;
+
+    if constexpr (BF16)
+        asm("fma.rn.bf16x2 %0, %1, %2, %1;" : "=r"(r) : "r"(pair), "r"(0));
+    else
+        asm("fma.rn.f16x2 %0, %1, %2, %1;" : "=r"(r) : "r"(pair), "r"(0));
+    return r;
+}
+
 /* Barrier `id` of a block, 1 to 15: wait for `threads` of it, whole warps. */
 __device__ __forceinline__ void barrier_wait(int id, int threads)
 {
