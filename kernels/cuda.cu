@@ -272,11 +272,10 @@ int find_exact(const struct sage_attn *attn, int sm)
     const double keys = static_cast<double>(k[0] * k[1]) * static_cast<double>(k[2]);
     const double pairs = sage_attn_ops(attn, nullptr) / (4 * static_cast<double>(q[3]));
     const double sequences = attn->n_seqs > 0 ? attn->n_seqs : 1;
-    const int fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8;
-    const double most = sage_exact_share * EXACT_PAIRS(x->max_head_dim, fp8);
-    const double longest = sage_exact_share * static_cast<double>(EXACT_KEYS(x->max_head_dim));
-    const bool is_short =
-        pairs > 0 && pairs <= most * keys && static_cast<double>(k[2]) <= longest * sequences;
+    const bool fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8;
+    const double each = static_cast<double>(k[2]) / sequences;
+    const double most = sage_exact_share * EXACT_PAIRS(x->max_head_dim, fp8, each);
+    const bool is_short = pairs > 0 && pairs <= most * keys;
     return is_short && tiles + static_cast<double>(attn->n_seqs * q[1]) < CALL_COUNT ? index : -1;
 }
 

@@ -146,11 +146,13 @@ enum {
      WGMMA_TILE_Q(d, fp8) * 8 + ((fp8) ? 36 : 12) * (d) + 896)
 
 /*
- * Nothing quantised: where keys of a kv head have so many scores each, on average, or less; beyond
- * d = 64 sequences have no more than so many keys as well. e4m3 gains more, where it is e4m3.
+ * Nothing quantised: where keys of a kv head have so many scores each, on average, or less.
+ * `keys`: of a sequence, on average. e4m3 gains more by quantising, where it is e4m3.
  */
-#define EXACT_PAIRS(d, fp8) ((d) <= 64 ? 9216 : (d) <= 128 && (fp8) ? 2560 : 5120)
-#define EXACT_KEYS(d) ((d) <= 64 ? INT64_MAX : 5120)
+#define EXACT_PAIRS(d, fp8, keys)                                                                  \
+    ((d) <= 64    ? ((fp8) ? 9216 : 36864)                                                         \
+     : (d) <= 128 ? ((fp8) || (keys) > 5120 ? 2560 : 5120)                                         \
+                  : ((keys) > 5120 ? 1024 : 5120))
 /* K and V, ones, Q twice, or once and a place for o; what belongs to rows, barriers, places. */
 #define EXACT_STAGES(d) ((d) <= 64 ? 4 : 2)
 #define EXACT_QUERIES(d) ((d) <= 128 ? 2 : 1)
@@ -204,7 +206,7 @@ int sage_kernel_find_few(int head_dim, int bf16, int64_t rows);
 int sage_kernel_first_few(void);
 /* The kernel that quantises nothing; -1: there is none. */
 int sage_kernel_find_exact(int head_dim, int bf16);
-/* Of EXACT_PAIRS and EXACT_KEYS, what counts: 1. Tests change that. */
+/* Of EXACT_PAIRS, what counts: 1. Tests change that. */
 extern double sage_exact_share;
 /* Blocks of a kernel on Hopper, at most: a processor each. Tests have few, with many tiles each. */
 extern unsigned sage_most_blocks;

@@ -224,13 +224,21 @@ SAGE_API int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn,
 
 /* --- on a GPU ---
  *
- * On compute capability 9.0 short sequences are computed without quantisation as well as few rows,
- * for it takes longer than it saves: without a mask tensor, with at most 9216 scores for each key
- * of a kv head on average (Nq * Hq/Hkv, half of it if causal), beyond D = 64 5120 (int8_fp8 up to
- * D = 128: 2560) and at most 5120 keys, more than 66 tiles of rows or few keys, rows of q, k and v
- * at multiples of 16 bytes and below 2^40 bytes apart, none expanded. Beyond D = 128, without a
- * mask tensor and with such rows of v, int8_fp8 is computed as int8_fp16 there: the more accurate
- * one is three times as fast, and smooth_v changes nothing.
+ * On compute capability 9.0 what has few scores for each key is computed without quantisation as
+ * well as few rows, for that is faster: without a mask tensor, with at most so many of them on
+ * average, all query heads of a kv head together (Nq * Hq/Hkv, half of it if causal), more than 66
+ * tiles of rows or few keys, rows of q, k and v at multiples of 16 bytes and below 2^40 bytes
+ * apart, none expanded.
+ *
+ *     D            keys of a sequence   int8_fp16   int8_fp8
+ *     up to 64     any                      36864       9216
+ *     up to 128    up to 5120                5120       2560
+ *                  more                      2560       2560
+ *     up to 256    up to 5120                5120       5120
+ *                  more                      1024       1024
+ *
+ * Beyond D = 128, without a mask tensor and with such rows of v, int8_fp8 is computed as int8_fp16
+ * there: the more accurate one is three times as fast, and smooth_v changes nothing.
  *
  * Compute capability 8.0 or newer; int8_fp8 wants 8.9. A build without CUDA has these functions
  * too: they return SAGE_EUNSUPPORTED and say so. Errors come with a text in why[len], which may be
