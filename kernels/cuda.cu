@@ -151,13 +151,14 @@ cudaError_t load_all(struct gpu *gpu)
     for (int i = 0; i < sage_n_kernels && !error; i++) {
         if (sm < sage_kernels[i].min_sm || sm > sage_kernels[i].max_sm)
             continue;
-        const void *function = kernel(i)->function;
-        if (!function)
-            continue;
-        error = cudaFuncGetAttributes(&attributes, function);
-        if (!error)
-            error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         sage_kernels[i].smem_bytes);
+        for (const void *function : {kernel(i)->function, kernel(i)->splits}) {
+            if (!function || error)
+                continue;
+            error = cudaFuncGetAttributes(&attributes, function);
+            if (!error)
+                error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             sage_kernels[i].smem_bytes);
+        }
     }
     return error;
 }
@@ -197,7 +198,7 @@ int ready(struct gpu *gpu, char *why, size_t len)
 /* --- the workspace --- */
 
 struct layout {
-    size_t offsets, arrived, ticket, sums, means, k_max, k8, k_scale, v8, parts, total;
+    size_t offsets, arrived, done, ticket, sums, means, k_max, k8, k_scale, v8, parts, total;
 };
 
 bool place(struct layout *at, size_t *where, int64_t n, size_t size)
@@ -249,10 +250,7 @@ bool see_all_keys(const struct sage_attn *attn, int64_t first_row, int64_t rows)
            (right < 0 || right >= nk - first - rows);
 }
 
-/*
- * The kernel that quantises nothing, or -1. That, too, follows from the whole problem. Not where
- * there are so few tiles that the keys of each would be split.
- */
+/* The kernel that quantises nothing, or -1. That, too, follows from the whole problem. */
 int find_exact(const struct sage_attn *attn, int sm)
 {
     const int64_t *const q = attn->q.shape, *const k = attn->k.shape;
@@ -266,9 +264,6 @@ int find_exact(const struct sage_attn *attn, int sm)
     const struct sage_kernel *const x = &sage_kernels[index];
     const double tiles =
         static_cast<double>(q[0] * q[1]) * static_cast<double>(ceil_div(q[2], x->tile_q));
-    if (attn->n_seqs == 0 && tiles <= SPLIT_UNITS / 2 && k[2] >= 4 * x->tile_k &&
-        see_all_keys(attn, 0, q[2]))
-        return -1;
     const double keys = static_cast<double>(k[0] * k[1]) * static_cast<double>(k[2]);
     const double pairs = sage_attn_ops(attn, nullptr) / (4 * static_cast<double>(q[3]));
     const double sequences = attn->n_seqs > 0 ? attn->n_seqs : 1;
@@ -281,16 +276,16 @@ int find_exact(const struct sage_attn *attn, int sm)
 
 /*
  * Fewer tiles than processors: the keys of each are split, into at least two steps of tile_k, so
- * that SPLIT_UNITS have something to do.
+ * that SPLIT_UNITS have something to do. Not where merging takes longer than that saves.
  */
 void split(struct cuda_args *a, int64_t rows, int64_t tile_q, int64_t tile_k)
 {
-    static_assert(WGMMA_TILE_Q(64, 0) <= 192 && WGMMA_TILE_Q(128, 1) <= 192, "COUNTERS");
-    const int64_t steps = ceil_div(a->nk, tile_k);
+    static_assert(WGMMA_TILE_Q(64, 0) <= 192 && WGMMA_TILE_Q(128, 1) <= 192, "SPLIT_SLABS");
+    const int64_t steps = ceil_div(a->nk, tile_k), least = a->exact ? 8 : 4;
     int64_t tiles, n;
 
     if (__builtin_mul_overflow(a->n_heads * a->n_q_heads, a->tiles.total, &tiles) || tiles <= 0 ||
-        tiles > SPLIT_UNITS / 2 || steps < 4)
+        tiles > SPLIT_UNITS / 2 || steps < least)
         return;
     n = SPLIT_UNITS / tiles < steps / 2 ? SPLIT_UNITS / tiles : steps / 2;
     n = n < SPLITS_MAX ? n : SPLITS_MAX;
@@ -400,8 +395,7 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
     a->n_splits = 1;
     a->exact = is_exact(index);
     const int64_t rows = part->n_rows < 0 ? a->nq : part->n_rows;
-    if (processors && is_wgmma(index) && !a->exact && !k_offsets &&
-        see_all_keys(attn, part->row, rows))
+    if (processors && is_wgmma(index) && !k_offsets && see_all_keys(attn, part->row, rows))
         split(a, rows, tile_q, sage_kernels[index].tile_k);
 }
 
@@ -425,24 +419,25 @@ bool lay_out(const struct sage_attn *attn, const struct cuda_args *a, struct lay
     if (a->rows)
         return lay_out_few(attn, a, at);
     const int64_t offsets = attn->n_seqs > 0 ? 2 * (attn->n_seqs + 1) : 0;
-    if (a->exact) {
-        *at = layout{};
-        return place(at, &at->offsets, offsets, sizeof(int32_t)) &&
-               place(at, &at->arrived, 1, sizeof(unsigned long long));
-    }
-    const size_t row = sizeof(float) * static_cast<size_t>(a->d);
-    const size_t block = static_cast<size_t>(KERNEL_TILE_K) * static_cast<size_t>(a->d_padded);
     const size_t part = sizeof(float) * 32 * (static_cast<size_t>(a->d_padded) / 2 + 8);
     const int64_t parts = /* no more than SPLIT_UNITS tiles */
         a->n_splits > 1 ? a->n_heads * a->n_q_heads * a->tiles.total * a->slabs * a->n_splits : 0;
+    *at = layout{};
+    if (a->exact)
+        return place(at, &at->offsets, offsets, sizeof(int32_t)) &&
+               place(at, &at->arrived, 1, sizeof(unsigned long long)) &&
+               place(at, &at->done, SPLIT_SLABS, sizeof(unsigned long long)) &&
+               place(at, &at->parts, parts, part);
+    const size_t row = sizeof(float) * static_cast<size_t>(a->d);
+    const size_t block = static_cast<size_t>(KERNEL_TILE_K) * static_cast<size_t>(a->d_padded);
     int64_t chunks, blocks, groups;
 
-    *at = layout{};
     return !__builtin_mul_overflow(a->n_heads, a->chunks.total, &chunks) &&
            !__builtin_mul_overflow(a->n_heads, a->blocks.total, &blocks) &&
            !__builtin_mul_overflow(a->n_heads, a->n_seqs, &groups) &&
            place(at, &at->offsets, offsets, sizeof(int32_t)) &&
-           place(at, &at->ticket, COUNTERS, sizeof(unsigned)) &&
+           place(at, &at->done, SPLIT_SLABS, sizeof(unsigned long long)) &&
+           place(at, &at->ticket, 1, sizeof(unsigned)) &&
            place(at, &at->sums,
                  a->fp8        ? chunks * N_SUMS
                  : a->smooth_k ? chunks
@@ -528,7 +523,7 @@ void fill(const struct sage_attn *attn, const struct layout *at, char *workspace
             a->mask.stride[i] = 0;
     }
     a->ticket = reinterpret_cast<unsigned *>(workspace + at->ticket);
-    a->done = a->ticket + 1;
+    a->done = reinterpret_cast<unsigned long long *>(workspace + at->done);
     a->arrived = reinterpret_cast<unsigned long long *>(workspace + at->arrived);
     a->parts = reinterpret_cast<float *>(workspace + at->parts);
     a->sums = reinterpret_cast<float *>(workspace + at->sums);
@@ -634,7 +629,7 @@ int prepare(struct cuda_args *a, int64_t chunks, bool wgmma, cudaStream_t stream
         if (error)
             return refuse_cuda(why, len, "launching the quantisation", error);
     } else if (wgmma) { /* there is no key, and nobody else to clear it */
-        error = cudaMemsetAsync(a->ticket, 0, COUNTERS * sizeof(*a->ticket), stream);
+        error = cudaMemsetAsync(a->ticket, 0, sizeof(*a->ticket), stream);
         if (error)
             return refuse_cuda(why, len, "cudaMemsetAsync", error);
     }
@@ -671,7 +666,8 @@ size_t sage_attn_cuda_workspace(const struct sage_attn *attn, const struct sage_
 
     if (!sage_part_is_legal(attn, &p))
         return SIZE_MAX;
-    const int few = find_few(attn), indices[] = {few, find_kernel(attn, 0), find_kernel(attn, 90)};
+    const int few = find_few(attn),
+              indices[] = {few, find_kernel(attn, 0), find_kernel(attn, 90), find_exact(attn, 90)};
     for (const int index : indices) {
         struct cuda_args a;
         struct layout at;

@@ -31,10 +31,10 @@ enum {
     QUANT_RUN = 16,    /* keys with four places for scales: half of K_RUN in e4m3 */
     SPLIT_UNITS = 132, /* splits of all tiles, at most, where tiles are split */
     SPLITS_MAX = 32,   /* of a tile: one warp adds them up */
-    COUNTERS = 1 + SPLIT_UNITS / 2 * 12, /* ticket and done, of tiles of 192 rows at most */
-    FEW_PROCESSORS = 192,                /* few rows: as many are made use of; more is memory */
-    FEW_CHUNK = 128,                     /* keys of a block, or more */
-    FEW_CHUNKS = 64,                     /* of a tile: one block adds them up */
+    SPLIT_SLABS = SPLIT_UNITS / 2 * 12, /* of 16 rows: of such tiles, of 192 rows at most */
+    FEW_PROCESSORS = 192,               /* few rows: as many are made use of; more is memory */
+    FEW_CHUNK = 128,                    /* keys of a block, or more */
+    FEW_CHUNKS = 64,                    /* of a tile: one block adds them up */
 };
 
 /* Keys of a quantising block, or more: see chunk_keys. */
@@ -94,10 +94,10 @@ struct cuda_args {
     unsigned cluster;                        /* blocks that quantise a batch; 0: two kernels do */
     /* the workspace */
     unsigned *ticket; /* splits that blocks have taken, beyond each one's first; 0 between calls */
-    unsigned *done;   /* [n_tiles][slabs]: splits that are over; 0 between calls */
-    /* few rows: [n_seqs][n_heads], exact: one, of tiles that are taken: see open_counter() */
+    /* few rows: [n_seqs][n_heads], exact: one, as `ticket`: see open_counter() */
     unsigned long long *arrived;
-    unsigned long long call; /* its number; CALL_COUNT is 0 */
+    unsigned long long *done; /* [n_tiles][slabs]: splits that are over; also such counters */
+    unsigned long long call;  /* its number; CALL_COUNT is 0 */
     /*
      * [n_tiles][slabs][n_splits][4 * (d_padded / 8) + 8][32]: their O, m and sums;
      * few rows: [n_heads][chunks.total][rows * (d_padded + 4)]: O, then m and sums
@@ -121,6 +121,7 @@ enum { SUM_K, SUM_V, MIN_V, MAX_V, N_SUMS };
 struct cuda_kernel {
     const void *function;
     cudaError_t (*launch)(const struct cuda_args *args, unsigned blocks, cudaStream_t stream);
+    const void *splits = nullptr; /* another function, for tiles whose keys are split */
 };
 extern "C" {
 extern const struct cuda_kernel cuda_attn_sm90[], cuda_attn_f16[], cuda_attn_bf16[],

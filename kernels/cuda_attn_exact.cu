@@ -9,9 +9,10 @@
 #ifdef HAVE_SM_90A
 #define ROW(d, dtype)                                                                              \
     {(const void *)sage::wgmma_kernel<d, SAGE_KERNEL_##dtype, false, true>,                        \
-     sage::wgmma_launch<d, SAGE_KERNEL_##dtype, false, true>},
+     sage::wgmma_launch<d, SAGE_KERNEL_##dtype, false, true>,                                      \
+     (const void *)sage::wgmma_kernel<d, SAGE_KERNEL_##dtype, false, true, true>},
 #else
-#define ROW(d, dtype) {nullptr, nullptr},
+#define ROW(d, dtype) {nullptr, nullptr, nullptr},
 #endif
 
 extern "C" const cuda_kernel cuda_attn_exact[] = {SAGE_KERNELS_EXACT(ROW)};

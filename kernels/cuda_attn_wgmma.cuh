@@ -98,7 +98,9 @@ constexpr int WGMMA_TILES = 3; /* that are found: the one that is worked on, and
 
 /*
  * What differs between kernels: e4m3 or 16 bits for P V; `EXACT`: Q K^T in 16 bits as well. Then
- * nothing is quantised and the workspace has a counter only: Q and K come by tensor maps, too.
+ * nothing is quantised and the workspace has counters only: Q and K come by tensor maps, too.
+ * `SPLITS`: keys of tiles may be split. A kernel of its own where nothing is quantised: there it
+ * costs 2 %.
  */
 
 /*
@@ -323,7 +325,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_memory {
 
 /* --- the warps that fetch --- */
 
-template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
+template <int D, bool FP8, bool EXACT, bool SPLITS> struct wgmma_fetch {
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K, SCALES = HALF / 4;
     static constexpr int HALVES = KEYS / HALF;
     static constexpr int AHEAD = EXACT && D > 64 ? 2 : 0;     /* blocks: see prefetch() */
@@ -369,18 +371,20 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
      */
     __device__ static unsigned next_ticket(const cuda_args &a, unsigned before)
     {
+        const unsigned last = a.n_tiles * (SPLITS ? a.n_splits : 1) - 1;
+
         if constexpr (EXACT) {
             if (before < gridDim.x)
                 open_counter(a, a.arrived);
             const auto n = static_cast<unsigned>(atomicAdd(a.arrived, 1) - a.call);
 
-            if (n == a.n_tiles - 1)
+            if (n == last)
                 *a.arrived = a.call;
             return gridDim.x + n;
         } else {
             const unsigned n = atomicAdd(a.ticket, 1);
 
-            if (n == a.n_tiles * a.n_splits - 1)
+            if (n == last)
                 *a.ticket = 0;
             return gridDim.x + n;
         }
@@ -422,7 +426,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
     __device__ static void tiles(const cuda_args &a, memory &m)
     {
         const bool first_lane = threadIdx.x % 32 == 0;
-        const unsigned splits = EXACT ? 1 : a.n_splits;
+        const unsigned splits = SPLITS ? a.n_splits : 1;
         const bool late = a.high < a.nk && !a.q_offsets;
         unsigned ticket = NONE;
         uint32_t parity = 1;
@@ -442,13 +446,15 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
                         break;
                     ticket = next_ticket(a, ticket);
                 }
-                if (!EXACT && t.there)
+                if (SPLITS && t.there)
                     take_split(a, ticket, t);
             }
             if (first_lane && t.there)
                 find_blocks(t, m.blocks[slot.stage]);
             __syncwarp();
             there = __any_sync(~0u, t.there);
+            if (SPLITS && there && a.n_splits > 1 && threadIdx.x % 32 < a.slabs)
+                open_counter(a, a.done + t.index * a.slabs + threadIdx.x % 32);
             if (AHEAD > 0 && first_lane && t.there)
 #pragma unroll 1
                 for (int i = 0; i < AHEAD; i++)
@@ -704,7 +710,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
         ring_place<WGMMA_TILES> slot, old;
         ring_place<memory::QUERIES> q;
         const auto end_tile = [&] {
-            if (first_lane && a.o_mapped)
+            if (first_lane && a.o_mapped && !SPLITS)
                 store_o(a, m, m.tiles[old.stage], q.stage);
             leave(m.tile_empty[old.stage]);
             old.next();
@@ -732,14 +738,13 @@ template <int D, bool FP8, bool EXACT> struct wgmma_fetch {
 
 /* --- those that compute --- */
 
-template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
+template <int D, bool BF16, bool FP8, bool EXACT, bool SPLITS> struct wgmma_attention {
     static constexpr int GROUPS = WGMMA_GROUPS(D, FP8);
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K;
     static constexpr int RUN = K_RUN(FP8), RUNS = KEYS / RUN;
     static constexpr float MOST = 15; /* above m: binary16 ends at 2^16 */
     using memory = wgmma_memory<D, FP8, EXACT>;
     using layout = wgmma_layout<D, FP8, EXACT>;
-    using fetch = wgmma_fetch<D, FP8, EXACT>;
     static constexpr int STAGES = memory::STAGES;
 
     /* Of a tile of keys: integers, or what they would stand for, then relative to m. In place. */
@@ -1302,14 +1307,14 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
         }
         __threadfence();
         __syncwarp();
-        unsigned *const done = r.a.done + r.t.index * r.a.slabs + r.first_row() / 16;
+        unsigned long long *const done = r.a.done + r.t.index * r.a.slabs + r.first_row() / 16;
         unsigned before = 0;
         if (r.lane == 0)
-            before = atomicAdd(done, 1);
+            before = static_cast<unsigned>(atomicAdd(done, 1) - r.a.call);
         if (__shfl_sync(~0u, before, 0) + 1 < r.a.n_splits)
             return false;
         if (r.lane == 0)
-            *done = 0;
+            *done = r.a.call;
         __threadfence();
         merge();
         return true;
@@ -1398,19 +1403,21 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
 
     /*
      * Exact: o to the place of Q, when the products of all four warps have read that, and from
-     * there by its tensor map, if it has one, else here.
+     * there by its tensor map, if it has one, else here. `whole`: it is there.
      */
-    __device__ void finish_in_place(int q_place)
+    __device__ void finish_in_place(int q_place, bool whole)
     {
         char *const rows = m.tensors + layout::q(q_place) + r.first_row() * 128;
         float up[2];
 
         weigh(up);
         barrier_wait(1 + group, 128);
-        put_o<D / 8>(rows, 0, up);
-        if (!r.a.o_mapped)
-            store_o<D / 8>(rows, 0);
-        r.finish_lse(0, up);
+        if (whole) {
+            put_o<D / 8>(rows, 0, up);
+            if (SPLITS || !r.a.o_mapped)
+                store_o<D / 8>(rows, 0);
+            r.finish_lse(0, up);
+        }
         async_fence();
         release(m.q_empty[q_place]);
     }
@@ -1471,23 +1478,26 @@ template <int D, bool BF16, bool FP8, bool EXACT> struct wgmma_attention {
         else
             no_steps(q.stage);
         pass(at, all - n);
-        if constexpr (memory::Q_BECOMES_O)
-            finish_in_place(uniform(q.stage));
-        else if constexpr (EXACT)
-            finish_exact();
-        else if (r.a.n_splits == 1 || gather())
-            r.finish(m.v_means[slot]);
+        const bool whole = !SPLITS || r.a.n_splits == 1 || gather();
+        if constexpr (memory::Q_BECOMES_O) {
+            finish_in_place(uniform(q.stage), whole);
+        } else if (whole) {
+            if constexpr (EXACT)
+                finish_exact();
+            else
+                r.finish(m.v_means[slot]);
+        }
     }
 };
 
-template <int D, bool BF16, bool FP8, bool EXACT>
+template <int D, bool BF16, bool FP8, bool EXACT, bool SPLITS = !EXACT>
 __global__ void __launch_bounds__(WGMMA_THREADS(D, FP8), 1)
     wgmma_kernel(const __grid_constant__ cuda_args args)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using memory = wgmma_memory<D, FP8, EXACT>;
-    using fetch = wgmma_fetch<D, FP8, EXACT>;
-    using attention = wgmma_attention<D, BF16, FP8, EXACT>;
+    using fetch = wgmma_fetch<D, FP8, EXACT, SPLITS>;
+    using attention = wgmma_attention<D, BF16, FP8, EXACT, SPLITS>;
     constexpr int SMEM = EXACT ? EXACT_SMEM(D) : WGMMA_SMEM(D, FP8);
     static_assert(sizeof(memory) <= SMEM - WGMMA_ALIGN, "shared memory");
     extern __shared__ char shared[];
@@ -1547,13 +1557,17 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D, FP8), 1)
 #endif
 }
 
-template <int D, bool BF16, bool FP8, bool EXACT>
+template <int D, bool BF16, bool FP8, bool EXACT, bool SPLITS = !EXACT>
 cudaError_t wgmma_launch(const cuda_args *args, unsigned blocks, cudaStream_t stream)
 {
+    if constexpr (!SPLITS)
+        if (args->n_splits > 1)
+            return wgmma_launch<D, BF16, FP8, EXACT, true>(args, blocks, stream);
     blocks *= args->n_splits;
-    return launch_early(
-        wgmma_kernel<D, BF16, FP8, EXACT>, blocks < args->processors ? blocks : args->processors,
-        WGMMA_THREADS(D, FP8), EXACT ? EXACT_SMEM(D) : WGMMA_SMEM(D, FP8), stream, *args);
+    return launch_early(wgmma_kernel<D, BF16, FP8, EXACT, SPLITS>,
+                        blocks < args->processors ? blocks : args->processors,
+                        WGMMA_THREADS(D, FP8), EXACT ? EXACT_SMEM(D) : WGMMA_SMEM(D, FP8), stream,
+                        *args);
 }
 
 } // namespace sage

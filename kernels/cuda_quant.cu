@@ -82,9 +82,8 @@ __global__ void __launch_bounds__(QUANT_THREADS, D <= 128 ? 3 : 2)
     /* the last ones first: they are what the kernel before has left in the L2 cache */
     const chunk c = find_chunk(a, gridDim.x - 1 - blockIdx.x);
 
-    if (blockIdx.x == 0)
-        for (int i = threadIdx.x; i < COUNTERS; i += QUANT_THREADS)
-            a.ticket[i] = 0;
+    if (blockIdx.x == 0 && threadIdx.x == 0)
+        *a.ticket = 0;
     if (!c.there)
         return;
     if (threadIdx.x == 0)

@@ -102,10 +102,8 @@ __global__ void __launch_bounds__(QUANT_THREADS, 3)
     cudaGridDependencySynchronize();
     if (!begins(a))
         return;
-    if (!is_v && blockIdx.x == 0) {
-        for (int i = threadIdx.x; i < COUNTERS; i += QUANT_THREADS)
-            a.ticket[i] = 0;
-    }
+    if (!is_v && blockIdx.x == 0 && threadIdx.x == 0)
+        *a.ticket = 0;
     chunk c = find_chunk(a, blockIdx.x / a.cluster * each + blockIdx.x % a.cluster * n);
     if (!c.there)
         return; /* as all of its cluster: it is another part's */

@@ -226,9 +226,8 @@ SAGE_API int sage_attn_cpu(struct sage_cpu *cpu, const struct sage_attn *attn,
  *
  * On compute capability 9.0 what has few scores for each key is computed without quantisation as
  * well as few rows, for that is faster: without a mask tensor, with at most so many of them on
- * average, all query heads of a kv head together (Nq * Hq/Hkv, half of it if causal), more than 66
- * tiles of rows or few keys, rows of q, k and v at multiples of 16 bytes and below 2^40 bytes
- * apart, none expanded.
+ * average, all query heads of a kv head together (Nq * Hq/Hkv, half of it if causal), rows of q, k
+ * and v at multiples of 16 bytes and below 2^40 bytes apart, none expanded.
  *
  *     D            keys of a sequence   int8_fp16   int8_fp8
  *     up to 64     any                      36864       9216

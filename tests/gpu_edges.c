@@ -283,6 +283,19 @@ static void both_ways(struct edges *e)
     }
 }
 
+/* Fewer tiles of rows than processors: the keys of each are split, those of GQA's heads apart. */
+static void few_tiles(struct edges *e)
+{
+    const int64_t rows[] = {65, 128, 200, 300, 511}, keys[] = {512, 1023, 1024, 2100, 4097},
+                  dims[] = {64, 128, 256, 96, 200};
+
+    for (int i = 0; i < 25; i++) {
+        begin(e, i % 4 ? KIND_NORMAL : KIND_ONES, rows[i % 5], keys[i / 5], dims[i * 2 % 5]);
+        e->p->cut = i % 3 == 1;
+        check(e, "few tiles");
+    }
+}
+
 /* --- Inf and NaN --- */
 
 static void spoil(struct edges *e, int which, double value, int64_t d, int64_t row, int64_t c)
@@ -758,8 +771,8 @@ static void threads(struct edges *e)
 static void values(struct edges *e)
 {
     void (*const tests[])(struct edges *) = {
-        ones,     constants, empty,       head_dims, chunks,    bands,       far_mean, largest,
-        overflow, steep,     huge_scores, both_ways, bad_masks, hidden_rows, spoils};
+        ones,     constants, empty,       head_dims, chunks,    bands,     far_mean,    largest,
+        overflow, steep,     huge_scores, both_ways, few_tiles, bad_masks, hidden_rows, spoils};
 
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++)
         tests[i](e);
@@ -768,17 +781,26 @@ static void values(struct edges *e)
         few_rows(e);
 }
 
-/* On Hopper short sequences are exact, others are not. */
+/* On Hopper what has few scores for each key is exact, by variant and dimension; others are not. */
 static void chosen(struct edges *e)
 {
     const struct {
-        int64_t nq, nk, d;
+        enum sage_variant variant;
+        int64_t gqa, nq, nk, d;
         bool exact;
-    } cases[] = {{300, 300, 64, true},    {300, 300, 128, true},    {200, 200, 136, true},
-                 {4500, 300, 64, true},   {4700, 300, 64, false},   {100, 5000, 64, false},
-                 {2300, 5000, 128, true}, {2300, 5300, 128, false}, {600, 400, 64, true},
-                 {2300, 300, 256, true},  {2700, 300, 256, false}};
+    } cases[] = {
+        {SAGE_INT8_FP16, 2, 300, 300, 64, true},    {SAGE_INT8_FP16, 2, 200, 200, 136, true},
+        {SAGE_INT8_FP16, 16, 2300, 300, 64, true},  {SAGE_INT8_FP16, 16, 2310, 300, 64, false},
+        {SAGE_INT8_FP16, 2, 100, 5000, 64, true},   {SAGE_INT8_FP16, 2, 100, 5000, 128, true},
+        {SAGE_INT8_FP16, 2, 2560, 5120, 128, true}, {SAGE_INT8_FP16, 2, 2561, 5120, 128, false},
+        {SAGE_INT8_FP16, 2, 1280, 5121, 128, true}, {SAGE_INT8_FP16, 2, 1281, 5121, 128, false},
+        {SAGE_INT8_FP16, 2, 2560, 300, 256, true},  {SAGE_INT8_FP16, 2, 2561, 300, 256, false},
+        {SAGE_INT8_FP16, 2, 512, 5121, 256, true},  {SAGE_INT8_FP16, 2, 513, 5121, 256, false},
+        {SAGE_INT8_FP8, 2, 4608, 300, 64, true},    {SAGE_INT8_FP8, 2, 4609, 300, 64, false},
+        {SAGE_INT8_FP8, 2, 1280, 300, 128, true},   {SAGE_INT8_FP8, 2, 1281, 300, 128, false},
+        {SAGE_INT8_FP8, 2, 1280, 5121, 128, true},  {SAGE_INT8_FP8, 2, 512, 5121, 256, true}};
 
+    const enum sage_variant variant = e->variant;
     int major, minor;
 
     MUST(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
@@ -788,7 +810,8 @@ static void chosen(struct edges *e)
 #endif
         return;
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        begin(e, KIND_NORMAL, cases[i].nq, cases[i].nk, cases[i].d);
+        e->variant = cases[i].variant;
+        begin_gqa(e, KIND_NORMAL, cases[i].gqa, cases[i].nq, cases[i].nk, cases[i].d);
         gpu_upload(e->gpu, e->p);
         const struct sage_attn a = gpu_attn(e->p);
         const bool exact = sage_cuda_kernel(&a) >= sage_kernel_first_exact();
@@ -796,6 +819,7 @@ static void chosen(struct edges *e)
         expect(e, exact == cases[i].exact, "which kernel", exact ? "exact" : "not exact");
         gpu_release(e->gpu, e->p);
     }
+    e->variant = variant;
 }
 
 int gpu_edges(struct gpu *gpu, uint64_t seed)
