@@ -151,14 +151,13 @@ cudaError_t load_all(struct gpu *gpu)
     for (int i = 0; i < sage_n_kernels && !error; i++) {
         if (sm < sage_kernels[i].min_sm || sm > sage_kernels[i].max_sm)
             continue;
-        for (const void *function : {kernel(i)->function, kernel(i)->splits}) {
-            if (!function || error)
-                continue;
-            error = cudaFuncGetAttributes(&attributes, function);
-            if (!error)
-                error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             sage_kernels[i].smem_bytes);
-        }
+        const void *function = kernel(i)->function;
+        if (!function)
+            continue;
+        error = cudaFuncGetAttributes(&attributes, function);
+        if (!error)
+            error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         sage_kernels[i].smem_bytes);
     }
     return error;
 }
@@ -250,28 +249,48 @@ bool see_all_keys(const struct sage_attn *attn, int64_t first_row, int64_t rows)
            (right < 0 || right >= nk - first - rows);
 }
 
+/* How many tiles of so many rows, at most: sequences end in one of their own. */
+double count_tiles(const struct sage_attn *attn, int rows)
+{
+    const int64_t *const q = attn->q.shape;
+
+    return static_cast<double>(q[0] * q[1]) * static_cast<double>(ceil_div(q[2], rows)) +
+           static_cast<double>(attn->n_seqs * q[1]);
+}
+
+/*
+ * Tiles of `rows` rows whose keys are split, where there are few tiles and many keys; else smaller
+ * tiles, where there is one for each processor at most.
+ */
+enum sage_tiles size_tiles(const struct sage_attn *attn, int rows)
+{
+    constexpr int64_t SPLIT_KEYS = 3072;
+
+    if (attn->n_seqs == 0 && attn->k.shape[2] >= SPLIT_KEYS &&
+        count_tiles(attn, rows) <= SPLIT_UNITS / 2 && see_all_keys(attn, 0, attn->q.shape[2]))
+        return SAGE_TILES_FEW;
+    return count_tiles(attn, 64) <= SPLIT_UNITS ? SAGE_TILES_SMALL : SAGE_TILES_MANY;
+}
+
 /* The kernel that quantises nothing, or -1. That, too, follows from the whole problem. */
 int find_exact(const struct sage_attn *attn, int sm)
 {
-    const int64_t *const q = attn->q.shape, *const k = attn->k.shape;
-    const int index =
-        sm != 90 || attn->mask.dtype != SAGE_NONE
-            ? -1
-            : sage_kernel_find_exact(static_cast<int>(q[3]), attn->q.dtype == SAGE_BF16);
+    const int64_t *const k = attn->k.shape;
+    const int d = static_cast<int>(attn->q.shape[3]), bf16 = attn->q.dtype == SAGE_BF16;
+    const int index = sage_kernel_find_exact(d, bf16, SAGE_TILES_MANY);
 
-    if (index < 0 || !kernel(index)->function)
+    if (sm != 90 || attn->mask.dtype != SAGE_NONE || index < 0 || !kernel(index)->function)
         return -1;
-    const struct sage_kernel *const x = &sage_kernels[index];
-    const double tiles =
-        static_cast<double>(q[0] * q[1]) * static_cast<double>(ceil_div(q[2], x->tile_q));
     const double keys = static_cast<double>(k[0] * k[1]) * static_cast<double>(k[2]);
-    const double pairs = sage_attn_ops(attn, nullptr) / (4 * static_cast<double>(q[3]));
+    const double pairs = sage_attn_ops(attn, nullptr) / (4 * static_cast<double>(d));
     const double sequences = attn->n_seqs > 0 ? attn->n_seqs : 1;
     const bool fp8 = sage_attn_variant(attn) == SAGE_INT8_FP8;
     const double each = static_cast<double>(k[2]) / sequences;
-    const double most = sage_exact_share * EXACT_PAIRS(x->max_head_dim, fp8, each);
-    const bool is_short = pairs > 0 && pairs <= most * keys;
-    return is_short && tiles + static_cast<double>(attn->n_seqs * q[1]) < CALL_COUNT ? index : -1;
+    const double most = sage_exact_share * EXACT_PAIRS(sage_kernels[index].max_head_dim, fp8, each);
+    if (pairs <= 0 || pairs > most * keys ||
+        count_tiles(attn, sage_kernels[index].tile_q) >= CALL_COUNT)
+        return -1;
+    return sage_kernel_find_exact(d, bf16, size_tiles(attn, sage_kernels[index].tile_q));
 }
 
 /*
@@ -281,7 +300,7 @@ int find_exact(const struct sage_attn *attn, int sm)
 void split(struct cuda_args *a, int64_t rows, int64_t tile_q, int64_t tile_k)
 {
     static_assert(WGMMA_TILE_Q(64, 0) <= 192 && WGMMA_TILE_Q(128, 1) <= 192, "SPLIT_SLABS");
-    const int64_t steps = ceil_div(a->nk, tile_k), least = a->exact ? 8 : 4;
+    const int64_t steps = ceil_div(a->nk, tile_k), least = a->exact ? 16 : 4;
     int64_t tiles, n;
 
     if (__builtin_mul_overflow(a->n_heads * a->n_q_heads, a->tiles.total, &tiles) || tiles <= 0 ||
@@ -395,7 +414,8 @@ void describe(const struct sage_attn *attn, const struct sage_part *part, int in
     a->n_splits = 1;
     a->exact = is_exact(index);
     const int64_t rows = part->n_rows < 0 ? a->nq : part->n_rows;
-    if (processors && is_wgmma(index) && !k_offsets && see_all_keys(attn, part->row, rows))
+    if (processors && sage_kernel_splits(index) && !k_offsets &&
+        see_all_keys(attn, part->row, rows))
         split(a, rows, tile_q, sage_kernels[index].tile_k);
 }
 

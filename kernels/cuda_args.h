@@ -121,7 +121,6 @@ enum { SUM_K, SUM_V, MIN_V, MAX_V, N_SUMS };
 struct cuda_kernel {
     const void *function;
     cudaError_t (*launch)(const struct cuda_args *args, unsigned blocks, cudaStream_t stream);
-    const void *splits = nullptr; /* another function, for tiles whose keys are split */
 };
 extern "C" {
 extern const struct cuda_kernel cuda_attn_sm90[], cuda_attn_f16[], cuda_attn_bf16[],

@@ -7,12 +7,12 @@
 #include "cuda_attn_wgmma.cuh"
 
 #ifdef HAVE_SM_90A
-#define ROW(d, dtype)                                                                              \
-    {(const void *)sage::wgmma_kernel<d, SAGE_KERNEL_##dtype, false, true>,                        \
-     sage::wgmma_launch<d, SAGE_KERNEL_##dtype, false, true>,                                      \
-     (const void *)sage::wgmma_kernel<d, SAGE_KERNEL_##dtype, false, true, true>},
+#define ROW(d, dtype, rows, splits)                                                                \
+    {(const void *)sage::wgmma_kernel<d, SAGE_KERNEL_##dtype, false, true, (rows) / 64,            \
+                                      SAGE_KERNEL_##splits>,                                       \
+     sage::wgmma_launch<d, SAGE_KERNEL_##dtype, false, true, (rows) / 64, SAGE_KERNEL_##splits>},
 #else
-#define ROW(d, dtype) {nullptr, nullptr, nullptr},
+#define ROW(d, dtype, rows, splits) {nullptr, nullptr},
 #endif
 
 extern "C" const cuda_kernel cuda_attn_exact[] = {SAGE_KERNELS_EXACT(ROW)};

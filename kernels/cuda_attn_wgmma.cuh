@@ -99,8 +99,8 @@ constexpr int WGMMA_TILES = 3; /* that are found: the one that is worked on, and
 /*
  * What differs between kernels: e4m3 or 16 bits for P V; `EXACT`: Q K^T in 16 bits as well. Then
  * nothing is quantised and the workspace has counters only: Q and K come by tensor maps, too.
- * `SPLITS`: keys of tiles may be split. A kernel of its own where nothing is quantised: there it
- * costs 2 %.
+ * GROUPS: warpgroups that compute. SPLITS: keys of tiles may be split; a kernel of its own where
+ * nothing is quantised, for it would cost 2 % there.
  */
 
 /*
@@ -114,14 +114,13 @@ constexpr int WGMMA_TILES = 3; /* that are found: the one that is worked on, and
  * D = 256: no product has all columns, so V has a lower half, without ones, of its own. Q is in
  * units 0 to 11, K in 12 13 and 14 15, V's two stages in 19 20, 22 23 and 16 17, 18 21, ones in 24.
  */
-template <int D, bool FP8, bool EXACT> struct wgmma_layout {
+template <int D, bool FP8, bool EXACT, int GROUPS> struct wgmma_layout {
     static constexpr int UNIT = 128 * WGMMA_TILE_K(D), STAGES = WGMMA_STAGES(D, false);
     static constexpr int K_BYTES = WGMMA_TILE_K(D) * D, K_STEP = D == 64 ? K_BYTES : 2 * UNIT;
     static constexpr int V_STEP = D == 64 ? UNIT : 2 * UNIT;
     static constexpr int K = D == 64 ? STAGES * V_STEP : UNIT;
     static constexpr int Q8 = D == 64 ? K + STAGES * K_STEP : 9 * UNIT;
-    static constexpr int Q16 = Q8 + WGMMA_TILE_Q(D, false) * D,
-                         ONES = Q16 + WGMMA_TILE_Q(D, false) * 2 * D;
+    static constexpr int Q16 = Q8 + 64 * GROUPS * D, ONES = Q16 + 64 * GROUPS * 2 * D;
     static constexpr int BYTES = ONES + UNIT;
 
     __device__ static int v(int stage)
@@ -147,7 +146,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_layout {
     }
 };
 
-template <> struct wgmma_layout<256, false, false> {
+template <int GROUPS> struct wgmma_layout<256, false, false, GROUPS> {
     static constexpr int UNIT = 128 * WGMMA_TILE_K(256), STAGES = WGMMA_STAGES(256, false);
     static constexpr int Q8 = 0, Q16 = 4 * UNIT, ONES = 24 * UNIT, BYTES = 25 * UNIT;
 
@@ -179,11 +178,11 @@ template <> struct wgmma_layout<256, false, false> {
 };
 
 /* e4m3: V by halves of a tile's keys, [D + 8][64], the last 8 rows of ones. */
-template <int D> struct wgmma_layout<D, true, false> {
+template <int D, int GROUPS> struct wgmma_layout<D, true, false, GROUPS> {
     static constexpr int STAGES = WGMMA_STAGES(D, true), V_HALF = KERNEL_TILE_K * (D + 8);
     static constexpr int K = STAGES * 2 * V_HALF, K_STEP = WGMMA_TILE_K(D) * D;
-    static constexpr int Q8 = K + STAGES * K_STEP, Q16 = Q8 + WGMMA_TILE_Q(D, true) * D;
-    static constexpr int BYTES = Q16 + WGMMA_TILE_Q(D, true) * 2 * D;
+    static constexpr int Q8 = K + STAGES * K_STEP, Q16 = Q8 + 64 * GROUPS * D;
+    static constexpr int BYTES = Q16 + 64 * GROUPS * 2 * D;
 
     __device__ static int v(int stage)
     {
@@ -207,10 +206,9 @@ template <int D> struct wgmma_layout<D, true, false> {
  * Exact: K and V in units of 64 channels, Q twice up to D = 128, which has V's two stages in units
  * 0 3 and 2 4, K's in 1 5 and 7 8, ones in 6, Q in 9 to 12.
  */
-template <int D> struct wgmma_layout<D, false, true> {
+template <int D, int GROUPS> struct wgmma_layout<D, false, true, GROUPS> {
     static constexpr int UNIT = 128 * WGMMA_TILE_K(D), STAGES = EXACT_STAGES(D);
-    static constexpr int Q = D == 64 ? 2 * STAGES * UNIT : 9 * UNIT,
-                         Q_STEP = WGMMA_TILE_Q(D, false) * 2 * D;
+    static constexpr int Q = D == 64 ? 2 * STAGES * UNIT : 9 * UNIT, Q_STEP = 64 * GROUPS * 2 * D;
     static constexpr int ONES = D == 64 ? Q + 2 * Q_STEP : 6 * UNIT;
     static constexpr int BYTES = D == 64 ? ONES + UNIT : Q + 2 * Q_STEP;
 
@@ -248,9 +246,12 @@ template <int D> struct wgmma_layout<D, false, true> {
  * D = 256: Q in units 0 to 7, K's stages in 8 to 11 and 12 to 15, V and ones as if quantised; o
  * behind them, 64 channels at a time.
  */
-template <> struct wgmma_layout<256, false, true> : wgmma_layout<256, false, false> {
+template <int GROUPS>
+struct wgmma_layout<256, false, true, GROUPS> : wgmma_layout<256, false, false, GROUPS> {
+    using of_values = wgmma_layout<256, false, false, GROUPS>;
+    using of_values::STAGES, of_values::UNIT;
     static_assert(STAGES == EXACT_STAGES(256) && EXACT_QUERIES(256) == 1);
-    static constexpr int O = 25 * UNIT, BYTES = O + WGMMA_TILE_Q(256, false) * EXACT_O(256);
+    static constexpr int O = 25 * UNIT, BYTES = O + 64 * GROUPS * EXACT_O(256);
 
     __device__ static int k(int stage)
     {
@@ -272,9 +273,9 @@ struct alignas(16) key_blocks {
     int end[3]; /* one more than the last key that some row of it sees; 0: it has no row */
 };
 
-template <int D, bool FP8, bool EXACT> struct wgmma_memory {
-    using layout = wgmma_layout<D, FP8, EXACT>;
-    static constexpr int STAGES = layout::STAGES, TILE_Q = WGMMA_TILE_Q(D, FP8);
+template <int D, bool FP8, bool EXACT, int GROUPS> struct wgmma_memory {
+    using layout = wgmma_layout<D, FP8, EXACT, GROUPS>;
+    static constexpr int STAGES = layout::STAGES, TILE_Q = 64 * GROUPS;
     static constexpr int QUERIES = EXACT ? EXACT_QUERIES(D) : 1; /* tiles that have a Q */
     static constexpr bool Q_BECOMES_O = EXACT && EXACT_O(D) == 0;
 
@@ -301,7 +302,7 @@ template <int D, bool FP8, bool EXACT> struct wgmma_memory {
     __device__ void init_barriers()
     {
         const auto init = [](uint64_t &barrier, int n) { cuda::ptx::mbarrier_init(&barrier, n); };
-        constexpr int WARPS = 4 * WGMMA_GROUPS(D, FP8);
+        constexpr int WARPS = 4 * GROUPS;
 
         for (int i = 0; i < STAGES; i++) {
             init(k_full[i], 1);
@@ -325,14 +326,15 @@ template <int D, bool FP8, bool EXACT> struct wgmma_memory {
 
 /* --- the warps that fetch --- */
 
-template <int D, bool FP8, bool EXACT, bool SPLITS> struct wgmma_fetch {
+template <int D, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struct wgmma_fetch {
+    static constexpr int TILE_Q = 64 * GROUPS;
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K, SCALES = HALF / 4;
     static constexpr int HALVES = KEYS / HALF;
     static constexpr int AHEAD = EXACT && D > 64 ? 2 : 0;     /* blocks: see prefetch() */
     static constexpr int LEFT = !EXACT ? 12 : D > 64 ? 4 : 2; /* blocks: see tiles() */
     static constexpr unsigned NONE = ~0u;                     /* no number yet */
-    using memory = wgmma_memory<D, FP8, EXACT>;
-    using layout = wgmma_layout<D, FP8, EXACT>;
+    using memory = wgmma_memory<D, FP8, EXACT, GROUPS>;
+    using layout = wgmma_layout<D, FP8, EXACT, GROUPS>;
     static constexpr int STAGES = memory::STAGES;
 
     /* Where a tensor map has 64 channels of some rows. */
@@ -354,7 +356,7 @@ template <int D, bool FP8, bool EXACT, bool SPLITS> struct wgmma_fetch {
      */
     __device__ static void prefetch(const cuda_args &a, const tile &t, int block)
     {
-        if (t.end - t.row > WGMMA_TILE_Q(D, FP8) || int64_t{block} * KEYS >= t.last)
+        if (t.end - t.row > TILE_Q || int64_t{block} * KEYS >= t.last)
             return;
 #pragma unroll
         for (int unit = 0; unit < D / 64; unit++) {
@@ -411,7 +413,7 @@ template <int D, bool FP8, bool EXACT, bool SPLITS> struct wgmma_fetch {
         to.first = t.first / KEYS;
         to.n = last / KEYS - to.first;
 #pragma unroll
-        for (int group = 0; group < WGMMA_GROUPS(D, FP8); group++) {
+        for (int group = 0; group < GROUPS; group++) {
             const int end = min(t.high + min(64 * group + 64, rows), t.last);
             to.end[group] = 64 * group >= rows ? 0 : min(end, (to.first + to.n) * KEYS);
         }
@@ -441,7 +443,7 @@ template <int D, bool FP8, bool EXACT, bool SPLITS> struct wgmma_fetch {
             if (first_lane) {
                 t.there = false;
                 while (ticket < a.n_tiles * splits) {
-                    find_tile<!EXACT>(a, WGMMA_TILE_Q(D, FP8), ticket / splits, t);
+                    find_tile<!EXACT>(a, TILE_Q, ticket / splits, t);
                     if (t.there)
                         break;
                     ticket = next_ticket(a, ticket);
@@ -539,7 +541,7 @@ template <int D, bool FP8, bool EXACT, bool SPLITS> struct wgmma_fetch {
     __device__ static void fetch_q16(const cuda_args &a, memory &m, const tile &t, int place)
     {
         using namespace cuda::ptx;
-        constexpr int ROWS = WGMMA_TILE_Q(D, FP8);
+        constexpr int ROWS = TILE_Q;
         uint64_t *const full = &m.q_full[place];
 
         mbarrier_arrive_expect_tx(sem_release, scope_cta, space_shared, full, 2 * ROWS * D);
@@ -648,7 +650,7 @@ template <int D, bool FP8, bool EXACT, bool SPLITS> struct wgmma_fetch {
         char *to = m.q16(lane / EACH) + 16 * vector;
 
 #pragma unroll 4
-        for (int r = lane / EACH; r < WGMMA_TILE_Q(D, FP8); r += 32 / EACH) {
+        for (int r = lane / EACH; r < TILE_Q; r += 32 / EACH) {
             if (a.q.aligned)
                 copy_async(shared_address(to), from, r < end);
             else
@@ -683,11 +685,17 @@ template <int D, bool FP8, bool EXACT, bool SPLITS> struct wgmma_fetch {
         }
     }
 
-    /* Exact: o of a tile leaves Q's place. */
+    /* Exact: o of whole tiles leaves Q's place by its tensor map. */
+    __device__ static bool stores_o(const cuda_args &a)
+    {
+        return a.o_mapped && (!SPLITS || a.n_splits == 1);
+    }
+
+    /* o of a tile. */
     __device__ static void store_o(const cuda_args &a, memory &m, const tile &t, int place)
     {
         using namespace cuda::ptx;
-        constexpr int ROWS = WGMMA_TILE_Q(D, FP8);
+        constexpr int ROWS = TILE_Q;
 
 #pragma unroll
         for (int unit = 0; unit < D / 64; unit++) {
@@ -710,7 +718,7 @@ template <int D, bool FP8, bool EXACT, bool SPLITS> struct wgmma_fetch {
         ring_place<WGMMA_TILES> slot, old;
         ring_place<memory::QUERIES> q;
         const auto end_tile = [&] {
-            if (first_lane && a.o_mapped && !SPLITS)
+            if (first_lane && stores_o(a))
                 store_o(a, m, m.tiles[old.stage], q.stage);
             leave(m.tile_empty[old.stage]);
             old.next();
@@ -738,13 +746,14 @@ template <int D, bool FP8, bool EXACT, bool SPLITS> struct wgmma_fetch {
 
 /* --- those that compute --- */
 
-template <int D, bool BF16, bool FP8, bool EXACT, bool SPLITS> struct wgmma_attention {
-    static constexpr int GROUPS = WGMMA_GROUPS(D, FP8);
+template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struct wgmma_attention {
+    static constexpr int TILE_Q = 64 * GROUPS;
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K;
     static constexpr int RUN = K_RUN(FP8), RUNS = KEYS / RUN;
     static constexpr float MOST = 15; /* above m: binary16 ends at 2^16 */
-    using memory = wgmma_memory<D, FP8, EXACT>;
-    using layout = wgmma_layout<D, FP8, EXACT>;
+    using memory = wgmma_memory<D, FP8, EXACT, GROUPS>;
+    using layout = wgmma_layout<D, FP8, EXACT, GROUPS>;
+    using fetch = wgmma_fetch<D, FP8, EXACT, GROUPS, SPLITS>;
     static constexpr int STAGES = memory::STAGES;
 
     /* Of a tile of keys: integers, or what they would stand for, then relative to m. In place. */
@@ -778,8 +787,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, bool SPLITS> struct wgmma_atte
             wgmma_16<BF16, false>(x.p[0], q, k);
 #pragma unroll
             for (int i = 1; i < D / 16; i++)
-                wgmma_16<BF16, true>(x.p[0],
-                                     q + i / 4 * (WGMMA_TILE_Q(D, FP8) * 128 / 16) + i % 4 * 2,
+                wgmma_16<BF16, true>(x.p[0], q + i / 4 * (TILE_Q * 128 / 16) + i % 4 * 2,
                                      k + i / 4 * k_step + i % 4 * 2);
         } else {
             constexpr int ROW = SWIZZLED_ROW<D>, STEPS = ROW / 32; /* of a panel */
@@ -1350,7 +1358,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, bool SPLITS> struct wgmma_atte
     /* Where 16 rows of o have 8 channels, swizzled. */
     static __device__ char *o_place(char *rows, int row, int eight)
     {
-        constexpr int UNIT = WGMMA_TILE_Q(D, FP8) * 128;
+        constexpr int UNIT = TILE_Q * 128;
 
         return rows + eight / 8 * UNIT + row * 128 + (eight % 8 ^ row % 8) * 16;
     }
@@ -1414,7 +1422,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, bool SPLITS> struct wgmma_atte
         barrier_wait(1 + group, 128);
         if (whole) {
             put_o<D / 8>(rows, 0, up);
-            if (SPLITS || !r.a.o_mapped)
+            if (!fetch::stores_o(r.a))
                 store_o<D / 8>(rows, 0);
             r.finish_lse(0, up);
         }
@@ -1490,15 +1498,16 @@ template <int D, bool BF16, bool FP8, bool EXACT, bool SPLITS> struct wgmma_atte
     }
 };
 
-template <int D, bool BF16, bool FP8, bool EXACT, bool SPLITS = !EXACT>
-__global__ void __launch_bounds__(WGMMA_THREADS(D, FP8), 1)
+template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS = WGMMA_GROUPS(D, FP8),
+          bool SPLITS = true>
+__global__ void __launch_bounds__(128 * GROUPS + 128, 1)
     wgmma_kernel(const __grid_constant__ cuda_args args)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    using memory = wgmma_memory<D, FP8, EXACT>;
-    using fetch = wgmma_fetch<D, FP8, EXACT, SPLITS>;
-    using attention = wgmma_attention<D, BF16, FP8, EXACT, SPLITS>;
-    constexpr int SMEM = EXACT ? EXACT_SMEM(D) : WGMMA_SMEM(D, FP8);
+    using memory = wgmma_memory<D, FP8, EXACT, GROUPS>;
+    using fetch = wgmma_fetch<D, FP8, EXACT, GROUPS, SPLITS>;
+    using attention = wgmma_attention<D, BF16, FP8, EXACT, GROUPS, SPLITS>;
+    constexpr int SMEM = EXACT ? EXACT_SMEM(D, 64 * GROUPS) : WGMMA_SMEM(D, FP8);
     static_assert(sizeof(memory) <= SMEM - WGMMA_ALIGN, "shared memory");
     extern __shared__ char shared[];
     auto &m = *reinterpret_cast<memory *>(shared + (-shared_address(shared) & (WGMMA_ALIGN - 1)));
@@ -1515,7 +1524,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D, FP8), 1)
     }
     memory::layout::fill_ones(m.tensors, BF16);
     async_fence();
-    for (int i = threadIdx.x; EXACT && i < WGMMA_TILE_Q(D, FP8); i += blockDim.x)
+    for (int i = threadIdx.x; EXACT && i < 64 * GROUPS; i += blockDim.x)
         m.queries[i] = {};
     if (threadIdx.x == 0)
         m.init_barriers();
@@ -1523,8 +1532,9 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D, FP8), 1)
     cudaGridDependencySynchronize();
     if (!begins(args))
         return;
-    if (threadIdx.x / 128 == WGMMA_GROUPS(D, FP8)) {
-        registers_less<WGMMA_FETCH_REGISTERS(D, FP8)>();
+    if (threadIdx.x / 128 == GROUPS) {
+        if constexpr (GROUPS > 1) /* else there are enough */
+            registers_less<WGMMA_FETCH_REGISTERS(D, FP8)>();
         const int warp = threadIdx.x / 32 % 4;
         if (warp == 0)
             fetch::tiles(args, m);
@@ -1543,7 +1553,8 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D, FP8), 1)
         ring_place<WGMMA_TILES> slot;
         ring_place<memory::QUERIES> q;
 
-        registers_more<WGMMA_REGISTERS(D, FP8)>();
+        if constexpr (GROUPS > 1)
+            registers_more<WGMMA_REGISTERS(D, FP8)>();
         const int group = uniform(static_cast<int>(threadIdx.x / 128));
         for (;; slot.next(), q.next()) {
             const tile &t = m.tiles[slot.stage];
@@ -1557,17 +1568,14 @@ __global__ void __launch_bounds__(WGMMA_THREADS(D, FP8), 1)
 #endif
 }
 
-template <int D, bool BF16, bool FP8, bool EXACT, bool SPLITS = !EXACT>
+template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS = WGMMA_GROUPS(D, FP8),
+          bool SPLITS = true>
 cudaError_t wgmma_launch(const cuda_args *args, unsigned blocks, cudaStream_t stream)
 {
-    if constexpr (!SPLITS)
-        if (args->n_splits > 1)
-            return wgmma_launch<D, BF16, FP8, EXACT, true>(args, blocks, stream);
     blocks *= args->n_splits;
-    return launch_early(wgmma_kernel<D, BF16, FP8, EXACT, SPLITS>,
-                        blocks < args->processors ? blocks : args->processors,
-                        WGMMA_THREADS(D, FP8), EXACT ? EXACT_SMEM(D) : WGMMA_SMEM(D, FP8), stream,
-                        *args);
+    return launch_early(wgmma_kernel<D, BF16, FP8, EXACT, GROUPS, SPLITS>,
+                        blocks < args->processors ? blocks : args->processors, 128 * GROUPS + 128,
+                        EXACT ? EXACT_SMEM(D, 64 * GROUPS) : WGMMA_SMEM(D, FP8), stream, *args);
 }
 
 } // namespace sage

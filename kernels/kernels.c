@@ -41,18 +41,18 @@
      32 * FEW_WARPS,                                                                               \
      FEW_SMEM(d, rows)},
 
-#define EXACT_ROW(d, dtype)                                                                        \
-    {"exact " #dtype " d" #d,                                                                      \
+#define EXACT_ROW(d, dtype, rows, splits)                                                          \
+    {"exact " #dtype " rows" #rows " " #splits " d" #d,                                            \
      90,                                                                                           \
      90,                                                                                           \
      d,                                                                                            \
      #dtype,                                                                                       \
      "any",                                                                                        \
      "causal,window,varlen,lse",                                                                   \
-     WGMMA_TILE_Q(d, 0),                                                                           \
+     rows,                                                                                         \
      WGMMA_TILE_K(d),                                                                              \
-     WGMMA_THREADS(d, 0),                                                                          \
-     EXACT_SMEM(d)},
+     2 * (rows) + 128,                                                                             \
+     EXACT_SMEM(d, rows)},
 
 const struct sage_kernel sage_kernels[] = {SAGE_KERNELS_SM90(WGMMA_ROW) SAGE_KERNELS(
     MMA_ROW) SAGE_KERNELS_FEW(FEW_ROW) SAGE_KERNELS_EXACT(EXACT_ROW)};
@@ -112,14 +112,30 @@ int sage_kernel_first_exact(void)
 double sage_exact_share = 1;
 unsigned sage_most_blocks = UINT_MAX;
 
-int sage_kernel_find_exact(int head_dim, int bf16)
+#define EXACT_KEY(d, dtype, rows, splits)                                                          \
+    {SAGE_KERNEL_##dtype, !SAGE_KERNEL_##splits ? SAGE_TILES_MANY                                  \
+                          : (rows) > 64         ? SAGE_TILES_FEW                                   \
+                                                : SAGE_TILES_SMALL},
+static const struct {
+    int bf16;
+    enum sage_tiles tiles;
+} exact_keys[] = {SAGE_KERNELS_EXACT(EXACT_KEY)};
+
+int sage_kernel_find_exact(int head_dim, int bf16, enum sage_tiles tiles)
 {
-#define EXACT_KEY(d, dtype) SAGE_KERNEL_##dtype,
-    static const int of_bf16[] = {SAGE_KERNELS_EXACT(EXACT_KEY)};
     const int first = sage_kernel_first_exact();
 
     for (int i = first; i < sage_n_kernels; i++)
-        if (head_dim <= sage_kernels[i].max_head_dim && bf16 == of_bf16[i - first])
+        if (head_dim <= sage_kernels[i].max_head_dim && bf16 == exact_keys[i - first].bf16 &&
+            tiles == exact_keys[i - first].tiles)
             return i;
     return -1;
+}
+
+int sage_kernel_splits(int index)
+{
+    const int first = sage_kernel_first_exact();
+
+    return index < first ? sage_kernels[index].max_sm == 90
+                         : exact_keys[index - first].tiles != SAGE_TILES_MANY;
 }

@@ -84,16 +84,29 @@
     X(256, bf16, 64)
 
 /*
- * X(d, f16|bf16), Hopper's for both variants: where keys have so few scores that quantising them
- * takes longer than it saves, as in short sequences. Nothing is quantised. After all others.
+ * X(d, f16|bf16, rows, whole|split), Hopper's for both variants: where keys have so few scores that
+ * quantising them takes longer than it saves, as in short sequences. Nothing is quantised. Tiles of
+ * so many rows; `split`: few of them, whose keys may be split. After all others.
  */
 #define SAGE_KERNELS_EXACT(X)                                                                      \
-    X(64, f16)                                                                                     \
-    X(128, f16)                                                                                    \
-    X(256, f16)                                                                                    \
-    X(64, bf16)                                                                                    \
-    X(128, bf16)                                                                                   \
-    X(256, bf16)
+    X(64, f16, 64, split)                                                                          \
+    X(64, f16, 192, split)                                                                         \
+    X(64, f16, 192, whole)                                                                         \
+    X(128, f16, 64, split)                                                                         \
+    X(128, f16, 128, split)                                                                        \
+    X(128, f16, 128, whole)                                                                        \
+    X(256, f16, 64, split)                                                                         \
+    X(256, f16, 128, split)                                                                        \
+    X(256, f16, 128, whole)                                                                        \
+    X(64, bf16, 64, split)                                                                         \
+    X(64, bf16, 192, split)                                                                        \
+    X(64, bf16, 192, whole)                                                                        \
+    X(128, bf16, 64, split)                                                                        \
+    X(128, bf16, 128, split)                                                                       \
+    X(128, bf16, 128, whole)                                                                       \
+    X(256, bf16, 64, split)                                                                        \
+    X(256, bf16, 128, split)                                                                       \
+    X(256, bf16, 128, whole)
 
 /* What the words of the list stand for, as conditions. */
 #define SAGE_KERNEL_f16 0
@@ -102,6 +115,8 @@
 #define SAGE_KERNEL_fp8 1
 #define SAGE_KERNEL_band 0
 #define SAGE_KERNEL_mask 1
+#define SAGE_KERNEL_whole 0
+#define SAGE_KERNEL_split 1
 
 enum {
     KERNEL_WARPS = 4,
@@ -157,9 +172,9 @@ enum {
 #define EXACT_STAGES(d) ((d) <= 64 ? 4 : 2)
 #define EXACT_QUERIES(d) ((d) <= 128 ? 2 : 1)
 #define EXACT_O(d) ((d) <= 128 ? 0 : 128) /* bytes of a row at a time; 0: o has Q's place */
-#define EXACT_SMEM(d)                                                                              \
+#define EXACT_SMEM(d, rows)                                                                        \
     (WGMMA_ALIGN + WGMMA_TILE_K(d) * (EXACT_STAGES(d) * 4 * (d) + 128) +                           \
-     WGMMA_TILE_Q(d, 0) * (EXACT_QUERIES(d) * 2 * (d) + EXACT_O(d) + 8) + 1024)
+     ((d) <= 128 ? (rows) : 128) * EXACT_QUERIES(d) * 2 * (d) + (rows) * (EXACT_O(d) + 8) + 1024)
 
 /*
  * Few rows: warps, blocks that a processor of Hopper's has at a time, keys of a stage, stages of K
@@ -204,8 +219,11 @@ int sage_kernel_find(int sm, int head_dim, int bf16, int fp8, int mask);
 int sage_kernel_find_few(int head_dim, int bf16, int64_t rows);
 /* Of sage_kernels, the first one for few rows. */
 int sage_kernel_first_few(void);
-/* The kernel that quantises nothing; -1: there is none. */
-int sage_kernel_find_exact(int head_dim, int bf16);
+/* The kernel that quantises nothing: for few tiles of 64 rows, few others, or many; or -1. */
+enum sage_tiles { SAGE_TILES_SMALL, SAGE_TILES_FEW, SAGE_TILES_MANY };
+int sage_kernel_find_exact(int head_dim, int bf16, enum sage_tiles tiles);
+/* Keys of its tiles may be split. */
+int sage_kernel_splits(int index);
 /* Of EXACT_PAIRS, what counts: 1. Tests change that. */
 extern double sage_exact_share;
 /* Blocks of a kernel on Hopper, at most: a processor each. Tests have few, with many tiles each. */

@@ -781,24 +781,24 @@ static void values(struct edges *e)
         few_rows(e);
 }
 
-/* On Hopper what has few scores for each key is exact, by variant and dimension; others are not. */
+/* On Hopper what has few scores for each key is exact, in tiles of so many rows; others are not. */
 static void chosen(struct edges *e)
 {
     const struct {
         enum sage_variant variant;
         int64_t gqa, nq, nk, d;
-        bool exact;
+        int rows; /* 0: not exact */
     } cases[] = {
-        {SAGE_INT8_FP16, 2, 300, 300, 64, true},    {SAGE_INT8_FP16, 2, 200, 200, 136, true},
-        {SAGE_INT8_FP16, 16, 2300, 300, 64, true},  {SAGE_INT8_FP16, 16, 2310, 300, 64, false},
-        {SAGE_INT8_FP16, 2, 100, 5000, 64, true},   {SAGE_INT8_FP16, 2, 100, 5000, 128, true},
-        {SAGE_INT8_FP16, 2, 2560, 5120, 128, true}, {SAGE_INT8_FP16, 2, 2561, 5120, 128, false},
-        {SAGE_INT8_FP16, 2, 1280, 5121, 128, true}, {SAGE_INT8_FP16, 2, 1281, 5121, 128, false},
-        {SAGE_INT8_FP16, 2, 2560, 300, 256, true},  {SAGE_INT8_FP16, 2, 2561, 300, 256, false},
-        {SAGE_INT8_FP16, 2, 512, 5121, 256, true},  {SAGE_INT8_FP16, 2, 513, 5121, 256, false},
-        {SAGE_INT8_FP8, 2, 4608, 300, 64, true},    {SAGE_INT8_FP8, 2, 4609, 300, 64, false},
-        {SAGE_INT8_FP8, 2, 1280, 300, 128, true},   {SAGE_INT8_FP8, 2, 1281, 300, 128, false},
-        {SAGE_INT8_FP8, 2, 1280, 5121, 128, true},  {SAGE_INT8_FP8, 2, 512, 5121, 256, true}};
+        {SAGE_INT8_FP16, 2, 300, 300, 64, 64},     {SAGE_INT8_FP16, 2, 200, 200, 136, 64},
+        {SAGE_INT8_FP16, 16, 2300, 300, 64, 192},  {SAGE_INT8_FP16, 16, 2310, 300, 64, 0},
+        {SAGE_INT8_FP16, 2, 100, 5000, 64, 192},   {SAGE_INT8_FP16, 2, 100, 5000, 128, 128},
+        {SAGE_INT8_FP16, 2, 2560, 5120, 128, 128}, {SAGE_INT8_FP16, 2, 2561, 5120, 128, 0},
+        {SAGE_INT8_FP16, 2, 1280, 5121, 128, 128}, {SAGE_INT8_FP16, 2, 1281, 5121, 128, 0},
+        {SAGE_INT8_FP16, 2, 2560, 300, 256, 128},  {SAGE_INT8_FP16, 2, 2561, 300, 256, 0},
+        {SAGE_INT8_FP16, 2, 512, 5121, 256, 128},  {SAGE_INT8_FP16, 2, 513, 5121, 256, 0},
+        {SAGE_INT8_FP8, 2, 4608, 300, 64, 192},    {SAGE_INT8_FP8, 2, 4609, 300, 64, 0},
+        {SAGE_INT8_FP8, 2, 1280, 300, 128, 64},    {SAGE_INT8_FP8, 2, 1281, 300, 128, 0},
+        {SAGE_INT8_FP8, 2, 1280, 5121, 128, 128},  {SAGE_INT8_FP8, 2, 512, 5121, 256, 128}};
 
     const enum sage_variant variant = e->variant;
     int major, minor;
@@ -814,9 +814,10 @@ static void chosen(struct edges *e)
         begin_gqa(e, KIND_NORMAL, cases[i].gqa, cases[i].nq, cases[i].nk, cases[i].d);
         gpu_upload(e->gpu, e->p);
         const struct sage_attn a = gpu_attn(e->p);
-        const bool exact = sage_cuda_kernel(&a) >= sage_kernel_first_exact();
+        const int kernel = sage_cuda_kernel(&a);
+        const int rows = kernel < sage_kernel_first_exact() ? 0 : sage_kernels[kernel].tile_q;
 
-        expect(e, exact == cases[i].exact, "which kernel", exact ? "exact" : "not exact");
+        expect(e, rows == cases[i].rows, "which kernel", sage_kernels[kernel].name);
         gpu_release(e->gpu, e->p);
     }
     e->variant = variant;
