@@ -3,7 +3,7 @@
  *
  * A block stays on its processor and takes one tile of query rows after the other. Four warps work
  * ahead: one finds the next tiles, one fetches K and another V, some stages ahead and across tiles,
- * one fetches Q, and stores o where o takes Q's place. WGMMA_GROUPS warpgroups compute, 64 query
+ * one fetches Q, and stores o where o takes Q's place. GROUPS warpgroups compute, 64 query
  * rows each, against WGMMA_TILE_K keys at a time (FlashAttention-3, Shah et al., arXiv:2407.08608,
  * section 3):
  *
