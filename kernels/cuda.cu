@@ -269,7 +269,7 @@ enum sage_tiles size_tiles(const struct sage_attn *attn, int rows)
     if (attn->n_seqs == 0 && attn->k.shape[2] >= SPLIT_KEYS &&
         count_tiles(attn, rows) <= SPLIT_UNITS / 2 && see_all_keys(attn, 0, attn->q.shape[2]))
         return SAGE_TILES_FEW;
-    return count_tiles(attn, 64) <= SPLIT_UNITS ? SAGE_TILES_SMALL : SAGE_TILES_MANY;
+    return count_tiles(attn, EXACT_SMALL) <= SPLIT_UNITS ? SAGE_TILES_SMALL : SAGE_TILES_MANY;
 }
 
 /* The kernel that quantises nothing, or -1. That, too, follows from the whole problem. */

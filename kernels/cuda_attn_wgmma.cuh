@@ -327,15 +327,14 @@ template <int D, bool FP8, bool EXACT, int GROUPS> struct wgmma_memory {
 /* --- the warps that fetch --- */
 
 template <int D, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struct wgmma_fetch {
-    static constexpr int TILE_Q = 64 * GROUPS;
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K, SCALES = HALF / 4;
     static constexpr int HALVES = KEYS / HALF;
     static constexpr int AHEAD = EXACT && D > 64 ? 2 : 0;     /* blocks: see prefetch() */
     static constexpr int LEFT = !EXACT ? 12 : D > 64 ? 4 : 2; /* blocks: see tiles() */
     static constexpr unsigned NONE = ~0u;                     /* no number yet */
     using memory = wgmma_memory<D, FP8, EXACT, GROUPS>;
-    using layout = wgmma_layout<D, FP8, EXACT, GROUPS>;
-    static constexpr int STAGES = memory::STAGES;
+    using layout = typename memory::layout;
+    static constexpr int STAGES = memory::STAGES, TILE_Q = memory::TILE_Q;
 
     /* Where a tensor map has 64 channels of some rows. */
     struct box {
@@ -747,14 +746,13 @@ template <int D, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struct wgmma_fet
 /* --- those that compute --- */
 
 template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struct wgmma_attention {
-    static constexpr int TILE_Q = 64 * GROUPS;
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K;
     static constexpr int RUN = K_RUN(FP8), RUNS = KEYS / RUN;
     static constexpr float MOST = 15; /* above m: binary16 ends at 2^16 */
     using memory = wgmma_memory<D, FP8, EXACT, GROUPS>;
-    using layout = wgmma_layout<D, FP8, EXACT, GROUPS>;
+    using layout = typename memory::layout;
     using fetch = wgmma_fetch<D, FP8, EXACT, GROUPS, SPLITS>;
-    static constexpr int STAGES = memory::STAGES;
+    static constexpr int STAGES = memory::STAGES, TILE_Q = memory::TILE_Q;
 
     /* Of a tile of keys: integers, or what they would stand for, then relative to m. In place. */
     union scores {
@@ -1500,14 +1498,14 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
 
 template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS = WGMMA_GROUPS(D, FP8),
           bool SPLITS = true>
-__global__ void __launch_bounds__(128 * GROUPS + 128, 1)
+__global__ void __launch_bounds__(WGMMA_THREADS(GROUPS), 1)
     wgmma_kernel(const __grid_constant__ cuda_args args)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     using memory = wgmma_memory<D, FP8, EXACT, GROUPS>;
     using fetch = wgmma_fetch<D, FP8, EXACT, GROUPS, SPLITS>;
     using attention = wgmma_attention<D, BF16, FP8, EXACT, GROUPS, SPLITS>;
-    constexpr int SMEM = EXACT ? EXACT_SMEM(D, 64 * GROUPS) : WGMMA_SMEM(D, FP8);
+    constexpr int SMEM = EXACT ? EXACT_SMEM(D, memory::TILE_Q) : WGMMA_SMEM(D, FP8);
     static_assert(sizeof(memory) <= SMEM - WGMMA_ALIGN, "shared memory");
     extern __shared__ char shared[];
     auto &m = *reinterpret_cast<memory *>(shared + (-shared_address(shared) & (WGMMA_ALIGN - 1)));
@@ -1524,7 +1522,7 @@ __global__ void __launch_bounds__(128 * GROUPS + 128, 1)
     }
     memory::layout::fill_ones(m.tensors, BF16);
     async_fence();
-    for (int i = threadIdx.x; EXACT && i < 64 * GROUPS; i += blockDim.x)
+    for (int i = threadIdx.x; EXACT && i < memory::TILE_Q; i += blockDim.x)
         m.queries[i] = {};
     if (threadIdx.x == 0)
         m.init_barriers();
@@ -1534,7 +1532,7 @@ __global__ void __launch_bounds__(128 * GROUPS + 128, 1)
         return;
     if (threadIdx.x / 128 == GROUPS) {
         if constexpr (GROUPS > 1) /* else there are enough */
-            registers_less<WGMMA_FETCH_REGISTERS(D, FP8)>();
+            registers_less<WGMMA_FETCH_REGISTERS(GROUPS)>();
         const int warp = threadIdx.x / 32 % 4;
         if (warp == 0)
             fetch::tiles(args, m);
@@ -1554,7 +1552,7 @@ __global__ void __launch_bounds__(128 * GROUPS + 128, 1)
         ring_place<memory::QUERIES> q;
 
         if constexpr (GROUPS > 1)
-            registers_more<WGMMA_REGISTERS(D, FP8)>();
+            registers_more<WGMMA_REGISTERS(GROUPS)>();
         const int group = uniform(static_cast<int>(threadIdx.x / 128));
         for (;; slot.next(), q.next()) {
             const tile &t = m.tiles[slot.stage];
@@ -1574,7 +1572,8 @@ cudaError_t wgmma_launch(const cuda_args *args, unsigned blocks, cudaStream_t st
 {
     blocks *= args->n_splits;
     return launch_early(wgmma_kernel<D, BF16, FP8, EXACT, GROUPS, SPLITS>,
-                        blocks < args->processors ? blocks : args->processors, 128 * GROUPS + 128,
+                        blocks < args->processors ? blocks : args->processors,
+                        WGMMA_THREADS(GROUPS),
                         EXACT ? EXACT_SMEM(D, 64 * GROUPS) : WGMMA_SMEM(D, FP8), stream, *args);
 }
 

@@ -26,7 +26,7 @@
 #define WGMMA_ROW(d, dtype, pv, feature)                                                           \
     KERNEL_ROW(wgmma, 90, 90, d, dtype, pv, feature, "causal,window,varlen,lse",                   \
                WGMMA_TILE_Q(d, SAGE_KERNEL_##pv), WGMMA_TILE_K(d),                                 \
-               WGMMA_THREADS(d, SAGE_KERNEL_##pv), WGMMA_SMEM(d, SAGE_KERNEL_##pv))
+               WGMMA_THREADS(WGMMA_GROUPS(d, SAGE_KERNEL_##pv)), WGMMA_SMEM(d, SAGE_KERNEL_##pv))
 
 #define FEW_ROW(d, dtype, rows)                                                                    \
     {"few " #dtype " rows" #rows " d" #d,                                                          \
@@ -51,7 +51,7 @@
      "causal,window,varlen,lse",                                                                   \
      rows,                                                                                         \
      WGMMA_TILE_K(d),                                                                              \
-     2 * (rows) + 128,                                                                             \
+     WGMMA_THREADS((rows) / 64),                                                                   \
      EXACT_SMEM(d, rows)},
 
 const struct sage_kernel sage_kernels[] = {SAGE_KERNELS_SM90(WGMMA_ROW) SAGE_KERNELS(
@@ -113,9 +113,9 @@ double sage_exact_share = 1;
 unsigned sage_most_blocks = UINT_MAX;
 
 #define EXACT_KEY(d, dtype, rows, splits)                                                          \
-    {SAGE_KERNEL_##dtype, !SAGE_KERNEL_##splits ? SAGE_TILES_MANY                                  \
-                          : (rows) > 64         ? SAGE_TILES_FEW                                   \
-                                                : SAGE_TILES_SMALL},
+    {SAGE_KERNEL_##dtype, !SAGE_KERNEL_##splits  ? SAGE_TILES_MANY                                 \
+                          : (rows) > EXACT_SMALL ? SAGE_TILES_FEW                                  \
+                                                 : SAGE_TILES_SMALL},
 static const struct {
     int bf16;
     enum sage_tiles tiles;

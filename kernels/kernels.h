@@ -144,9 +144,9 @@ enum {
  */
 #define WGMMA_TILE_K(d) ((d) <= 128 ? 128 : 64)
 #define WGMMA_GROUPS(d, fp8) ((d) <= 64 || (fp8) ? 3 : 2)
-#define WGMMA_THREADS(d, fp8) (128 * WGMMA_GROUPS(d, fp8) + 128)
-#define WGMMA_REGISTERS(d, fp8) (WGMMA_GROUPS(d, fp8) == 3 ? 160 : 232)
-#define WGMMA_FETCH_REGISTERS(d, fp8) (WGMMA_GROUPS(d, fp8) == 3 ? 32 : 40)
+#define WGMMA_THREADS(groups) (128 * (groups) + 128)
+#define WGMMA_REGISTERS(groups) ((groups) == 3 ? 160 : 232)
+#define WGMMA_FETCH_REGISTERS(groups) ((groups) == 3 ? 32 : 40)
 #define WGMMA_TILE_Q(d, fp8) (64 * WGMMA_GROUPS(d, fp8))
 #define WGMMA_STAGES(d, fp8) ((d) <= 64 || (fp8) ? 4 : (d) <= 128 ? 3 : 2)
 #define WGMMA_ALIGN 1024
@@ -168,6 +168,7 @@ enum {
     ((d) <= 64    ? ((fp8) ? 9216 : 36864)                                                         \
      : (d) <= 128 ? ((fp8) || (keys) > 5120 ? 2560 : 5120)                                         \
                   : ((keys) > 5120 ? 1024 : 5120))
+#define EXACT_SMALL 64 /* rows of the smallest tiles */
 /* K and V, ones, Q twice, or once and a place for o; what belongs to rows, barriers, places. */
 #define EXACT_STAGES(d) ((d) <= 64 ? 4 : 2)
 #define EXACT_QUERIES(d) ((d) <= 128 ? 2 : 1)

@@ -283,7 +283,7 @@ static void both_ways(struct edges *e)
     }
 }
 
-/* Fewer tiles of rows than processors: the keys of each are split, those of GQA's heads apart. */
+/* Fewer tiles of rows than processors: tiles are smaller, or the keys of each are split. */
 static void few_tiles(struct edges *e)
 {
     const int64_t rows[] = {65, 128, 200, 300, 511}, keys[] = {512, 1023, 1024, 2100, 4097},
