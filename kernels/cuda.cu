@@ -258,18 +258,11 @@ double count_tiles(const struct sage_attn *attn, int rows)
            static_cast<double>(attn->n_seqs * q[1]);
 }
 
-/*
- * Tiles of `rows` rows whose keys are split, where there are few tiles and many keys; else smaller
- * tiles, where there is one for each processor at most.
- */
-enum sage_tiles size_tiles(const struct sage_attn *attn, int rows)
+/* Tiles of `rows` rows would leave processors without one; smaller ones do not, or not as many. */
+bool has_few_tiles(const struct sage_attn *attn, int rows)
 {
-    constexpr int64_t SPLIT_KEYS = 3072;
-
-    if (attn->n_seqs == 0 && attn->k.shape[2] >= SPLIT_KEYS &&
-        count_tiles(attn, rows) <= SPLIT_UNITS / 2 && see_all_keys(attn, 0, attn->q.shape[2]))
-        return SAGE_TILES_FEW;
-    return count_tiles(attn, EXACT_SMALL) <= SPLIT_UNITS ? SAGE_TILES_SMALL : SAGE_TILES_MANY;
+    return count_tiles(attn, rows) <= SPLIT_UNITS / 2 ||
+           count_tiles(attn, EXACT_SMALL) <= SPLIT_UNITS;
 }
 
 /* The kernel that quantises nothing, or -1. That, too, follows from the whole problem. */
@@ -277,7 +270,7 @@ int find_exact(const struct sage_attn *attn, int sm)
 {
     const int64_t *const k = attn->k.shape;
     const int d = static_cast<int>(attn->q.shape[3]), bf16 = attn->q.dtype == SAGE_BF16;
-    const int index = sage_kernel_find_exact(d, bf16, SAGE_TILES_MANY);
+    const int index = sage_kernel_find_exact(d, bf16, 0);
 
     if (sm != 90 || attn->mask.dtype != SAGE_NONE || index < 0 || !kernel(index)->function)
         return -1;
@@ -290,7 +283,7 @@ int find_exact(const struct sage_attn *attn, int sm)
     if (pairs <= 0 || pairs > most * keys ||
         count_tiles(attn, sage_kernels[index].tile_q) >= CALL_COUNT)
         return -1;
-    return sage_kernel_find_exact(d, bf16, size_tiles(attn, sage_kernels[index].tile_q));
+    return sage_kernel_find_exact(d, bf16, has_few_tiles(attn, sage_kernels[index].tile_q));
 }
 
 /*

@@ -287,9 +287,10 @@ __device__ inline float mask_bias(const char *at, int dtype)
 
 /*
  * The rows of one warp, in SLABS of 16, against KEYS keys at a time. Accumulators are those of
- * mma.m16n8: see cuda_mma.cuh.
+ * mma.m16n8: see cuda_mma.cuh. SHARED: every warpgroup has the same rows.
  */
-template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK, bool BITS = false>
+template <int D, int SLABS, int KEYS, bool BF16, bool FP8, bool MASK, bool BITS = false,
+          bool SHARED = false>
 struct rows {
     static constexpr int KEY_TILES = KEYS / 8, D_TILES = D / 8;
     static constexpr float SHIFT = FP8 ? E4M3_SHIFT : 0, LAG = FP8 ? E4M3_LAG : MAX_LAG;
@@ -317,7 +318,7 @@ struct rows {
     /* The warp's first row: in the tile; in the sequence. */
     __device__ static int first_row()
     {
-        return threadIdx.x / 32 * 16 * SLABS;
+        return (SHARED ? threadIdx.x % 128 : threadIdx.x) / 32 * 16 * SLABS;
     }
     __device__ int row() const
     {

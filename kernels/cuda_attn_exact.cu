@@ -8,9 +8,10 @@
 
 #ifdef HAVE_SM_90A
 #define ROW(d, dtype, rows, splits)                                                                \
-    {(const void *)sage::wgmma_kernel<d, SAGE_KERNEL_##dtype, false, true, (rows) / 64,            \
+    {(const void *)sage::wgmma_kernel<d, SAGE_KERNEL_##dtype, false, true, EXACT_GROUPS(rows),     \
                                       SAGE_KERNEL_##splits>,                                       \
-     sage::wgmma_launch<d, SAGE_KERNEL_##dtype, false, true, (rows) / 64, SAGE_KERNEL_##splits>},
+     sage::wgmma_launch<d, SAGE_KERNEL_##dtype, false, true, EXACT_GROUPS(rows),                   \
+                        SAGE_KERNEL_##splits>},
 #else
 #define ROW(d, dtype, rows, splits) {nullptr, nullptr},
 #endif

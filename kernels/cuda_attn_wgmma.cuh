@@ -41,6 +41,12 @@ template <int N> struct ring_place {
         stage = stage + 1 == N ? 0 : stage + 1;
         parity ^= stage == 0;
     }
+    __device__ void skip(int n)
+    {
+        stage += n;
+        parity ^= stage / N % 2;
+        stage %= N;
+    }
 };
 
 __device__ __forceinline__ void wait(uint64_t &barrier, uint32_t parity)
@@ -99,9 +105,13 @@ constexpr int WGMMA_TILES = 3; /* that are found: the one that is worked on, and
 /*
  * What differs between kernels: e4m3 or 16 bits for P V; `EXACT`: Q K^T in 16 bits as well. Then
  * nothing is quantised and the workspace has counters only: Q and K come by tensor maps, too.
- * GROUPS: warpgroups that compute. SPLITS: keys of tiles may be split; a kernel of its own where
- * nothing is quantised, for it would cost 2 % there.
+ * GROUPS: warpgroups that compute. SPLITS: keys of tiles may be split.
+ *
+ * Both, for few tiles: warpgroups have the same 64 rows and share their blocks of keys, one after
+ * the other; the first one adds up in the end. A kernel of its own: it would cost the others 2 %.
  */
+template <bool EXACT, bool SPLITS> constexpr bool SHARES = EXACT &&SPLITS;
+template <int GROUPS, bool SHARED> constexpr int WGMMA_ROWS = SHARED ? EXACT_SMALL : 64 * GROUPS;
 
 /*
  * Shared memory: the stages of K and V, Q in INT8 and as it came, and ones. All but the last Q is
@@ -114,13 +124,13 @@ constexpr int WGMMA_TILES = 3; /* that are found: the one that is worked on, and
  * D = 256: no product has all columns, so V has a lower half, without ones, of its own. Q is in
  * units 0 to 11, K in 12 13 and 14 15, V's two stages in 19 20, 22 23 and 16 17, 18 21, ones in 24.
  */
-template <int D, bool FP8, bool EXACT, int GROUPS> struct wgmma_layout {
+template <int D, bool FP8, bool EXACT, int ROWS> struct wgmma_layout {
     static constexpr int UNIT = 128 * WGMMA_TILE_K(D), STAGES = WGMMA_STAGES(D, false);
     static constexpr int K_BYTES = WGMMA_TILE_K(D) * D, K_STEP = D == 64 ? K_BYTES : 2 * UNIT;
     static constexpr int V_STEP = D == 64 ? UNIT : 2 * UNIT;
     static constexpr int K = D == 64 ? STAGES * V_STEP : UNIT;
     static constexpr int Q8 = D == 64 ? K + STAGES * K_STEP : 9 * UNIT;
-    static constexpr int Q16 = Q8 + 64 * GROUPS * D, ONES = Q16 + 64 * GROUPS * 2 * D;
+    static constexpr int Q16 = Q8 + ROWS * D, ONES = Q16 + ROWS * 2 * D;
     static constexpr int BYTES = ONES + UNIT;
 
     __device__ static int v(int stage)
@@ -146,7 +156,7 @@ template <int D, bool FP8, bool EXACT, int GROUPS> struct wgmma_layout {
     }
 };
 
-template <int GROUPS> struct wgmma_layout<256, false, false, GROUPS> {
+template <int ROWS> struct wgmma_layout<256, false, false, ROWS> {
     static constexpr int UNIT = 128 * WGMMA_TILE_K(256), STAGES = WGMMA_STAGES(256, false);
     static constexpr int Q8 = 0, Q16 = 4 * UNIT, ONES = 24 * UNIT, BYTES = 25 * UNIT;
 
@@ -178,11 +188,11 @@ template <int GROUPS> struct wgmma_layout<256, false, false, GROUPS> {
 };
 
 /* e4m3: V by halves of a tile's keys, [D + 8][64], the last 8 rows of ones. */
-template <int D, int GROUPS> struct wgmma_layout<D, true, false, GROUPS> {
+template <int D, int ROWS> struct wgmma_layout<D, true, false, ROWS> {
     static constexpr int STAGES = WGMMA_STAGES(D, true), V_HALF = KERNEL_TILE_K * (D + 8);
     static constexpr int K = STAGES * 2 * V_HALF, K_STEP = WGMMA_TILE_K(D) * D;
-    static constexpr int Q8 = K + STAGES * K_STEP, Q16 = Q8 + 64 * GROUPS * D;
-    static constexpr int BYTES = Q16 + 64 * GROUPS * 2 * D;
+    static constexpr int Q8 = K + STAGES * K_STEP, Q16 = Q8 + ROWS * D;
+    static constexpr int BYTES = Q16 + ROWS * 2 * D;
 
     __device__ static int v(int stage)
     {
@@ -206,11 +216,12 @@ template <int D, int GROUPS> struct wgmma_layout<D, true, false, GROUPS> {
  * Exact: K and V in units of 64 channels, Q twice up to D = 128, which has V's two stages in units
  * 0 3 and 2 4, K's in 1 5 and 7 8, ones in 6, Q in 9 to 12.
  */
-template <int D, int GROUPS> struct wgmma_layout<D, false, true, GROUPS> {
+template <int D, int ROWS> struct wgmma_layout<D, false, true, ROWS> {
     static constexpr int UNIT = 128 * WGMMA_TILE_K(D), STAGES = EXACT_STAGES(D);
-    static constexpr int Q = D == 64 ? 2 * STAGES * UNIT : 9 * UNIT, Q_STEP = 64 * GROUPS * 2 * D;
+    static constexpr int Q = D == 64 ? 2 * STAGES * UNIT : 9 * UNIT, Q_STEP = ROWS * 2 * D;
     static constexpr int ONES = D == 64 ? Q + 2 * Q_STEP : 6 * UNIT;
-    static constexpr int BYTES = D == 64 ? ONES + UNIT : Q + 2 * Q_STEP;
+    static constexpr int SHARE = D == 64 ? ONES + UNIT : Q + 2 * Q_STEP; /* see join() */
+    static constexpr int BYTES = SHARE + EXACT_SHARE(D, ROWS);
 
     __device__ static int v(int stage)
     {
@@ -246,12 +257,13 @@ template <int D, int GROUPS> struct wgmma_layout<D, false, true, GROUPS> {
  * D = 256: Q in units 0 to 7, K's stages in 8 to 11 and 12 to 15, V and ones as if quantised; o
  * behind them, 64 channels at a time.
  */
-template <int GROUPS>
-struct wgmma_layout<256, false, true, GROUPS> : wgmma_layout<256, false, false, GROUPS> {
-    using of_values = wgmma_layout<256, false, false, GROUPS>;
+template <int ROWS>
+struct wgmma_layout<256, false, true, ROWS> : wgmma_layout<256, false, false, ROWS> {
+    using of_values = wgmma_layout<256, false, false, ROWS>;
     using of_values::STAGES, of_values::UNIT;
     static_assert(STAGES == EXACT_STAGES(256) && EXACT_QUERIES(256) == 1);
-    static constexpr int O = 25 * UNIT, BYTES = O + 64 * GROUPS * EXACT_O(256);
+    static constexpr int SHARE = 4 * UNIT; /* 64 rows: Q leaves them */
+    static constexpr int O = 25 * UNIT, BYTES = O + ROWS * EXACT_O(256);
 
     __device__ static int k(int stage)
     {
@@ -273,9 +285,10 @@ struct alignas(16) key_blocks {
     int end[3]; /* one more than the last key that some row of it sees; 0: it has no row */
 };
 
-template <int D, bool FP8, bool EXACT, int GROUPS> struct wgmma_memory {
-    using layout = wgmma_layout<D, FP8, EXACT, GROUPS>;
-    static constexpr int STAGES = layout::STAGES, TILE_Q = 64 * GROUPS;
+template <int D, bool FP8, bool EXACT, int GROUPS, bool SHARED> struct wgmma_memory {
+    static constexpr int TILE_Q = WGMMA_ROWS<GROUPS, SHARED>;
+    using layout = wgmma_layout<D, FP8, EXACT, TILE_Q>;
+    static constexpr int STAGES = layout::STAGES;
     static constexpr int QUERIES = EXACT ? EXACT_QUERIES(D) : 1; /* tiles that have a Q */
     static constexpr bool Q_BECOMES_O = EXACT && EXACT_O(D) == 0;
 
@@ -302,13 +315,13 @@ template <int D, bool FP8, bool EXACT, int GROUPS> struct wgmma_memory {
     __device__ void init_barriers()
     {
         const auto init = [](uint64_t &barrier, int n) { cuda::ptx::mbarrier_init(&barrier, n); };
-        constexpr int WARPS = 4 * GROUPS;
+        constexpr int WARPS = 4 * GROUPS, READERS = SHARED ? 4 : WARPS; /* of a block of keys */
 
         for (int i = 0; i < STAGES; i++) {
             init(k_full[i], 1);
             init(v_full[i], 1);
-            init(k_empty[i], EXACT ? WARPS : 32 * WARPS); /* see leave() */
-            init(v_empty[i], WARPS);
+            init(k_empty[i], EXACT ? READERS : 32 * WARPS); /* see leave() */
+            init(v_empty[i], READERS);
         }
         for (int i = 0; i < WGMMA_TILES; i++) {
             init(tile_full[i], 1);
@@ -332,7 +345,7 @@ template <int D, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struct wgmma_fet
     static constexpr int AHEAD = EXACT && D > 64 ? 2 : 0;     /* blocks: see prefetch() */
     static constexpr int LEFT = !EXACT ? 12 : D > 64 ? 4 : 2; /* blocks: see tiles() */
     static constexpr unsigned NONE = ~0u;                     /* no number yet */
-    using memory = wgmma_memory<D, FP8, EXACT, GROUPS>;
+    using memory = wgmma_memory<D, FP8, EXACT, GROUPS, SHARES<EXACT, SPLITS>>;
     using layout = typename memory::layout;
     static constexpr int STAGES = memory::STAGES, TILE_Q = memory::TILE_Q;
 
@@ -749,7 +762,9 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
     static constexpr int KEYS = WGMMA_TILE_K(D), HALF = KERNEL_TILE_K;
     static constexpr int RUN = K_RUN(FP8), RUNS = KEYS / RUN;
     static constexpr float MOST = 15; /* above m: binary16 ends at 2^16 */
-    using memory = wgmma_memory<D, FP8, EXACT, GROUPS>;
+    static constexpr bool SHARED = SHARES<EXACT, SPLITS>;
+    static constexpr int STRIDE = SHARED ? GROUPS : 1; /* blocks of keys, to the next one */
+    using memory = wgmma_memory<D, FP8, EXACT, GROUPS, SHARED>;
     using layout = typename memory::layout;
     using fetch = wgmma_fetch<D, FP8, EXACT, GROUPS, SPLITS>;
     static constexpr int STAGES = memory::STAGES, TILE_Q = memory::TILE_Q;
@@ -761,7 +776,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
     };
 
     memory &m;
-    rows<D, 1, KEYS, BF16, FP8, false, EXACT && KEYS == 128> r;
+    rows<D, 1, KEYS, BF16, FP8, false, EXACT && KEYS == 128, SHARED> r;
     int group;
     bool coarse; /* a step of the scores may be a factor of 2: no sums of roundings then */
     uint32_t p_packed[FP8 ? KEYS / 32 : KEYS / 16][4]; /* A of P V */
@@ -777,7 +792,8 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
     {
         if constexpr (EXACT) {
             const uint32_t at = shared_address(m.tensors);
-            const uint64_t q = matrix_at(at + layout::q(q_place) + 64 * 128 * group, 128, 1024, 0);
+            const uint64_t q =
+                matrix_at(at + layout::q(q_place) + (SHARED ? 0 : 64 * 128 * group), 128, 1024, 0);
             const uint64_t k = matrix_at(at + layout::k(stage), 128, 1024, 0);
             const int k_step = (layout::k_unit(stage, 1) - layout::k(stage)) / 16;
 
@@ -1198,9 +1214,10 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
         begin_scores(x, at.stage, q_place);
     }
 
-    /* Tiles from key0 on, up to and without key `end`. */
+    /* Blocks from key0 on, every STRIDE-th, up to and without key `end`. */
     __device__ void steps(ring_place<STAGES> &at, int key0, int end, int q_place)
     {
+        constexpr int STEP = STRIDE * KEYS;
         scores x;
 
         if constexpr (FP8) {
@@ -1217,7 +1234,9 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
             ring_place<STAGES> before = at;
             const auto begin_next = [&] {
                 before = at;
-                at.next();
+#pragma unroll
+                for (int i = 0; i < STRIDE; i++)
+                    at.next();
                 scores_of(x, at, q_place);
                 wait(m.v_full[before.stage], before.parity);
                 begin_values_16(before.stage);
@@ -1236,11 +1255,11 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
 #pragma unroll 1
                 for (;; begin_next()) {
                     if constexpr (EXACT && !memory::Q_BECOMES_O)
-                        leave_warp(m.q_empty[q_place], key0 + KEYS >= end);
+                        leave_warp(m.q_empty[q_place], key0 + STEP >= end);
                     if (softmax_16(x, at.stage, key0, [&] { end_values_16(before.stage, !first); }))
                         r.rescale(decay);
                     first = false;
-                    key0 += KEYS;
+                    key0 += STEP;
                     if (key0 >= end)
                         break;
                 }
@@ -1282,7 +1301,63 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
         }
     }
 
-    /* --- tiles whose keys are split --- */
+    /* --- tiles whose keys are shared or split --- */
+
+    /*
+     * The first warpgroup's O, m and sums become those of all keys that both have seen. The other
+     * one's pass through shared memory.
+     */
+    __device__ void join()
+    {
+        constexpr int N = D / 8 + 2, ROOM = EXACT_SHARE_ROOM(D); /* fours of a lane: all; at once */
+        float4 *const place =
+            reinterpret_cast<float4 *>(m.tensors + layout::SHARE) + threadIdx.x % 128;
+        float by[2], of[2]; /* what is here, and there, counts */
+
+#pragma unroll
+        for (int begin = 0; begin < N; begin += ROOM) {
+            const int end = begin + ROOM < N ? begin + ROOM : N;
+            if (begin > 0)
+                barrier_wait(1 + GROUPS, 128 * GROUPS); /* what was there has been read */
+            if (group > 0) {
+#pragma unroll
+                for (int n = begin; n < end; n++) {
+                    const float *x = n > 0 ? r.o[0][n - 1] : nullptr;
+                    place[128 * (n - begin)] =
+                        n > 0 ? make_float4(x[0], x[1], x[2], x[3])
+                              : make_float4(r.top[0][0], r.top[0][1], r.sum[0][0], r.sum[0][1]);
+                }
+            }
+            barrier_wait(1 + GROUPS, 128 * GROUPS);
+            if (group == 0) {
+#pragma unroll
+                for (int n = begin; n < end; n++) {
+                    const float4 four = place[128 * (n - begin)];
+                    const float x[4] = {four.x, four.y, four.z, four.w};
+                    if (n > 0) {
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            r.o[0][n - 1][e] = by[e / 2] * r.o[0][n - 1][e] + of[e / 2] * x[e];
+                        continue;
+                    }
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const float top = fmaxf(r.top[0][half], x[half]);
+                        by[half] = weight(r.top[0][half], top);
+                        of[half] = weight(x[half], top);
+                        r.top[0][half] = top;
+                        r.sum[0][half] = by[half] * r.sum[0][half] + of[half] * x[2 + half];
+                    }
+                }
+            }
+        }
+    }
+
+    /* Of what is relative to m, where it becomes relative to `top`. */
+    static __device__ float weight(float m, float top)
+    {
+        return m == -INFINITY ? 0 : exp2_fast(m - top);
+    }
 
     static constexpr int N_O = 4 * (D / 8 + 1), N_PART = N_O + 4; /* floats of a lane */
 
@@ -1341,8 +1416,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
             float by[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float top = __ldcg(from + 32 * (N_O + half));
-                by[half] = top == -INFINITY ? 0 : exp2_fast(top - m[half]);
+                by[half] = weight(__ldcg(from + 32 * (N_O + half)), m[half]);
                 r.sum[0][half] += by[half] * __ldcg(from + 32 * (N_O + 2 + half));
             }
 #pragma unroll
@@ -1464,7 +1538,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
     {
         const key_blocks &blocks = m.blocks[slot];
         const int block = uniform(blocks.first), all = uniform(blocks.n);
-        const int end = uniform(blocks.end[group]);
+        const int end = SHARED ? (block + all) * KEYS : uniform(blocks.end[group]);
         const int n = end > block * KEYS ? (end + KEYS - 1) / KEYS - block : 0;
 
         if constexpr (EXACT) {
@@ -1479,11 +1553,27 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
                                                r.query_of(0, 2).scale * r.t.k_max >= 1);
         at.stage = uniform(at.stage);
         at.parity = uniform(at.parity);
-        if (n > 0)
-            steps(at, block * KEYS, end, uniform(q.stage));
-        else
-            no_steps(q.stage);
-        pass(at, all - n);
+        if constexpr (SHARED) {
+            ring_place<STAGES> own = at;
+            own.skip(group);
+            if (n > group)
+                steps(own, (block + group) * KEYS, end, uniform(q.stage));
+            else
+                no_steps(q.stage);
+            at.skip(all);
+            join();
+            if (group > 0) {
+                if constexpr (memory::Q_BECOMES_O)
+                    release(m.q_empty[q.stage]);
+                return;
+            }
+        } else {
+            if (n > 0)
+                steps(at, block * KEYS, end, uniform(q.stage));
+            else
+                no_steps(q.stage);
+            pass(at, all - n);
+        }
         const bool whole = !SPLITS || r.a.n_splits == 1 || gather();
         if constexpr (memory::Q_BECOMES_O) {
             finish_in_place(uniform(q.stage), whole);
@@ -1502,7 +1592,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS(GROUPS), 1)
     wgmma_kernel(const __grid_constant__ cuda_args args)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    using memory = wgmma_memory<D, FP8, EXACT, GROUPS>;
+    using memory = wgmma_memory<D, FP8, EXACT, GROUPS, SHARES<EXACT, SPLITS>>;
     using fetch = wgmma_fetch<D, FP8, EXACT, GROUPS, SPLITS>;
     using attention = wgmma_attention<D, BF16, FP8, EXACT, GROUPS, SPLITS>;
     constexpr int SMEM = EXACT ? EXACT_SMEM(D, memory::TILE_Q) : WGMMA_SMEM(D, FP8);
@@ -1531,8 +1621,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS(GROUPS), 1)
     if (!begins(args))
         return;
     if (threadIdx.x / 128 == GROUPS) {
-        if constexpr (GROUPS > 1) /* else there are enough */
-            registers_less<WGMMA_FETCH_REGISTERS(GROUPS)>();
+        registers_less<WGMMA_FETCH_REGISTERS(GROUPS)>();
         const int warp = threadIdx.x / 32 % 4;
         if (warp == 0)
             fetch::tiles(args, m);
@@ -1551,8 +1640,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS(GROUPS), 1)
         ring_place<WGMMA_TILES> slot;
         ring_place<memory::QUERIES> q;
 
-        if constexpr (GROUPS > 1)
-            registers_more<WGMMA_REGISTERS(GROUPS)>();
+        registers_more<WGMMA_REGISTERS(GROUPS)>();
         const int group = uniform(static_cast<int>(threadIdx.x / 128));
         for (;; slot.next(), q.next()) {
             const tile &t = m.tiles[slot.stage];
@@ -1570,11 +1658,13 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS = WGMMA_GROUPS(D, F
           bool SPLITS = true>
 cudaError_t wgmma_launch(const cuda_args *args, unsigned blocks, cudaStream_t stream)
 {
+    constexpr int ROWS = WGMMA_ROWS<GROUPS, SHARES<EXACT, SPLITS>>;
+
     blocks *= args->n_splits;
     return launch_early(wgmma_kernel<D, BF16, FP8, EXACT, GROUPS, SPLITS>,
                         blocks < args->processors ? blocks : args->processors,
-                        WGMMA_THREADS(GROUPS),
-                        EXACT ? EXACT_SMEM(D, 64 * GROUPS) : WGMMA_SMEM(D, FP8), stream, *args);
+                        WGMMA_THREADS(GROUPS), EXACT ? EXACT_SMEM(D, ROWS) : WGMMA_SMEM(D, FP8),
+                        stream, *args);
 }
 
 } // namespace sage

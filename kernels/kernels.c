@@ -51,7 +51,7 @@
      "causal,window,varlen,lse",                                                                   \
      rows,                                                                                         \
      WGMMA_TILE_K(d),                                                                              \
-     WGMMA_THREADS((rows) / 64),                                                                   \
+     WGMMA_THREADS(EXACT_GROUPS(rows)),                                                            \
      EXACT_SMEM(d, rows)},
 
 const struct sage_kernel sage_kernels[] = {SAGE_KERNELS_SM90(WGMMA_ROW) SAGE_KERNELS(
@@ -112,22 +112,18 @@ int sage_kernel_first_exact(void)
 double sage_exact_share = 1;
 unsigned sage_most_blocks = UINT_MAX;
 
-#define EXACT_KEY(d, dtype, rows, splits)                                                          \
-    {SAGE_KERNEL_##dtype, !SAGE_KERNEL_##splits  ? SAGE_TILES_MANY                                 \
-                          : (rows) > EXACT_SMALL ? SAGE_TILES_FEW                                  \
-                                                 : SAGE_TILES_SMALL},
+#define EXACT_KEY(d, dtype, rows, splits) {SAGE_KERNEL_##dtype, SAGE_KERNEL_##splits},
 static const struct {
-    int bf16;
-    enum sage_tiles tiles;
+    int bf16, splits;
 } exact_keys[] = {SAGE_KERNELS_EXACT(EXACT_KEY)};
 
-int sage_kernel_find_exact(int head_dim, int bf16, enum sage_tiles tiles)
+int sage_kernel_find_exact(int head_dim, int bf16, int few)
 {
     const int first = sage_kernel_first_exact();
 
     for (int i = first; i < sage_n_kernels; i++)
         if (head_dim <= sage_kernels[i].max_head_dim && bf16 == exact_keys[i - first].bf16 &&
-            tiles == exact_keys[i - first].tiles)
+            few == exact_keys[i - first].splits)
             return i;
     return -1;
 }
@@ -136,6 +132,5 @@ int sage_kernel_splits(int index)
 {
     const int first = sage_kernel_first_exact();
 
-    return index < first ? sage_kernels[index].max_sm == 90
-                         : exact_keys[index - first].tiles != SAGE_TILES_MANY;
+    return index < first ? sage_kernels[index].max_sm == 90 : exact_keys[index - first].splits;
 }

@@ -86,26 +86,21 @@
 /*
  * X(d, f16|bf16, rows, whole|split), Hopper's for both variants: where keys have so few scores that
  * quantising them takes longer than it saves, as in short sequences. Nothing is quantised. Tiles of
- * so many rows; `split`: few of them, whose keys may be split. After all others.
+ * so many rows; `split`: few of them, whose keys may be split, and are shared by two warpgroups.
+ * After all others.
  */
 #define SAGE_KERNELS_EXACT(X)                                                                      \
     X(64, f16, 64, split)                                                                          \
-    X(64, f16, 192, split)                                                                         \
     X(64, f16, 192, whole)                                                                         \
     X(128, f16, 64, split)                                                                         \
-    X(128, f16, 128, split)                                                                        \
     X(128, f16, 128, whole)                                                                        \
     X(256, f16, 64, split)                                                                         \
-    X(256, f16, 128, split)                                                                        \
     X(256, f16, 128, whole)                                                                        \
     X(64, bf16, 64, split)                                                                         \
-    X(64, bf16, 192, split)                                                                        \
     X(64, bf16, 192, whole)                                                                        \
     X(128, bf16, 64, split)                                                                        \
-    X(128, bf16, 128, split)                                                                       \
     X(128, bf16, 128, whole)                                                                       \
     X(256, bf16, 64, split)                                                                        \
-    X(256, bf16, 128, split)                                                                       \
     X(256, bf16, 128, whole)
 
 /* What the words of the list stand for, as conditions. */
@@ -168,14 +163,20 @@ enum {
     ((d) <= 64    ? ((fp8) ? 9216 : 36864)                                                         \
      : (d) <= 128 ? ((fp8) || (keys) > 5120 ? 2560 : 5120)                                         \
                   : ((keys) > 5120 ? 1024 : 5120))
-#define EXACT_SMALL 64 /* rows of the smallest tiles */
+#define EXACT_SMALL 64 /* rows of the smaller tiles: two warpgroups have the same */
+#define EXACT_GROUPS(rows) ((rows) == EXACT_SMALL ? 2 : (rows) / 64)
 /* K and V, ones, Q twice, or once and a place for o; what belongs to rows, barriers, places. */
 #define EXACT_STAGES(d) ((d) <= 64 ? 4 : 2)
 #define EXACT_QUERIES(d) ((d) <= 128 ? 2 : 1)
 #define EXACT_O(d) ((d) <= 128 ? 0 : 128) /* bytes of a row at a time; 0: o has Q's place */
+/* What one of those leaves for the other: fours of floats of a lane, and bytes. */
+#define EXACT_SHARE_ROOM(d) ((d) <= 128 ? (d) / 8 + 2 : 16)
+#define EXACT_SHARE(d, rows)                                                                       \
+    ((rows) == EXACT_SMALL && (d) <= 128 ? EXACT_SHARE_ROOM(d) * 16 * 128 : 0)
 #define EXACT_SMEM(d, rows)                                                                        \
     (WGMMA_ALIGN + WGMMA_TILE_K(d) * (EXACT_STAGES(d) * 4 * (d) + 128) +                           \
-     ((d) <= 128 ? (rows) : 128) * EXACT_QUERIES(d) * 2 * (d) + (rows) * (EXACT_O(d) + 8) + 1024)
+     ((d) <= 128 ? (rows) : 128) * EXACT_QUERIES(d) * 2 * (d) + EXACT_SHARE(d, rows) +             \
+     (rows) * (EXACT_O(d) + 8) + 1024)
 
 /*
  * Few rows: warps, blocks that a processor of Hopper's has at a time, keys of a stage, stages of K
@@ -220,9 +221,8 @@ int sage_kernel_find(int sm, int head_dim, int bf16, int fp8, int mask);
 int sage_kernel_find_few(int head_dim, int bf16, int64_t rows);
 /* Of sage_kernels, the first one for few rows. */
 int sage_kernel_first_few(void);
-/* The kernel that quantises nothing: for few tiles of 64 rows, few others, or many; or -1. */
-enum sage_tiles { SAGE_TILES_SMALL, SAGE_TILES_FEW, SAGE_TILES_MANY };
-int sage_kernel_find_exact(int head_dim, int bf16, enum sage_tiles tiles);
+/* The kernel that quantises nothing, for few tiles or many; or -1. */
+int sage_kernel_find_exact(int head_dim, int bf16, int few);
 /* Keys of its tiles may be split. */
 int sage_kernel_splits(int index);
 /* Of EXACT_PAIRS, what counts: 1. Tests change that. */
