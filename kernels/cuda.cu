@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cudaTypedefs.h>
 #include <limits.h>
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -258,11 +259,20 @@ double count_tiles(const struct sage_attn *attn, int rows)
            static_cast<double>(attn->n_seqs * q[1]);
 }
 
-/* Tiles of `rows` rows would leave processors without one; smaller ones do not, or not as many. */
-bool has_few_tiles(const struct sage_attn *attn, int rows)
+/*
+ * So few tiles, of `rows` rows, that smaller ones fill the processors better by more than they cost.
+ * Processors take theirs in rounds; `pairs`: where later rows see more keys, tiles are that much
+ * shorter.
+ */
+bool has_few_tiles(const struct sage_attn *attn, int rows, int d, double pairs)
 {
-    return count_tiles(attn, rows) <= SPLIT_UNITS / 2 ||
-           count_tiles(attn, EXACT_SMALL) <= SPLIT_UNITS;
+    const int64_t *const q = attn->q.shape;
+    const double all = static_cast<double>(q[0] * q[1]) * static_cast<double>(q[2]) *
+                       static_cast<double>(attn->k.shape[2]);
+    const double share = attn->n_seqs > 0 || attn->window_left >= 0 ? 1 : pairs / all;
+
+    return ceil(count_tiles(attn, EXACT_SMALL) * share / SPLIT_UNITS) <=
+           EXACT_ROUNDS(d) * ceil(count_tiles(attn, rows) * share / SPLIT_UNITS);
 }
 
 /* The kernel that quantises nothing, or -1. That, too, follows from the whole problem. */
@@ -283,7 +293,8 @@ int find_exact(const struct sage_attn *attn, int sm)
     if (pairs <= 0 || pairs > most * keys ||
         count_tiles(attn, sage_kernels[index].tile_q) >= CALL_COUNT)
         return -1;
-    return sage_kernel_find_exact(d, bf16, has_few_tiles(attn, sage_kernels[index].tile_q));
+    return sage_kernel_find_exact(d, bf16,
+                                  has_few_tiles(attn, sage_kernels[index].tile_q, d, pairs));
 }
 
 /*

@@ -8,9 +8,9 @@
 
 #ifdef HAVE_SM_90A
 #define ROW(d, dtype, rows, splits)                                                                \
-    {(const void *)sage::wgmma_kernel<d, SAGE_KERNEL_##dtype, false, true, EXACT_GROUPS(rows),     \
+    {(const void *)sage::wgmma_kernel<d, SAGE_KERNEL_##dtype, false, true, EXACT_GROUPS(d, rows),  \
                                       SAGE_KERNEL_##splits>,                                       \
-     sage::wgmma_launch<d, SAGE_KERNEL_##dtype, false, true, EXACT_GROUPS(rows),                   \
+     sage::wgmma_launch<d, SAGE_KERNEL_##dtype, false, true, EXACT_GROUPS(d, rows),                \
                         SAGE_KERNEL_##splits>},
 #else
 #define ROW(d, dtype, rows, splits) {nullptr, nullptr},

@@ -1304,53 +1304,70 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
     /* --- tiles whose keys are shared or split --- */
 
     /*
-     * The first warpgroup's O, m and sums become those of all keys that both have seen. The other
-     * one's pass through shared memory.
+     * The first warpgroup's O, m and sums become those of all keys that one of them has seen. The
+     * others' pass through shared memory.
      */
     __device__ void join()
     {
         constexpr int N = D / 8 + 2, ROOM = EXACT_SHARE_ROOM(D); /* fours of a lane: all; at once */
         float4 *const place =
             reinterpret_cast<float4 *>(m.tensors + layout::SHARE) + threadIdx.x % 128;
-        float by[2], of[2]; /* what is here, and there, counts */
+        float by[GROUPS][2], of[GROUPS][2]; /* what is here, and theirs, counts */
 
 #pragma unroll
         for (int begin = 0; begin < N; begin += ROOM) {
             const int end = begin + ROOM < N ? begin + ROOM : N;
             if (begin > 0)
                 barrier_wait(1 + GROUPS, 128 * GROUPS); /* what was there has been read */
-            if (group > 0) {
+            if (group > 0)
 #pragma unroll
-                for (int n = begin; n < end; n++) {
-                    const float *x = n > 0 ? r.o[0][n - 1] : nullptr;
-                    place[128 * (n - begin)] =
-                        n > 0 ? make_float4(x[0], x[1], x[2], x[3])
-                              : make_float4(r.top[0][0], r.top[0][1], r.sum[0][0], r.sum[0][1]);
-                }
-            }
+                for (int n = begin; n < end; n++)
+                    place[128 * ((group - 1) * ROOM + n - begin)] = four(n);
             barrier_wait(1 + GROUPS, 128 * GROUPS);
-            if (group == 0) {
+            if (group > 0)
+                continue;
+#pragma unroll
+            for (int other = 0; other < GROUPS - 1; other++)
 #pragma unroll
                 for (int n = begin; n < end; n++) {
-                    const float4 four = place[128 * (n - begin)];
-                    const float x[4] = {four.x, four.y, four.z, four.w};
-                    if (n > 0) {
-#pragma unroll
-                        for (int e = 0; e < 4; e++)
-                            r.o[0][n - 1][e] = by[e / 2] * r.o[0][n - 1][e] + of[e / 2] * x[e];
-                        continue;
-                    }
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const float top = fmaxf(r.top[0][half], x[half]);
-                        by[half] = weight(r.top[0][half], top);
-                        of[half] = weight(x[half], top);
-                        r.top[0][half] = top;
-                        r.sum[0][half] = by[half] * r.sum[0][half] + of[half] * x[2 + half];
-                    }
+                    const float4 x = place[128 * (other * ROOM + n - begin)];
+                    if (n == 0)
+                        weigh_up(x, by[other], of[other]);
+                    else
+                        add(r.o[0][n - 1], x, by[other], of[other]);
                 }
-            }
         }
+    }
+
+    /* Of a lane's floats: m and sums; O of 8 channels after the other. */
+    __device__ float4 four(int n) const
+    {
+        if (n == 0)
+            return make_float4(r.top[0][0], r.top[0][1], r.sum[0][0], r.sum[0][1]);
+        const float *o = r.o[0][n - 1];
+        return make_float4(o[0], o[1], o[2], o[3]);
+    }
+    /* The first four, of another warpgroup's. */
+    __device__ void weigh_up(const float4 &first, float (&by)[2], float (&of)[2])
+    {
+        const float m[2] = {first.x, first.y}, sum[2] = {first.z, first.w};
+
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float top = fmaxf(r.top[0][half], m[half]);
+            by[half] = weight(r.top[0][half], top);
+            of[half] = weight(m[half], top);
+            r.top[0][half] = top;
+            r.sum[0][half] = by[half] * r.sum[0][half] + of[half] * sum[half];
+        }
+    }
+    static __device__ void add(float (&o)[4], const float4 &x, const float (&by)[2],
+                               const float (&of)[2])
+    {
+        o[0] = by[0] * o[0] + of[0] * x.x;
+        o[1] = by[0] * o[1] + of[0] * x.y;
+        o[2] = by[1] * o[2] + of[1] * x.z;
+        o[3] = by[1] * o[3] + of[1] * x.w;
     }
 
     /* Of what is relative to m, where it becomes relative to `top`. */

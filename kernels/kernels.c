@@ -51,7 +51,7 @@
      "causal,window,varlen,lse",                                                                   \
      rows,                                                                                         \
      WGMMA_TILE_K(d),                                                                              \
-     WGMMA_THREADS(EXACT_GROUPS(rows)),                                                            \
+     WGMMA_THREADS(EXACT_GROUPS(d, rows)),                                                         \
      EXACT_SMEM(d, rows)},
 
 const struct sage_kernel sage_kernels[] = {SAGE_KERNELS_SM90(WGMMA_ROW) SAGE_KERNELS(

@@ -86,8 +86,8 @@
 /*
  * X(d, f16|bf16, rows, whole|split), Hopper's for both variants: where keys have so few scores that
  * quantising them takes longer than it saves, as in short sequences. Nothing is quantised. Tiles of
- * so many rows; `split`: few of them, whose keys may be split, and are shared by two warpgroups.
- * After all others.
+ * so many rows; `split`: few of them, whose keys warpgroups share, and which may be split. After all
+ * others.
  */
 #define SAGE_KERNELS_EXACT(X)                                                                      \
     X(64, f16, 64, split)                                                                          \
@@ -163,8 +163,10 @@ enum {
     ((d) <= 64    ? ((fp8) ? 9216 : 36864)                                                         \
      : (d) <= 128 ? ((fp8) || (keys) > 5120 ? 2560 : 5120)                                         \
                   : ((keys) > 5120 ? 1024 : 5120))
-#define EXACT_SMALL 64 /* rows of the smaller tiles: two warpgroups have the same */
-#define EXACT_GROUPS(rows) ((rows) == EXACT_SMALL ? 2 : (rows) / 64)
+#define EXACT_SMALL 64 /* rows of the smaller tiles: two or three warpgroups have the same */
+#define EXACT_GROUPS(d, rows) ((rows) == EXACT_SMALL ? ((d) <= 64 ? 3 : 2) : (rows) / 64)
+/* A round of larger tiles takes as long as so many of smaller ones. */
+#define EXACT_ROUNDS(d) ((d) <= 64 ? 2 : 1.4)
 /* K and V, ones, Q twice, or once and a place for o; what belongs to rows, barriers, places. */
 #define EXACT_STAGES(d) ((d) <= 64 ? 4 : 2)
 #define EXACT_QUERIES(d) ((d) <= 128 ? 2 : 1)
@@ -172,7 +174,9 @@ enum {
 /* What one of those leaves for the other: fours of floats of a lane, and bytes. */
 #define EXACT_SHARE_ROOM(d) ((d) <= 128 ? (d) / 8 + 2 : 16)
 #define EXACT_SHARE(d, rows)                                                                       \
-    ((rows) == EXACT_SMALL && (d) <= 128 ? EXACT_SHARE_ROOM(d) * 16 * 128 : 0)
+    ((rows) == EXACT_SMALL && (d) <= 128                                                           \
+         ? (EXACT_GROUPS(d, rows) - 1) * EXACT_SHARE_ROOM(d) * 16 * 128                            \
+         : 0)
 #define EXACT_SMEM(d, rows)                                                                        \
     (WGMMA_ALIGN + WGMMA_TILE_K(d) * (EXACT_STAGES(d) * 4 * (d) + 128) +                           \
      ((d) <= 128 ? (rows) : 128) * EXACT_QUERIES(d) * 2 * (d) + EXACT_SHARE(d, rows) +             \

@@ -788,17 +788,17 @@ static void chosen(struct edges *e)
         enum sage_variant variant;
         int64_t gqa, nq, nk, d;
         int rows; /* 0: not exact */
-    } cases[] = {
-        {SAGE_INT8_FP16, 2, 300, 300, 64, 64},     {SAGE_INT8_FP16, 2, 200, 200, 136, 64},
-        {SAGE_INT8_FP16, 16, 2300, 300, 64, 192},  {SAGE_INT8_FP16, 16, 2310, 300, 64, 0},
-        {SAGE_INT8_FP16, 2, 100, 5000, 64, 64},    {SAGE_INT8_FP16, 2, 100, 5000, 128, 64},
-        {SAGE_INT8_FP16, 2, 2560, 5120, 128, 128}, {SAGE_INT8_FP16, 2, 2561, 5120, 128, 0},
-        {SAGE_INT8_FP16, 2, 1280, 5121, 128, 64}, {SAGE_INT8_FP16, 2, 1281, 5121, 128, 0},
-        {SAGE_INT8_FP16, 2, 2560, 300, 256, 128},  {SAGE_INT8_FP16, 2, 2561, 300, 256, 0},
-        {SAGE_INT8_FP16, 2, 512, 5121, 256, 64},  {SAGE_INT8_FP16, 2, 513, 5121, 256, 0},
-        {SAGE_INT8_FP8, 2, 4608, 300, 64, 192},    {SAGE_INT8_FP8, 2, 4609, 300, 64, 0},
-        {SAGE_INT8_FP8, 2, 1280, 300, 128, 64},    {SAGE_INT8_FP8, 2, 1281, 300, 128, 0},
-        {SAGE_INT8_FP8, 2, 1280, 5121, 128, 64},   {SAGE_INT8_FP8, 2, 512, 5121, 256, 64}};
+    } cases[] = {{SAGE_INT8_FP16, 2, 3200, 300, 64, 64},    {SAGE_INT8_FP16, 2, 5000, 300, 64, 192},
+                 {SAGE_INT8_FP16, 2, 300, 300, 64, 64},     {SAGE_INT8_FP16, 2, 200, 200, 136, 64},
+                 {SAGE_INT8_FP16, 16, 2300, 300, 64, 192},  {SAGE_INT8_FP16, 16, 2310, 300, 64, 0},
+                 {SAGE_INT8_FP16, 2, 100, 5000, 64, 64},    {SAGE_INT8_FP16, 2, 100, 5000, 128, 64},
+                 {SAGE_INT8_FP16, 2, 2560, 5120, 128, 128}, {SAGE_INT8_FP16, 2, 2561, 5120, 128, 0},
+                 {SAGE_INT8_FP16, 2, 1280, 5121, 128, 64},  {SAGE_INT8_FP16, 2, 1281, 5121, 128, 0},
+                 {SAGE_INT8_FP16, 2, 2560, 300, 256, 128},  {SAGE_INT8_FP16, 2, 2561, 300, 256, 0},
+                 {SAGE_INT8_FP16, 2, 512, 5121, 256, 64},   {SAGE_INT8_FP16, 2, 513, 5121, 256, 0},
+                 {SAGE_INT8_FP8, 2, 4608, 300, 64, 192},    {SAGE_INT8_FP8, 2, 4609, 300, 64, 0},
+                 {SAGE_INT8_FP8, 2, 1280, 300, 128, 64},    {SAGE_INT8_FP8, 2, 1281, 300, 128, 0},
+                 {SAGE_INT8_FP8, 2, 1280, 5121, 128, 64},   {SAGE_INT8_FP8, 2, 512, 5121, 256, 64}};
 
     const enum sage_variant variant = e->variant;
     int major, minor;
