@@ -622,6 +622,42 @@ int choose(const struct sage_attn *attn, int sm, struct maps *maps)
     return find_kernel(attn, 0);
 }
 
+struct cuda_divider divider_of(unsigned by)
+{
+    unsigned shift = 0;
+
+    while (UINT64_C(1) << shift < by)
+        shift++;
+    const uint64_t above = (UINT64_C(1) << shift) - by;
+    return {by, static_cast<unsigned>((above << 32) / by + 1), shift};
+}
+
+/*
+ * Where tiles of a column are of different length they are taken from several columns in turn, so
+ * that what is left at a launch's end is short: four tiles or so of each processor, but only of so
+ * many columns that their K and V are in the L2 cache.
+ */
+struct cuda_order order_tiles(const struct cuda_args *a)
+{
+    constexpr unsigned TOGETHER = 512;
+    const auto total = static_cast<unsigned>(a->tiles.total);
+    const unsigned each = a->tiles.each ? static_cast<unsigned>(a->tiles.each) : total;
+    const auto heads = static_cast<unsigned>(a->n_q_heads);
+    const unsigned columns = a->n_tiles / each, most = a->d_padded <= 64 ? 32 : 16;
+    unsigned together = a->high < a->nk ? ceil_div(TOGETHER, each) : 1;
+
+    if (together > most)
+        together = most;
+    return {each,
+            columns / together,
+            divider_of(together * each),
+            divider_of(together),
+            divider_of(columns % together > 0 ? columns % together : 1),
+            divider_of(total / each),
+            divider_of(heads),
+            divider_of(a->n_splits)};
+}
+
 /* The offsets are the caller's: of pageable memory, copied before the call returns. */
 int copy_offsets(const struct sage_attn *attn, const struct cuda_args *a, cudaStream_t stream,
                  char *why, size_t len)
@@ -782,6 +818,8 @@ int sage_attn_cuda_stamped(const struct sage_attn *attn, const struct sage_part 
                       "q.shape: more than 2^31 tiles of %d rows; compute it in parts",
                       sage_kernels[index].tile_q);
     a.n_tiles = static_cast<unsigned>(tiles);
+    if (tiles > 0)
+        a.order = order_tiles(&a);
     if (a.q_offsets && !p.prepared && (status = copy_offsets(attn, &a, stream, why, len)))
         return status;
     if (prepares && (status = prepare(&a, chunks, wgmma, stream, why, len)))

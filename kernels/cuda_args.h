@@ -56,6 +56,23 @@ struct cuda_space {
     int64_t each;  /* of one batch; plain batches only */
 };
 
+/* What divides a number below 2^31 by `by`, fast: see divide(). */
+struct cuda_divider {
+    unsigned by, factor, shift;
+};
+
+/*
+ * In which order tiles of query rows are taken. Those of a head and batch are a column. Columns are
+ * taken some together, in turns; the rest of them, if there is one, is another turn.
+ */
+struct cuda_order {
+    unsigned each, turns;               /* tiles of a column; turns without the rest */
+    struct cuda_divider turn;           /* tiles of one */
+    struct cuda_divider together, rest; /* columns of one */
+    struct cuda_divider batches, heads; /* columns of a head; heads of a kv head */
+    struct cuda_divider splits;         /* of a tile: n_splits */
+};
+
 /* Arguments of all kernels, by value. */
 struct cuda_args {
     struct cuda_tensor q, k, v, o, mask, lse; /* lse.data NULL: not wanted */
@@ -84,6 +101,7 @@ struct cuda_args {
     uint64_t *start_ns;                      /* where the first kernel writes its time; NULL */
     const uint32_t *go;                      /* 0 there: nothing is to be computed; NULL */
     unsigned n_tiles, processors;            /* in all; multiprocessors of the device */
+    struct cuda_order order;                 /* not for few rows */
     unsigned n_splits, split_keys;           /* parts of each tile's keys: see split() */
     unsigned slabs;                          /* of 16 rows in a tile, at most */
     int rows;                                /* few rows: that a tile has room for; else 0 */
@@ -180,6 +198,12 @@ __device__ inline bool begins(const cuda_args &a)
                      "}" ::"l"(a.start_ns)
                      : "memory");
     return true;
+}
+
+/* Granlund and Montgomery, "Division by Invariant Integers using Multiplication", section 4. */
+__device__ inline unsigned divide(unsigned x, const cuda_divider &d)
+{
+    return (__umulhi(x, d.factor) + x) >> d.shift;
 }
 
 /* One sequence, and where it starts in the index spaces. */

@@ -72,42 +72,32 @@ struct tile {
 };
 
 /*
- * The tiles of a head and batch are taken last rows first: the longest, if causal. Then also from
- * several of them in turn, so that what is left at a launch's end is short: four tiles or so of
- * each processor, but only of so many that their K and V are in the L2 cache.
- */
-constexpr unsigned TILES_TOGETHER = 512;
-__device__ inline unsigned columns_together(int d_padded, unsigned each)
-{
-    return min((TILES_TOGETHER + each - 1) / each, d_padded <= 64 ? 32u : 16u);
-}
-
-/*
- * Tile number `index`, to shared memory; there are only launches whose tiles all fit 31 bits.
- * QUANTISED: also where its keys lie in the workspace.
+ * Tile number `index`, to shared memory; there are only launches whose tiles all fit 31 bits. Those
+ * of a column are taken last rows first: the longest, if causal. QUANTISED: also where its keys lie
+ * in the workspace.
  */
 template <bool QUANTISED = true>
 __device__ inline void find_tile(const cuda_args &a, int tile_q, unsigned index, tile &t)
 {
-    const unsigned total = static_cast<unsigned>(a.tiles.total);
-    const unsigned each = a.tiles.each ? static_cast<unsigned>(a.tiles.each) : total;
-    const unsigned batches = total / each, q_heads = static_cast<unsigned>(a.n_q_heads);
-    /* of all columns, heads and their batches, those that this tile is taken together with */
-    const unsigned most = a.high < a.nk ? columns_together(a.d_padded, each) : 1;
-    const unsigned before = index / (most * each) * most, left = a.n_tiles / each - before;
-    const unsigned together = left < most ? left : most, place = index - before * each;
-    const unsigned column = before + place % together, head = column / batches;
-    const int64_t n = column % batches * each + each - 1 - place / together;
-    const bool rows = a.n_rows >= 0;
+    const cuda_order &order = a.order;
+    const unsigned turn = divide(index, order.turn), place = index - turn * order.turn.by;
+    const cuda_divider &columns = turn < order.turns ? order.together : order.rest;
+    const unsigned later = divide(place, columns); /* tiles of its column, taken before */
+    const unsigned column = turn * order.together.by + place - later * columns.by;
+    const unsigned head = divide(column, order.batches), batch = column - head * order.batches.by;
+    const unsigned head_slot = divide(head, order.heads);
 
-    const int64_t s = rows ? a.seq : space_find(a, a.tiles, a.q_offsets, a.q_first, tile_q, n);
-    const int64_t in_seq =
-        rows ? n : n - space_start(a, a.tiles, a.q_offsets, a.q_first, tile_q, s);
+    int64_t s = a.seq + batch, in_seq = order.each - 1 - later;
+    if (!a.tiles.each) { /* of all sequences */
+        const int64_t n = in_seq;
+        s = space_find(a, a.tiles, a.q_offsets, a.q_first, tile_q, n);
+        in_seq = n - space_start(a, a.tiles, a.q_offsets, a.q_first, tile_q, s);
+    }
+    const bool rows = a.n_rows >= 0;
     const cuda_seq seq = seq_of(a, s);
     t.seq = seq;
-    const unsigned head_slot = head / q_heads;
     t.kv_head = a.head + head_slot;
-    t.q_head = t.kv_head * a.gqa + a.q_head + head % q_heads;
+    t.q_head = t.kv_head * a.gqa + a.q_head + (head - head_slot * order.heads.by);
     if constexpr (QUANTISED) {
         t.head_slot = head_slot;
         t.local = (s - a.seq) * a.n_heads + head_slot;

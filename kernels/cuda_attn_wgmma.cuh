@@ -81,10 +81,10 @@ __device__ inline void leave(uint64_t &barrier)
     cuda::ptx::mbarrier_arrive(&barrier);
 }
 
-/* Shared memory, by the whole block. */
-__device__ inline void fill_words(char *to, int bytes, uint32_t word)
+/* Shared memory, by the block's first THREADS threads: those that compute. */
+template <int THREADS> __device__ inline void fill_words(char *to, int bytes, uint32_t word)
 {
-    for (int i = threadIdx.x; i < bytes / 4; i += blockDim.x)
+    for (int i = threadIdx.x; i < bytes / 4; i += THREADS)
         reinterpret_cast<uint32_t *>(to)[i] = word;
 }
 
@@ -98,6 +98,14 @@ __device__ __forceinline__ void leave_warp(uint64_t &barrier, bool is_done = tru
                  "}" ::"r"(shared_address(&barrier)),
                  "r"(is_done ? threadIdx.x % 32 : 1)
                  : "memory");
+}
+
+/* All of the block are ready, and kernels before this one are over. False: see begins(). */
+__device__ inline bool begin_block(const cuda_args &a)
+{
+    __syncthreads();
+    cudaGridDependencySynchronize();
+    return begins(a);
 }
 
 constexpr int WGMMA_TILES = 3; /* that are found: the one that is worked on, and what comes then */
@@ -150,9 +158,9 @@ template <int D, bool FP8, bool EXACT, int ROWS> struct wgmma_layout {
     {
         return v(stage) + unit * v_step(stage);
     }
-    __device__ static void fill_ones(char *memory, bool bf16)
+    template <int THREADS> __device__ static void fill_ones(char *memory, bool bf16)
     {
-        fill_words(memory + ONES, UNIT, bf16 ? 0x3f803f80u : 0x3c003c00u);
+        fill_words<THREADS>(memory + ONES, UNIT, bf16 ? 0x3f803f80u : 0x3c003c00u);
     }
 };
 
@@ -181,9 +189,9 @@ template <int ROWS> struct wgmma_layout<256, false, false, ROWS> {
     {
         return unit < 2 ? v_low(stage) + unit * UNIT : v(stage) + (unit - 2) * v_step(stage);
     }
-    __device__ static void fill_ones(char *memory, bool bf16)
+    template <int THREADS> __device__ static void fill_ones(char *memory, bool bf16)
     {
-        fill_words(memory + ONES, UNIT, bf16 ? 0x3f803f80u : 0x3c003c00u);
+        fill_words<THREADS>(memory + ONES, UNIT, bf16 ? 0x3f803f80u : 0x3c003c00u);
     }
 };
 
@@ -202,11 +210,11 @@ template <int D, int ROWS> struct wgmma_layout<D, true, false, ROWS> {
     {
         return K + stage * K_STEP;
     }
-    __device__ static void fill_ones(char *memory, bool)
+    template <int THREADS> __device__ static void fill_ones(char *memory, bool)
     {
         constexpr int WORDS = KERNEL_TILE_K * 8 / 4;
 
-        for (int i = threadIdx.x; i < 2 * STAGES * WORDS; i += blockDim.x)
+        for (int i = threadIdx.x; i < 2 * STAGES * WORDS; i += THREADS)
             reinterpret_cast<uint32_t *>(memory + i / WORDS * V_HALF +
                                          KERNEL_TILE_K * D)[i % WORDS] = 0x38383838u;
     }
@@ -247,9 +255,9 @@ template <int D, int ROWS> struct wgmma_layout<D, false, true, ROWS> {
     {
         return Q + place * Q_STEP;
     }
-    __device__ static void fill_ones(char *memory, bool bf16)
+    template <int THREADS> __device__ static void fill_ones(char *memory, bool bf16)
     {
-        fill_words(memory + ONES, UNIT, bf16 ? 0x3f803f80u : 0x3c003c00u);
+        fill_words<THREADS>(memory + ONES, UNIT, bf16 ? 0x3f803f80u : 0x3c003c00u);
     }
 };
 
@@ -349,6 +357,18 @@ template <int D, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struct wgmma_fet
     using layout = typename memory::layout;
     static constexpr int STAGES = memory::STAGES, TILE_Q = memory::TILE_Q;
 
+    __device__ static void prefetch_maps(const cuda_args &a)
+    {
+        if constexpr (!FP8)
+            prefetch_map(a.v_map);
+        if constexpr (EXACT) {
+            prefetch_map(a.q_map);
+            prefetch_map(a.k_map);
+            if (memory::Q_BECOMES_O && a.o_mapped)
+                prefetch_map(a.o_map);
+        }
+    }
+
     /* Where a tensor map has 64 channels of some rows. */
     struct box {
         int32_t at[4];
@@ -404,13 +424,22 @@ template <int D, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struct wgmma_fet
         }
     }
 
-    /* Of a tile's keys those that belong to one split. */
-    __device__ static void take_split(const cuda_args &a, unsigned ticket, tile &t)
+    /* Which split of which tile, and if it is there its blocks of keys. */
+    __device__ static void find(const cuda_args &a, unsigned ticket, tile &t, key_blocks &blocks)
     {
-        t.index = ticket / a.n_splits;
-        t.split = ticket % a.n_splits;
-        if (a.n_splits == 1)
+        t.index = SPLITS ? divide(ticket, a.order.splits) : ticket;
+        t.split = ticket - t.index * (SPLITS ? a.order.splits.by : 1);
+        find_tile<!EXACT>(a, TILE_Q, t.index, t);
+        if (!t.there)
             return;
+        if (SPLITS && a.n_splits > 1)
+            take_split(a, t);
+        find_blocks(t, blocks);
+    }
+
+    /* Of a tile's keys those that belong to its split. */
+    __device__ static void take_split(const cuda_args &a, tile &t)
+    {
         const int64_t from = static_cast<int64_t>(t.split) * a.split_keys,
                       end = from + a.split_keys;
         t.first = max(t.first, static_cast<int>(from));
@@ -436,40 +465,37 @@ template <int D, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struct wgmma_fet
      * when there is room for its tile; where later rows see more keys, when few blocks of the tile
      * before are left to be asked for. Not sooner: others may be done first, and would have nothing
      * to do in the end. (Late was not measured for sequences of different length: not there.)
+     *
+     * The first tile is found while the block begins: it takes as long as all else there.
      */
     __device__ static void tiles(const cuda_args &a, memory &m)
     {
         const bool first_lane = threadIdx.x % 32 == 0;
-        const unsigned splits = SPLITS ? a.n_splits : 1;
+        const unsigned end = a.n_tiles * (SPLITS ? a.n_splits : 1);
         const bool late = a.high < a.nk && !a.q_offsets;
-        unsigned ticket = NONE;
-        uint32_t parity = 1;
+        unsigned ticket = blockIdx.x;
+        bool begun = false;
+        uint32_t parity = 0;
         ring_place<WGMMA_TILES> slot;
 
-        for (bool there = true; there; slot.next(), parity ^= 1) {
+        for (;;) {
             tile &t = m.tiles[slot.stage];
-            wait(late ? m.few_left : m.tile_empty[slot.stage], late ? parity : slot.parity ^ 1);
-            if (first_lane)
-                ticket = ticket == NONE ? blockIdx.x : next_ticket(a, ticket);
-            wait(m.tile_empty[slot.stage], slot.parity ^ 1);
             if (first_lane) {
                 t.there = false;
-                while (ticket < a.n_tiles * splits) {
-                    find_tile<!EXACT>(a, TILE_Q, ticket / splits, t);
-                    if (t.there)
-                        break;
-                    ticket = next_ticket(a, ticket);
-                }
-                if (SPLITS && t.there)
-                    take_split(a, ticket, t);
+                if (ticket < end)
+                    find(a, ticket, t, m.blocks[slot.stage]);
             }
-            if (first_lane && t.there)
-                find_blocks(t, m.blocks[slot.stage]);
             __syncwarp();
-            there = __any_sync(~0u, t.there);
-            if (SPLITS && there && a.n_splits > 1 && threadIdx.x % 32 < a.slabs)
-                open_counter(a, a.done + t.index * a.slabs + threadIdx.x % 32);
-            if (AHEAD > 0 && first_lane && t.there)
+            if (!begun && !begin_block(a))
+                return;
+            begun = true;
+            const bool there = __any_sync(~0u, t.there);
+            if (!there && __any_sync(~0u, first_lane && ticket < end)) {
+                if (first_lane)
+                    ticket = next_ticket(a, ticket);
+                continue;
+            }
+            if (AHEAD > 0 && first_lane && there)
 #pragma unroll 1
                 for (int i = 0; i < AHEAD; i++)
                     prefetch(a, t, t.first / KEYS + i);
@@ -484,6 +510,14 @@ template <int D, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struct wgmma_fet
                     m.v_means[slot.stage][i] = a.means[(3 * t.local + 1) * D + i];
             }
             release(m.tile_full[slot.stage]);
+            if (!there)
+                return;
+            slot.next();
+            wait(late ? m.few_left : m.tile_empty[slot.stage], late ? parity : slot.parity ^ 1);
+            parity ^= 1;
+            if (first_lane)
+                ticket = next_ticket(a, ticket);
+            wait(m.tile_empty[slot.stage], slot.parity ^ 1);
         }
     }
 
@@ -1386,6 +1420,12 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
         return r.a.parts + (slab * r.a.n_splits + i) * (N_PART * 32) + r.lane;
     }
 
+    /* The counter of those that have. It is opened while Q is on its way. */
+    __device__ unsigned long long *done() const
+    {
+        return r.a.done + r.t.index * r.a.slabs + r.first_row() / 16;
+    }
+
     /*
      * Leave O, m and the sums of 16 rows; true if all other splits have left theirs: then they
      * become the whole tile's. Added up in the order of the keys, whoever is last.
@@ -1405,14 +1445,13 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
         }
         __threadfence();
         __syncwarp();
-        unsigned long long *const done = r.a.done + r.t.index * r.a.slabs + r.first_row() / 16;
         unsigned before = 0;
         if (r.lane == 0)
-            before = static_cast<unsigned>(atomicAdd(done, 1) - r.a.call);
+            before = static_cast<unsigned>(atomicAdd(done(), 1) - r.a.call);
         if (__shfl_sync(~0u, before, 0) + 1 < r.a.n_splits)
             return false;
         if (r.lane == 0)
-            *done = r.a.call;
+            *done() = r.a.call;
         __threadfence();
         merge();
         return true;
@@ -1558,6 +1597,8 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
         const int end = SHARED ? (block + all) * KEYS : uniform(blocks.end[group]);
         const int n = end > block * KEYS ? (end + KEYS - 1) / KEYS - block : 0;
 
+        if (SPLITS && r.a.n_splits > 1 && r.lane == 0 && r.row() < r.t.end)
+            open_counter(r.a, done());
         if constexpr (EXACT) {
             wait(m.q_full[q.stage], q.parity);
             barrier_wait(1 + group, 128); /* or the compiler thinks that lanes may have parted */
@@ -1617,32 +1658,20 @@ __global__ void __launch_bounds__(WGMMA_THREADS(GROUPS), 1)
     extern __shared__ char shared[];
     auto &m = *reinterpret_cast<memory *>(shared + (-shared_address(shared) & (WGMMA_ALIGN - 1)));
 
-    if (threadIdx.x == 0) {
-        if constexpr (!FP8)
-            prefetch_map(args.v_map);
-        if constexpr (EXACT) {
-            prefetch_map(args.q_map);
-            prefetch_map(args.k_map);
-            if (memory::Q_BECOMES_O && args.o_mapped)
-                prefetch_map(args.o_map);
-        }
-    }
-    memory::layout::fill_ones(m.tensors, BF16);
-    async_fence();
-    for (int i = threadIdx.x; EXACT && i < memory::TILE_Q; i += blockDim.x)
-        m.queries[i] = {};
-    if (threadIdx.x == 0)
-        m.init_barriers();
-    __syncthreads();
-    cudaGridDependencySynchronize();
-    if (!begins(args))
-        return;
     if (threadIdx.x / 128 == GROUPS) {
         registers_less<WGMMA_FETCH_REGISTERS(GROUPS)>();
         const int warp = threadIdx.x / 32 % 4;
-        if (warp == 0)
+        if (warp == 0) {
             fetch::tiles(args, m);
-        else if (warp == 1)
+            return;
+        }
+        if (warp == 1 && threadIdx.x % 32 == 0)
+            m.init_barriers();
+        if (warp == 2 && threadIdx.x % 32 == 0)
+            fetch::prefetch_maps(args);
+        if (!begin_block(args))
+            return;
+        if (warp == 1)
             fetch::keys(args, m);
         else if (warp == 3)
             fetch::values(args, m);
@@ -1657,6 +1686,12 @@ __global__ void __launch_bounds__(WGMMA_THREADS(GROUPS), 1)
         ring_place<WGMMA_TILES> slot;
         ring_place<memory::QUERIES> q;
 
+        memory::layout::template fill_ones<128 * GROUPS>(m.tensors, BF16);
+        async_fence();
+        if (EXACT && threadIdx.x < memory::TILE_Q)
+            m.queries[threadIdx.x] = {};
+        if (!begin_block(args))
+            return;
         registers_more<WGMMA_REGISTERS(GROUPS)>();
         const int group = uniform(static_cast<int>(threadIdx.x / 128));
         for (;; slot.next(), q.next()) {
