@@ -225,7 +225,7 @@ template <int D, int ROWS> struct wgmma_layout<D, true, false, ROWS> {
  * 0 3 and 2 4, K's in 1 5 and 7 8, ones in 6, Q in 9 to 12.
  */
 template <int D, int ROWS> struct wgmma_layout<D, false, true, ROWS> {
-    static constexpr int UNIT = 128 * WGMMA_TILE_K(D), STAGES = EXACT_STAGES(D);
+    static constexpr int UNIT = 128 * WGMMA_TILE_K(D), STAGES = EXACT_STAGES(D, ROWS);
     static constexpr int Q = D == 64 ? 2 * STAGES * UNIT : 9 * UNIT, Q_STEP = ROWS * 2 * D;
     static constexpr int ONES = D == 64 ? Q + 2 * Q_STEP : 6 * UNIT;
     static constexpr int SHARE = D == 64 ? ONES + UNIT : Q + 2 * Q_STEP; /* see join() */
@@ -269,7 +269,7 @@ template <int ROWS>
 struct wgmma_layout<256, false, true, ROWS> : wgmma_layout<256, false, false, ROWS> {
     using of_values = wgmma_layout<256, false, false, ROWS>;
     using of_values::STAGES, of_values::UNIT;
-    static_assert(STAGES == EXACT_STAGES(256) && EXACT_QUERIES(256) == 1);
+    static_assert(STAGES == EXACT_STAGES(256, ROWS) && EXACT_QUERIES(256) == 1);
     static constexpr int SHARE = 4 * UNIT; /* 64 rows: Q leaves them */
     static constexpr int O = 25 * UNIT, BYTES = O + ROWS * EXACT_O(256);
 
@@ -491,14 +491,11 @@ template <int D, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struct wgmma_fet
             begun = true;
             const bool there = __any_sync(~0u, t.there);
             if (!there && __any_sync(~0u, first_lane && ticket < end)) {
+                __syncwarp(); /* all have looked at the tile */
                 if (first_lane)
                     ticket = next_ticket(a, ticket);
                 continue;
             }
-            if (AHEAD > 0 && first_lane && there)
-#pragma unroll 1
-                for (int i = 0; i < AHEAD; i++)
-                    prefetch(a, t, t.first / KEYS + i);
             if (there && !EXACT) {
                 const float k_max = largest_scale(a, t);
                 if (first_lane)
@@ -512,6 +509,10 @@ template <int D, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struct wgmma_fet
             release(m.tile_full[slot.stage]);
             if (!there)
                 return;
+            if (AHEAD > 0 && first_lane)
+#pragma unroll 1
+                for (int i = 0; i < AHEAD; i++)
+                    prefetch(a, t, t.first / KEYS + i);
             slot.next();
             wait(late ? m.few_left : m.tile_empty[slot.stage], late ? parity : slot.parity ^ 1);
             parity ^= 1;
@@ -802,6 +803,8 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
     using layout = typename memory::layout;
     using fetch = wgmma_fetch<D, FP8, EXACT, GROUPS, SPLITS>;
     static constexpr int STAGES = memory::STAGES, TILE_Q = memory::TILE_Q;
+    /* Stages have one reader each: who waits for a barrier's phase must have seen the one before. */
+    static_assert(STAGES % STRIDE == 0);
 
     /* Of a tile of keys: integers, or what they would stand for, then relative to m. In place. */
     union scores {
@@ -1337,6 +1340,9 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
 
     /* --- tiles whose keys are shared or split --- */
 
+    /* Barriers of all who compute: what they share is there; has been read, as it has at first. */
+    static constexpr int FULL = 1 + GROUPS, EMPTY = 2 + GROUPS, ALL = 128 * GROUPS;
+
     /*
      * The first warpgroup's O, m and sums become those of all keys that one of them has seen. The
      * others' pass through shared memory.
@@ -1351,15 +1357,15 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
 #pragma unroll
         for (int begin = 0; begin < N; begin += ROOM) {
             const int end = begin + ROOM < N ? begin + ROOM : N;
-            if (begin > 0)
-                barrier_wait(1 + GROUPS, 128 * GROUPS); /* what was there has been read */
-            if (group > 0)
+            if (group > 0) {
+                barrier_wait(EMPTY, ALL);
 #pragma unroll
                 for (int n = begin; n < end; n++)
                     place[128 * ((group - 1) * ROOM + n - begin)] = four(n);
-            barrier_wait(1 + GROUPS, 128 * GROUPS);
-            if (group > 0)
+                barrier_arrive(FULL, ALL);
                 continue;
+            }
+            barrier_wait(FULL, ALL);
 #pragma unroll
             for (int other = 0; other < GROUPS - 1; other++)
 #pragma unroll
@@ -1370,6 +1376,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
                     else
                         add(r.o[0][n - 1], x, by[other], of[other]);
                 }
+            barrier_arrive(EMPTY, ALL);
         }
     }
 
@@ -1694,6 +1701,8 @@ __global__ void __launch_bounds__(WGMMA_THREADS(GROUPS), 1)
             return;
         registers_more<WGMMA_REGISTERS(GROUPS)>();
         const int group = uniform(static_cast<int>(threadIdx.x / 128));
+        if (attention::SHARED && group == 0)
+            barrier_arrive(attention::EMPTY, attention::ALL);
         for (;; slot.next(), q.next()) {
             const tile &t = m.tiles[slot.stage];
             wait(m.tile_full[slot.stage], slot.parity);

@@ -168,7 +168,7 @@ enum {
 /* A round of larger tiles takes as long as so many of smaller ones. */
 #define EXACT_ROUNDS(d) ((d) <= 64 ? 2 : 1.4)
 /* K and V, ones, Q twice, or once and a place for o; what belongs to rows, barriers, places. */
-#define EXACT_STAGES(d) ((d) <= 64 ? 4 : 2)
+#define EXACT_STAGES(d, rows) ((d) > 64 ? 2 : (rows) == EXACT_SMALL ? 3 : 4)
 #define EXACT_QUERIES(d) ((d) <= 128 ? 2 : 1)
 #define EXACT_O(d) ((d) <= 128 ? 0 : 128) /* bytes of a row at a time; 0: o has Q's place */
 /* What one of those leaves for the other: fours of floats of a lane, and bytes. */
@@ -178,7 +178,7 @@ enum {
          ? (EXACT_GROUPS(d, rows) - 1) * EXACT_SHARE_ROOM(d) * 16 * 128                            \
          : 0)
 #define EXACT_SMEM(d, rows)                                                                        \
-    (WGMMA_ALIGN + WGMMA_TILE_K(d) * (EXACT_STAGES(d) * 4 * (d) + 128) +                           \
+    (WGMMA_ALIGN + WGMMA_TILE_K(d) * (EXACT_STAGES(d, rows) * 4 * (d) + 128) +                     \
      ((d) <= 128 ? (rows) : 128) * EXACT_QUERIES(d) * 2 * (d) + EXACT_SHARE(d, rows) +             \
      (rows) * (EXACT_O(d) + 8) + 1024)
 
