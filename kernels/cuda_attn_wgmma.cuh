@@ -270,7 +270,8 @@ struct wgmma_layout<256, false, true, ROWS> : wgmma_layout<256, false, false, RO
     using of_values = wgmma_layout<256, false, false, ROWS>;
     using of_values::STAGES, of_values::UNIT;
     static_assert(STAGES == EXACT_STAGES(256, ROWS) && EXACT_QUERIES(256) == 1);
-    static constexpr int SHARE = 4 * UNIT; /* 64 rows: Q leaves them */
+    static constexpr int SHARE = 4 * UNIT; /* Q of 64 rows leaves it */
+    static_assert(SHARE + EXACT_SHARE(256, ROWS) <= 8 * UNIT);
     static constexpr int O = 25 * UNIT, BYTES = O + ROWS * EXACT_O(256);
 
     __device__ static int k(int stage)
@@ -803,7 +804,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
     using layout = typename memory::layout;
     using fetch = wgmma_fetch<D, FP8, EXACT, GROUPS, SPLITS>;
     static constexpr int STAGES = memory::STAGES, TILE_Q = memory::TILE_Q;
-    /* Stages have one reader each: who waits for a barrier's phase must have seen the one before. */
+    /* While a tile lasts a stage has one reader: who waits for a phase must know the last is over. */
     static_assert(STAGES % STRIDE == 0);
 
     /* Of a tile of keys: integers, or what they would stand for, then relative to m. In place. */
@@ -1340,12 +1341,10 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
 
     /* --- tiles whose keys are shared or split --- */
 
-    /* Barriers of all who compute: what they share is there; has been read, as it has at first. */
-    static constexpr int FULL = 1 + GROUPS, EMPTY = 2 + GROUPS, ALL = 128 * GROUPS;
-
     /*
      * The first warpgroup's O, m and sums become those of all keys that one of them has seen. The
-     * others' pass through shared memory.
+     * others' pass through shared memory. They end a tile together: none is ahead at a stage that
+     * another has not read yet.
      */
     __device__ void join()
     {
@@ -1357,15 +1356,14 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
 #pragma unroll
         for (int begin = 0; begin < N; begin += ROOM) {
             const int end = begin + ROOM < N ? begin + ROOM : N;
-            if (group > 0) {
-                barrier_wait(EMPTY, ALL);
+            barrier_wait(1 + GROUPS, 128 * GROUPS); /* what was there has been read */
+            if (group > 0)
 #pragma unroll
                 for (int n = begin; n < end; n++)
                     place[128 * ((group - 1) * ROOM + n - begin)] = four(n);
-                barrier_arrive(FULL, ALL);
+            barrier_wait(1 + GROUPS, 128 * GROUPS);
+            if (group > 0)
                 continue;
-            }
-            barrier_wait(FULL, ALL);
 #pragma unroll
             for (int other = 0; other < GROUPS - 1; other++)
 #pragma unroll
@@ -1376,7 +1374,6 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
                     else
                         add(r.o[0][n - 1], x, by[other], of[other]);
                 }
-            barrier_arrive(EMPTY, ALL);
         }
     }
 
@@ -1701,8 +1698,6 @@ __global__ void __launch_bounds__(WGMMA_THREADS(GROUPS), 1)
             return;
         registers_more<WGMMA_REGISTERS(GROUPS)>();
         const int group = uniform(static_cast<int>(threadIdx.x / 128));
-        if (attention::SHARED && group == 0)
-            barrier_arrive(attention::EMPTY, attention::ALL);
         for (;; slot.next(), q.next()) {
             const tile &t = m.tiles[slot.stage];
             wait(m.tile_full[slot.stage], slot.parity);

@@ -169,12 +169,6 @@ __device__ __forceinline__ void barrier_wait(int id, int threads)
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-/* One that others wait for: what this thread has done before is done for them. */
-__device__ __forceinline__ void barrier_arrive(int id, int threads)
-{
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 /* Four numbers to e4m3, saturating at 448, NaN to NaN, the first one below. sm_89 on. */
 __device__ __forceinline__ uint32_t pack_e4m3(float x0, float x1, float x2, float x3)
 {

@@ -171,16 +171,14 @@ enum {
 #define EXACT_STAGES(d, rows) ((d) > 64 ? 2 : (rows) == EXACT_SMALL ? 3 : 4)
 #define EXACT_QUERIES(d) ((d) <= 128 ? 2 : 1)
 #define EXACT_O(d) ((d) <= 128 ? 0 : 128) /* bytes of a row at a time; 0: o has Q's place */
-/* What one of those leaves for the other: fours of floats of a lane, and bytes. */
+/* What others of those leave for the first one: fours of floats of a lane at a time; bytes. */
 #define EXACT_SHARE_ROOM(d) ((d) <= 128 ? (d) / 8 + 2 : 16)
 #define EXACT_SHARE(d, rows)                                                                       \
-    ((rows) == EXACT_SMALL && (d) <= 128                                                           \
-         ? (EXACT_GROUPS(d, rows) - 1) * EXACT_SHARE_ROOM(d) * 16 * 128                            \
-         : 0)
+    ((rows) == EXACT_SMALL ? (EXACT_GROUPS(d, rows) - 1) * EXACT_SHARE_ROOM(d) * 16 * 128 : 0)
 #define EXACT_SMEM(d, rows)                                                                        \
     (WGMMA_ALIGN + WGMMA_TILE_K(d) * (EXACT_STAGES(d, rows) * 4 * (d) + 128) +                     \
-     ((d) <= 128 ? (rows) : 128) * EXACT_QUERIES(d) * 2 * (d) + EXACT_SHARE(d, rows) +             \
-     (rows) * (EXACT_O(d) + 8) + 1024)
+     ((d) <= 128 ? (rows) : 128) * EXACT_QUERIES(d) * 2 * (d) +                                    \
+     ((d) <= 128 ? EXACT_SHARE(d, rows) : 0) + (rows) * (EXACT_O(d) + 8) + 1024)
 
 /*
  * Few rows: warps, blocks that a processor of Hopper's has at a time, keys of a stage, stages of K
