@@ -260,7 +260,7 @@ double count_tiles(const struct sage_attn *attn, int rows)
 }
 
 /*
- * So few tiles, of `rows` rows, that smaller ones fill the processors better by more than they cost.
+ * So few tiles of `rows` rows that smaller ones, which fill the processors better, take less time.
  * Processors take theirs in rounds; `pairs`: where later rows see more keys, tiles are that much
  * shorter.
  */

@@ -353,7 +353,6 @@ template <int D, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struct wgmma_fet
     static constexpr int HALVES = KEYS / HALF;
     static constexpr int AHEAD = EXACT && D > 64 ? 2 : 0;     /* blocks: see prefetch() */
     static constexpr int LEFT = !EXACT ? 12 : D > 64 ? 4 : 2; /* blocks: see tiles() */
-    static constexpr unsigned NONE = ~0u;                     /* no number yet */
     using memory = wgmma_memory<D, FP8, EXACT, GROUPS, SHARES<EXACT, SPLITS>>;
     using layout = typename memory::layout;
     static constexpr int STAGES = memory::STAGES, TILE_Q = memory::TILE_Q;
@@ -804,7 +803,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
     using layout = typename memory::layout;
     using fetch = wgmma_fetch<D, FP8, EXACT, GROUPS, SPLITS>;
     static constexpr int STAGES = memory::STAGES, TILE_Q = memory::TILE_Q;
-    /* While a tile lasts a stage has one reader: who waits for a phase must know the last is over. */
+    /* In a tile a stage has one reader: who waits for a phase must know that the last is over. */
     static_assert(STAGES % STRIDE == 0);
 
     /* Of a tile of keys: integers, or what they would stand for, then relative to m. In place. */

@@ -86,7 +86,7 @@
 /*
  * X(d, f16|bf16, rows, whole|split), Hopper's for both variants: where keys have so few scores that
  * quantising them takes longer than it saves, as in short sequences. Nothing is quantised. Tiles of
- * so many rows; `split`: few of them, whose keys warpgroups share, and which may be split. After all
+ * so many rows; `split`: few of them, whose keys warpgroups share, and may be split. After all
  * others.
  */
 #define SAGE_KERNELS_EXACT(X)                                                                      \
