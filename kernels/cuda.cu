@@ -264,7 +264,7 @@ double count_tiles(const struct sage_attn *attn, int rows)
  * Processors take theirs in rounds; `pairs`: where later rows see more keys, tiles are that much
  * shorter.
  */
-bool has_few_tiles(const struct sage_attn *attn, int rows, int d, double pairs)
+bool has_few_tiles(const struct sage_attn *attn, int rows, double pairs)
 {
     const int64_t *const q = attn->q.shape;
     const double all = static_cast<double>(q[0] * q[1]) * static_cast<double>(q[2]) *
@@ -272,7 +272,7 @@ bool has_few_tiles(const struct sage_attn *attn, int rows, int d, double pairs)
     const double share = attn->n_seqs > 0 || attn->window_left >= 0 ? 1 : pairs / all;
 
     return ceil(count_tiles(attn, EXACT_SMALL) * share / SPLIT_UNITS) <=
-           EXACT_ROUNDS(d) * ceil(count_tiles(attn, rows) * share / SPLIT_UNITS);
+           EXACT_ROUNDS(q[3]) * ceil(count_tiles(attn, rows) * share / SPLIT_UNITS);
 }
 
 /* The kernel that quantises nothing, or -1. That, too, follows from the whole problem. */
@@ -293,8 +293,7 @@ int find_exact(const struct sage_attn *attn, int sm)
     if (pairs <= 0 || pairs > most * keys ||
         count_tiles(attn, sage_kernels[index].tile_q) >= CALL_COUNT)
         return -1;
-    return sage_kernel_find_exact(d, bf16,
-                                  has_few_tiles(attn, sage_kernels[index].tile_q, d, pairs));
+    return sage_kernel_find_exact(d, bf16, has_few_tiles(attn, sage_kernels[index].tile_q, pairs));
 }
 
 /*

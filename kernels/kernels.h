@@ -171,7 +171,7 @@ enum {
 #define EXACT_STAGES(d, rows) ((d) > 64 ? 2 : (rows) == EXACT_SMALL ? 3 : 4)
 #define EXACT_QUERIES(d) ((d) <= 128 ? 2 : 1)
 #define EXACT_O(d) ((d) <= 128 ? 0 : 128) /* bytes of a row at a time; 0: o has Q's place */
-/* What others of those leave for the first one: fours of floats of a lane at a time; bytes. */
+/* What a smaller tile's others leave for its first warpgroup: fours of a lane at a time; bytes. */
 #define EXACT_SHARE_ROOM(d) ((d) <= 128 ? (d) / 8 + 2 : 16)
 #define EXACT_SHARE(d, rows)                                                                       \
     ((rows) == EXACT_SMALL ? (EXACT_GROUPS(d, rows) - 1) * EXACT_SHARE_ROOM(d) * 16 * 128 : 0)
