@@ -100,10 +100,13 @@ __device__ __forceinline__ void leave_warp(uint64_t &barrier, bool is_done = tru
                  : "memory");
 }
 
-/* All of the block are ready, and kernels before this one are over. False: see begins(). */
-__device__ inline bool begin_block(const cuda_args &a)
+/*
+ * All of the block are ready, and kernels before this one are over. False: see begins(). A barrier
+ * of so many threads, for they come from different places of the code.
+ */
+template <int GROUPS> __device__ inline bool begin_block(const cuda_args &a)
 {
-    __syncthreads();
+    barrier_wait(2 + GROUPS, WGMMA_THREADS(GROUPS));
     cudaGridDependencySynchronize();
     return begins(a);
 }
@@ -120,6 +123,12 @@ constexpr int WGMMA_TILES = 3; /* that are found: the one that is worked on, and
  */
 template <bool EXACT, bool SPLITS> constexpr bool SHARES = EXACT &&SPLITS;
 template <int GROUPS, bool SHARED> constexpr int WGMMA_ROWS = SHARED ? EXACT_SMALL : 64 * GROUPS;
+
+/*
+ * S of the next tile begins with P V of a tile's last keys, and is there when o has left. D = 256
+ * has no registers for it; at D = 64, with a third warpgroup at work meanwhile, it is no faster.
+ */
+template <int D, bool EXACT, bool SPLITS> constexpr bool IS_EARLY = EXACT && !SPLITS && D == 128;
 
 /*
  * Shared memory: the stages of K and V, Q in INT8 and as it came, and ones. All but the last Q is
@@ -446,13 +455,17 @@ template <int D, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struct wgmma_fet
         t.last = end < t.last ? static_cast<int>(end) : t.last;
     }
 
-    /* There may be none, whatever a row sees. */
+    /* There may be none, whatever a row sees; or one, all of which is hidden. */
     __device__ static void find_blocks(const tile &t, key_blocks &to)
     {
         const int rows = t.end - t.row, last = t.last > t.first ? t.last + KEYS - 1 : t.first;
 
         to.first = t.first / KEYS;
         to.n = last / KEYS - to.first;
+        if (IS_EARLY<D, EXACT, SPLITS> && to.n == 0) {
+            to.first = 0;
+            to.n = 1;
+        }
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
             const int end = min(t.high + min(64 * group + 64, rows), t.last);
@@ -486,7 +499,7 @@ template <int D, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struct wgmma_fet
                     find(a, ticket, t, m.blocks[slot.stage]);
             }
             __syncwarp();
-            if (!begun && !begin_block(a))
+            if (!begun && !begin_block<GROUPS>(a))
                 return;
             begun = true;
             const bool there = __any_sync(~0u, t.there);
@@ -803,6 +816,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
     using layout = typename memory::layout;
     using fetch = wgmma_fetch<D, FP8, EXACT, GROUPS, SPLITS>;
     static constexpr int STAGES = memory::STAGES, TILE_Q = memory::TILE_Q;
+    static constexpr bool EARLY = IS_EARLY<D, EXACT, SPLITS>;
     /* In a tile a stage has one reader: who waits for a phase must know that the last is over. */
     static_assert(STAGES % STRIDE == 0);
 
@@ -825,7 +839,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
     }
 
     /* S begins. `q_place`: exact: where Q is. */
-    __device__ void begin_scores(scores &x, int stage, int q_place) const
+    static __device__ void begin_scores(memory &m, int group, scores &x, int stage, int q_place)
     {
         if constexpr (EXACT) {
             const uint32_t at = shared_address(m.tensors);
@@ -1248,14 +1262,16 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
     __device__ void scores_of(scores &x, const ring_place<STAGES> &at, int q_place) const
     {
         wait(m.k_full[at.stage], at.parity);
-        begin_scores(x, at.stage, q_place);
+        begin_scores(m, group, x, at.stage, q_place);
     }
 
-    /* Blocks from key0 on, every STRIDE-th, up to and without key `end`. */
-    __device__ void steps(ring_place<STAGES> &at, int key0, int end, int q_place)
+    /*
+     * Blocks from key0 on, every STRIDE-th, up to and without key `end`. EARLY: x is S of the first
+     * one; P V of the last one is under way in the end, and `at` is where that is.
+     */
+    __device__ void steps(scores &x, ring_place<STAGES> &at, int key0, int end, int q_place)
     {
         constexpr int STEP = STRIDE * KEYS;
-        scores x;
 
         if constexpr (FP8) {
 #pragma unroll 1
@@ -1281,11 +1297,14 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
                 hold_scores(x);
             };
 
-            scores_of(x, at, q_place);
+            if constexpr (!EARLY)
+                scores_of(x, at, q_place);
             if constexpr (EXACT)
                 r.begin();
-            wgmma_wait<0>();
-            hold_scores(x);
+            if constexpr (!EARLY) {
+                wgmma_wait<0>();
+                hold_scores(x);
+            }
             /* A softmax apart for the first tile is 1.5 % faster where sequences are long. */
             if constexpr (EXACT || D <= 64) {
                 bool first = true;
@@ -1293,7 +1312,9 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
                 for (;; begin_next()) {
                     if constexpr (EXACT && !memory::Q_BECOMES_O)
                         leave_warp(m.q_empty[q_place], key0 + STEP >= end);
-                    if (softmax_16(x, at.stage, key0, [&] { end_values_16(before.stage, !first); }))
+                    const bool moved =
+                        softmax_16(x, at.stage, key0, [&] { end_values_16(before.stage, !first); });
+                    if (moved && (!EARLY || !first))
                         r.rescale(decay);
                     first = false;
                     key0 += STEP;
@@ -1311,8 +1332,10 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
             }
             wait(m.v_full[at.stage], at.parity);
             begin_values_16(at.stage);
-            end_values_16(at.stage);
-            at.next();
+            if constexpr (!EARLY) {
+                end_values_16(at.stage);
+                at.next();
+            }
         }
     }
 
@@ -1592,13 +1615,27 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
         barrier_wait(1 + group, 128);
     }
 
+    /* --- tiles --- */
+
+    /* Blocks of keys: the tile's first, all of them; the warpgroup's, and where those end. */
+    struct extent {
+        int first, all, n, end;
+
+        __device__ extent(const key_blocks &blocks, int group)
+        {
+            first = uniform(blocks.first);
+            all = uniform(blocks.n);
+            end = SHARED ? (first + all) * KEYS : uniform(blocks.end[group]);
+            n = end > first * KEYS ? (end + KEYS - 1) / KEYS - first : EARLY;
+        }
+    };
+
     /* `slot`: the tile's place; `q`: Q's. */
     __device__ void run(ring_place<STAGES> &at, int slot, const ring_place<memory::QUERIES> &q)
     {
-        const key_blocks &blocks = m.blocks[slot];
-        const int block = uniform(blocks.first), all = uniform(blocks.n);
-        const int end = SHARED ? (block + all) * KEYS : uniform(blocks.end[group]);
-        const int n = end > block * KEYS ? (end + KEYS - 1) / KEYS - block : 0;
+        const extent keys(m.blocks[slot], group);
+        const int block = keys.first, all = keys.all, end = keys.end, n = keys.n;
+        scores x;
 
         if (SPLITS && r.a.n_splits > 1 && r.lane == 0 && r.row() < r.t.end)
             open_counter(r.a, done());
@@ -1618,7 +1655,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
             ring_place<STAGES> own = at;
             own.skip(group);
             if (n > group)
-                steps(own, (block + group) * KEYS, end, uniform(q.stage));
+                steps(x, own, (block + group) * KEYS, end, uniform(q.stage));
             else
                 no_steps(q.stage);
             at.skip(all);
@@ -1630,7 +1667,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
             }
         } else {
             if (n > 0)
-                steps(at, block * KEYS, end, uniform(q.stage));
+                steps(x, at, block * KEYS, end, uniform(q.stage));
             else
                 no_steps(q.stage);
             pass(at, all - n);
@@ -1643,6 +1680,76 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
                 finish_exact();
             else
                 r.finish(m.v_means[slot]);
+        }
+    }
+
+    /*
+     * EARLY: S of the tile's first block begins. False: there is no tile, and S is of what was there
+     * before; under a condition the assembler would serialise all products.
+     */
+    static __device__ bool begin_early(memory &m, int group, scores &x, ring_place<STAGES> &at,
+                                       const ring_place<WGMMA_TILES> &slot,
+                                       const ring_place<memory::QUERIES> &q)
+    {
+        wait(m.tile_full[slot.stage], slot.parity);
+        const bool there = __any_sync(~0u, m.tiles[slot.stage].there);
+        at.stage = uniform(at.stage);
+        at.parity = uniform(at.parity);
+        if (there) {
+            wait(m.q_full[q.stage], q.parity);
+            wait(m.k_full[at.stage], at.parity);
+        }
+        barrier_wait(1 + group, 128); /* as in run() */
+        begin_scores(m, group, x, at.stage, uniform(q.stage));
+        return there;
+    }
+
+    /* x becomes S of the next tile's first block, if there is one, `slot` and `q` its places. */
+    __device__ bool run_early(scores &x, ring_place<STAGES> &at, ring_place<WGMMA_TILES> &slot,
+                              ring_place<memory::QUERIES> &q)
+    {
+        const int place = slot.stage, q_place = uniform(q.stage);
+        const extent keys(m.blocks[place], group);
+
+        coarse = false;
+        steps(x, at, keys.first * KEYS, keys.end, q_place);
+        const int last = at.stage;
+        const bool passes = keys.all > keys.n;
+        at.next();
+        if (passes) { /* all of them, before another tile is waited for: it may come only then */
+            wgmma_wait<0>();
+            release(m.v_empty[last]);
+            pass(at, keys.all - keys.n);
+        }
+        slot.next();
+        q.next();
+        const bool there = begin_early(m, group, x, at, slot, q);
+        wgmma_wait<1>();
+        hold(r.o[0]);
+        if (!passes)
+            release(m.v_empty[last]);
+        finish_in_place(q_place, true);
+        wgmma_wait<0>(); /* here: the assembler does not follow products around the loop */
+        hold_scores(x);
+        leave(m.tile_empty[place]);
+        return there;
+    }
+
+    /* All tiles of a block. */
+    static __device__ void run_all_early(const cuda_args &args, memory &m, int group)
+    {
+        ring_place<STAGES> at;
+        ring_place<WGMMA_TILES> slot;
+        ring_place<memory::QUERIES> q;
+        scores x;
+        bool there = begin_early(m, group, x, at, slot, q);
+
+        wgmma_wait<0>();
+        hold_scores(x);
+#pragma unroll 1
+        while (there) {
+            wgmma_attention each(args, m, m.tiles[slot.stage], group);
+            there = each.run_early(x, at, slot, q);
         }
     }
 };
@@ -1672,7 +1779,7 @@ __global__ void __launch_bounds__(WGMMA_THREADS(GROUPS), 1)
             m.init_barriers();
         if (warp == 2 && threadIdx.x % 32 == 0)
             fetch::prefetch_maps(args);
-        if (!begin_block(args))
+        if (!begin_block<GROUPS>(args))
             return;
         if (warp == 1)
             fetch::keys(args, m);
@@ -1685,25 +1792,28 @@ __global__ void __launch_bounds__(WGMMA_THREADS(GROUPS), 1)
                 fetch::queries(args, m);
         }
     } else {
-        ring_place<memory::STAGES> at;
-        ring_place<WGMMA_TILES> slot;
-        ring_place<memory::QUERIES> q;
-
         memory::layout::template fill_ones<128 * GROUPS>(m.tensors, BF16);
         async_fence();
         if (EXACT && threadIdx.x < memory::TILE_Q)
             m.queries[threadIdx.x] = {};
-        if (!begin_block(args))
+        if (!begin_block<GROUPS>(args))
             return;
         registers_more<WGMMA_REGISTERS(GROUPS)>();
         const int group = uniform(static_cast<int>(threadIdx.x / 128));
-        for (;; slot.next(), q.next()) {
-            const tile &t = m.tiles[slot.stage];
-            wait(m.tile_full[slot.stage], slot.parity);
-            if (!__any_sync(~0u, t.there))
-                break;
-            attention(args, m, t, group).run(at, slot.stage, q);
-            leave(m.tile_empty[slot.stage]);
+        if constexpr (attention::EARLY) {
+            attention::run_all_early(args, m, group);
+        } else {
+            ring_place<memory::STAGES> at;
+            ring_place<WGMMA_TILES> slot;
+            ring_place<memory::QUERIES> q;
+            for (;; slot.next(), q.next()) {
+                const tile &t = m.tiles[slot.stage];
+                wait(m.tile_full[slot.stage], slot.parity);
+                if (!__any_sync(~0u, t.there))
+                    break;
+                attention(args, m, t, group).run(at, slot.stage, q);
+                leave(m.tile_empty[slot.stage]);
+            }
         }
     }
 #endif
