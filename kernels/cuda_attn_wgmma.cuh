@@ -1684,7 +1684,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
     }
 
     /*
-     * EARLY: S of the tile's first block begins. False: there is no tile, and S is of what was there
+     * EARLY: S of the tile's first block begins. False: there is no tile, and S is of what there was
      * before; under a condition the assembler would serialise all products.
      */
     static __device__ bool begin_early(memory &m, int group, scores &x, ring_place<STAGES> &at,
@@ -1699,7 +1699,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
             wait(m.q_full[q.stage], q.parity);
             wait(m.k_full[at.stage], at.parity);
         }
-        barrier_wait(1 + group, 128); /* as in run() */
+        __syncwarp(); /* or the compiler thinks that lanes may have parted */
         begin_scores(m, group, x, at.stage, uniform(q.stage));
         return there;
     }
