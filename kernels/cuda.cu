@@ -272,7 +272,8 @@ bool has_few_tiles(const struct sage_attn *attn, int rows, double pairs)
     const double share = attn->n_seqs > 0 || attn->window_left >= 0 ? 1 : pairs / all;
 
     return ceil(count_tiles(attn, EXACT_SMALL) * share / SPLIT_UNITS) <=
-           EXACT_ROUNDS(q[3]) * ceil(count_tiles(attn, rows) * share / SPLIT_UNITS);
+           sage_few_share * EXACT_ROUNDS(q[3]) *
+               ceil(count_tiles(attn, rows) * share / SPLIT_UNITS);
 }
 
 /* The kernel that quantises nothing, or -1. That, too, follows from the whole problem. */

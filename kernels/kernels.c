@@ -109,7 +109,7 @@ int sage_kernel_first_exact(void)
     return sage_kernel_first_few() SAGE_KERNELS_FEW(FEW_COUNT);
 }
 
-double sage_exact_share = 1;
+double sage_exact_share = 1, sage_few_share = 1;
 unsigned sage_most_blocks = UINT_MAX;
 
 #define EXACT_KEY(d, dtype, rows, splits) {SAGE_KERNEL_##dtype, SAGE_KERNEL_##splits},

@@ -227,8 +227,8 @@ int sage_kernel_first_few(void);
 int sage_kernel_find_exact(int head_dim, int bf16, int few);
 /* Keys of its tiles may be split. */
 int sage_kernel_splits(int index);
-/* Of EXACT_PAIRS, what counts: 1. Tests change that. */
-extern double sage_exact_share;
+/* Of EXACT_PAIRS and of EXACT_ROUNDS, what counts: 1. Tests change that. */
+extern double sage_exact_share, sage_few_share;
 /* Blocks of a kernel on Hopper, at most: a processor each. Tests have few, with many tiles each. */
 extern unsigned sage_most_blocks;
 /* Of sage_kernels, the first one of those. */

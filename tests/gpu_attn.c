@@ -113,6 +113,7 @@ static int sweep(struct gpu *gpu, const struct options *opt)
         problem_reset(p, seed_of(opt, k));
         problem_random(p, opt->max_tokens, !gpu || gpu->fp8);
         sage_exact_share = k % 2 ? exact_share : 0; /* short sequences are quantised as well */
+        sage_few_share = (double)(k / 4 % 2);       /* and many tiles are seldom that many */
         sage_most_blocks = k / 2 % 2 ? 1 + (unsigned)(k / 4 % 5) : UINT_MAX;
         snprintf(p->repeat, sizeof p->repeat, "gpu_attn --seed=%llu --max-tokens=%lld --only=%lld",
                  (unsigned long long)opt->seed, (long long)opt->max_tokens, (long long)k);
@@ -132,6 +133,8 @@ static int sweep(struct gpu *gpu, const struct options *opt)
         done++;
     }
     sage_most_blocks = UINT_MAX;
+    sage_exact_share = exact_share;
+    sage_few_share = 1;
     clock_gettime(CLOCK_MONOTONIC, &end);
     print_table(rows);
     printf("sweep: %lld problems, %lld failed, %.1f s\n", (long long)done, (long long)failures,
