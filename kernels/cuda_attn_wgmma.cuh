@@ -817,6 +817,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
     using fetch = wgmma_fetch<D, FP8, EXACT, GROUPS, SPLITS>;
     static constexpr int STAGES = memory::STAGES, TILE_Q = memory::TILE_Q;
     static constexpr bool EARLY = IS_EARLY<D, EXACT, SPLITS>;
+    static_assert(!EARLY || memory::Q_BECOMES_O); /* the next Q has a place of its own */
     /* In a tile a stage has one reader: who waits for a phase must know that the last is over. */
     static_assert(STAGES % STRIDE == 0);
 
@@ -1684,8 +1685,8 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
     }
 
     /*
-     * EARLY: S of the tile's first block begins. False: there is no tile, and S is of what there was
-     * before; under a condition the assembler would serialise all products.
+     * EARLY: S of the tile's first block begins. False: there is no tile, and S is of what was in
+     * its place: under a condition the assembler would serialise all products.
      */
     static __device__ bool begin_early(memory &m, int group, scores &x, ring_place<STAGES> &at,
                                        const ring_place<WGMMA_TILES> &slot,
