@@ -1315,7 +1315,7 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
                         leave_warp(m.q_empty[q_place], key0 + STEP >= end);
                     const bool moved =
                         softmax_16(x, at.stage, key0, [&] { end_values_16(before.stage, !first); });
-                    if (moved && (!EARLY || !first))
+                    if (moved && (!EARLY || !first)) /* O is zero at first */
                         r.rescale(decay);
                     first = false;
                     key0 += STEP;
@@ -1618,7 +1618,10 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
 
     /* --- tiles --- */
 
-    /* Blocks of keys: the tile's first, all of them; the warpgroup's, and where those end. */
+    /*
+     * Blocks of keys: the tile's first, all of them; the warpgroup's, and where those end. EARLY:
+     * it has one even if it sees none, as the tile has: see find_blocks().
+     */
     struct extent {
         int first, all, n, end;
 
@@ -1635,7 +1638,6 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
     __device__ void run(ring_place<STAGES> &at, int slot, const ring_place<memory::QUERIES> &q)
     {
         const extent keys(m.blocks[slot], group);
-        const int block = keys.first, all = keys.all, end = keys.end, n = keys.n;
         scores x;
 
         if (SPLITS && r.a.n_splits > 1 && r.lane == 0 && r.row() < r.t.end)
@@ -1655,11 +1657,11 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
         if constexpr (SHARED) {
             ring_place<STAGES> own = at;
             own.skip(group);
-            if (n > group)
-                steps(x, own, (block + group) * KEYS, end, uniform(q.stage));
+            if (keys.n > group)
+                steps(x, own, (keys.first + group) * KEYS, keys.end, uniform(q.stage));
             else
                 no_steps(q.stage);
-            at.skip(all);
+            at.skip(keys.all);
             join();
             if (group > 0) {
                 if constexpr (memory::Q_BECOMES_O)
@@ -1667,11 +1669,11 @@ template <int D, bool BF16, bool FP8, bool EXACT, int GROUPS, bool SPLITS> struc
                 return;
             }
         } else {
-            if (n > 0)
-                steps(x, at, block * KEYS, end, uniform(q.stage));
+            if (keys.n > 0)
+                steps(x, at, keys.first * KEYS, keys.end, uniform(q.stage));
             else
                 no_steps(q.stage);
-            pass(at, all - n);
+            pass(at, keys.all - keys.n);
         }
         const bool whole = !SPLITS || r.a.n_splits == 1 || gather();
         if constexpr (memory::Q_BECOMES_O) {

@@ -113,7 +113,7 @@ static int sweep(struct gpu *gpu, const struct options *opt)
         problem_reset(p, seed_of(opt, k));
         problem_random(p, opt->max_tokens, !gpu || gpu->fp8);
         sage_exact_share = k % 2 ? exact_share : 0; /* short sequences are quantised as well */
-        sage_few_share = (double)(k / 4 % 2);       /* and many tiles are seldom that many */
+        sage_few_share = (double)(k / 4 % 2);       /* or hardly one has the larger tiles */
         sage_most_blocks = k / 2 % 2 ? 1 + (unsigned)(k / 4 % 5) : UINT_MAX;
         snprintf(p->repeat, sizeof p->repeat, "gpu_attn --seed=%llu --max-tokens=%lld --only=%lld",
                  (unsigned long long)opt->seed, (long long)opt->max_tokens, (long long)k);

@@ -836,11 +836,12 @@ int gpu_edges(struct gpu *gpu, uint64_t seed)
         sage_exact_share = 0; /* short sequences are quantised as well */
         values(&e);
         sage_exact_share = exact_share;
-        for (int few = 1; few >= 0 && i < 2; few--) { /* the same in both variants */
-            sage_few_share = few;
+        if (i < 2) { /* the same in both variants; smaller tiles, then larger ones */
             values(&e);
+            sage_few_share = 0;
+            values(&e);
+            sage_few_share = 1;
         }
-        sage_few_share = 1;
     }
     e.variant = SAGE_INT8_FP16;
     refused(&e);
